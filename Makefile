@@ -1,0 +1,123 @@
+# dsv4_compressor.h: `make run` shows it at work, `make check` tests it, `make help` lists the rest.
+# Both need cc and make alone. CC and CFLAGS are yours to set: make check CC=clang CFLAGS='-O3 -march=native'
+
+CFLAGS  ?= -O2
+PREFIX  ?= /usr/local
+BUILD   ?= build
+JOBS    ?= $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
+LDLIBS  += -lm
+ifeq ($(MAKELEVEL),0)
+MAKEFLAGS += -j$(JOBS)
+endif
+FUZZ_SECONDS ?= 60
+
+# The tests also run the kernels for other CPUs where SIMDe (Debian: libsimde-dev) is found.
+SIMDE := $(shell CC='$(CC)' sh -c '. tests/lib.sh; simde_flag')
+WARN  := -Wall -Wextra -Wpedantic -Wconversion -Wshadow
+FLAGS  = -std=c99 $(WARN) -I. -Iexamples -Itests -pthread $(CPPFLAGS) $(CFLAGS)
+BUILT_WITH = $(CC) $(FLAGS) $(SIMDE) $(HEADER_FLAGS) $(LDFLAGS) $(LDLIBS)
+export CC BUILD FLAGS BUILT_WITH
+
+HEADER   := dsv4_compressor.h
+MPICC    := $(shell command -v mpicc 2>/dev/null)
+OPENMP   := $(shell echo 'int main(void) { return 0; }' | $(CC) -fopenmp -x c - -o /dev/null 2>/dev/null && echo yes)
+SKIPPED  := $(if $(MPICC),,examples/mpi.c) $(if $(OPENMP),,examples/openmp.c)
+EXAMPLES := $(patsubst examples/%.c,$(BUILD)/%,$(filter-out $(SKIPPED),$(wildcard examples/*.c)))
+TESTS    := $(patsubst tests/%.c,$(BUILD)/tests/%,$(wildcard tests/test_*.c))
+SCRIPTS  := headers bits cli examples corpus
+LOGS      = $(TESTS:%=%.log) $(SCRIPTS:%=$(BUILD)/tests/%.sh.log)
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help run check examples bench bench-peers run-train run-mpi install clean tests \
+        check-cross check-san check-all coverage lint fuzz mutate FORCE
+
+## For a start
+help: ## this list
+	@awk -F ' *: *[^#]*## *' '/^## /{print "\n" substr($$0, 4) ":"} /^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' \
+	    Makefile
+
+run: $(BUILD)/sample $(BUILD)/compress ## compress a bundled sample through files, and say what came out
+	@$(BUILD)/sample $(BUILD)/sample.safetensors
+	@$(BUILD)/compress --weights $(BUILD)/sample.safetensors --input $(BUILD)/sample.safetensors \
+	    --output $(BUILD)/entries.safetensors --plot $(BUILD)/gates.svg --threads $(JOBS)
+
+check: $(LOGS) ## all tests, in under a minute on two cores; the last line is "N passed, N failed"
+	@sh tests/summary.sh $^
+
+examples: $(EXAMPLES) ## every program in examples/, into build/
+	$(if $(strip $(SKIPPED)),@echo "left out, no compiler for it here: $(SKIPPED)")
+
+install: ## the header and a pkg-config file, below DESTDIR/PREFIX
+	install -d $(DESTDIR)$(PREFIX)/include $(DESTDIR)$(PREFIX)/share/pkgconfig
+	install -m 644 $(HEADER) $(DESTDIR)$(PREFIX)/include/
+	printf 'prefix=%s\nName: dsv4_compressor\nDescription: %s\nVersion: %s\nCflags: -I$${prefix}/include\n' '$(PREFIX)' \
+	    "DeepSeek-V4's token compressor for CPUs, a C header" \
+	    "$$(sed -n 's/^#define DSV4_COMPRESSOR_VERSION "\(.*\)"/\1/p' $(HEADER))" \
+	    >$(DESTDIR)$(PREFIX)/share/pkgconfig/dsv4_compressor.pc
+
+clean: ## remove build/
+	rm -rf $(BUILD)
+
+## To see more of it
+bench: $(BUILD)/bench ## speed of each case as a share of this machine's own limit; BENCH='--only NAME --threads 2'
+	@$(BUILD)/bench --svg $(BUILD)/bench.svg $(BENCH)
+
+bench-peers: $(BUILD)/bench ## the same beside PyTorch and oneDNN, where these are installed
+	@python3 examples/bench_peers.py $(BUILD)
+
+run-train: $(BUILD)/train ## a small compressor learns a task; loss curve and gate maps as a picture
+	@$(BUILD)/train $(BUILD)
+
+run-mpi: $(filter $(BUILD)/mpi,$(EXAMPLES)) ## one sequence split over 2 and 4 processes: the same bits
+	@sh tests/run_mpi.sh $(BUILD)
+
+## For whoever changes the header
+check-all: ## all of these, the programs, valgrind; FUZZ_SECONDS (60) for each fuzzer
+	+@sh tests/all.sh $(BUILD)/all
+
+check-cross: ## the same bits on other CPUs, under emulation; says which Debian packages it lacks
+	@sh tests/cross.sh $(BUILD)/cross
+
+check-san: ## the tests under address, undefined, memory and thread sanitizers
+	+@sh tests/sanitize.sh $(BUILD)/san
+
+coverage: ## lines and branches of the header that the tests reach (gcc)
+	+@sh tests/coverage.sh $(BUILD)/coverage
+
+lint: ## gcc -fanalyzer, clang-tidy, cppcheck
+	@sh tests/lint.sh $(BUILD)/lint
+
+fuzz: ## every harness of tests/fuzz for FUZZ_SECONDS (60) each (clang)
+	@sh tests/fuzz/fuzz.sh $(BUILD)/fuzz $(FUZZ_SECONDS)
+
+mutate: ## change the header in hundreds of places, one at a time: do the tests notice? MUTATE='--count 99'
+	@python3 tests/mutation.py --build $(BUILD)/mutation $(MUTATE)
+
+# Everything built depends on this file, which changes with the compiler and its flags alone.
+$(BUILD)/flags: FORCE
+	@mkdir -p $(BUILD)/tests
+	@printf '%s\n' "$$BUILT_WITH" | cmp -s - $@ || printf '%s\n' "$$BUILT_WITH" >$@
+
+# The implementation is compiled once for all tests; each example is the single file that a user would write.
+$(BUILD)/dsv4.o: $(HEADER) $(BUILD)/flags
+	$(CC) $(FLAGS) $(SIMDE) $(HEADER_FLAGS) -DDSV4_COMPRESSOR_IMPLEMENTATION -x c -c $(HEADER) -o $@
+
+$(BUILD)/tests/%: tests/%.c $(BUILD)/dsv4.o $(wildcard tests/*.h examples/*.h)
+	$(CC) $(FLAGS) $(SIMDE) $(LDFLAGS) $< $(BUILD)/dsv4.o $(LDLIBS) -o $@
+
+$(BUILD)/openmp: private CFLAGS += -fopenmp
+$(BUILD)/mpi: private CC = mpicc
+$(BUILD)/%: examples/%.c $(HEADER) $(wildcard examples/*.h) $(BUILD)/flags
+	$(CC) $(FLAGS) $(LDFLAGS) $< $(LDLIBS) -o $@
+
+tests: $(TESTS)
+
+# A test's output and exit status; tests/summary.sh adds them up.
+log = @$1 >$@ 2>&1; echo "exit status $$?" >>$@
+$(BUILD)/tests/cli.sh.log: $(BUILD)/compress
+$(BUILD)/tests/examples.sh.log $(BUILD)/tests/corpus.sh.log: $(BUILD)/dsv4.o
+$(BUILD)/tests/%.sh.log: tests/%.sh FORCE | $(BUILD)/flags
+	$(call log,sh $<)
+$(BUILD)/tests/%.log: $(BUILD)/tests/% FORCE
+	$(call log,$<)

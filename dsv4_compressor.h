@@ -1,0 +1,4100 @@
+/* dsv4_compressor.h - hidden states in, DeepSeek-V4's compressed KV entries out; C99, one file, no dependency.
+ *
+ * DeepSeek-V4 attends to compressed entries: every `ratio` tokens of a sequence become one row of head_dim numbers.
+ * This header is the part that makes them, the token Compressor: of Heavily Compressed Attention (HCA, 128 tokens to
+ * one entry, disjoint windows), of Compressed Sparse Attention (CSA, 4 to 1, overlapping windows), of CSA's lightning
+ * indexer, and of DeepSeek-V4.1 (2 to 1 and 1 to 1). For inference and for training.
+ *
+ * USE. In every file that calls it: #include "dsv4_compressor.h". In exactly one of them, before that line:
+ *     #define DSV4_COMPRESSOR_IMPLEMENTATION
+ *
+ *     dsv4_config config = dsv4_preset_config(DSV4_V4_FLASH_CSA);
+ *     dsv4_allocator heap = dsv4_heap();
+ *     dsv4_compressor *c; dsv4_workspace *ws;
+ *     dsv4_compressor_create(&config, &params, NULL, &heap, &c, NULL);      (packs the weights, once)
+ *     dsv4_workspace_create(c, NULL, &heap, &ws, NULL);                     (scratch, one per calling thread)
+ *     dsv4_segment whole = {0}; whole.count = tokens;
+ *     dsv4_batch batch = {0};
+ *     batch.x = x; batch.x_dtype = DSV4_BF16; batch.tokens = tokens;        (x [tokens, hidden_dim])
+ *     batch.out = out; batch.out_dtype = DSV4_BF16; batch.entries = tokens / config.ratio;
+ *     batch.segments = &whole; batch.segment_count = 1;
+ *     dsv4_compress(c, &batch, ws, NULL);                                   (out [entries, head_dim])
+ *
+ * OPTIONS, macros to define before the implementation (the first two the same in every file that includes this one):
+ *     DSV4_API                   linkage of the public functions                 default: extern
+ *     DSV4_COMPRESSOR_STATIC     every function static, in each file that implements
+ *     DSV4_COMPRESSOR_HEADER     this file's name in quotes, where it was renamed (it includes itself)
+ *     DSV4_COMPRESSOR_SIMDE      1: also build the `simde` kernels; 0: never. Default: where no native kernels exist
+ *                                and <simde/x86/sse4.1.h> is found
+ *     DSV4_COMPRESSOR_SCALAR     only the scalar kernels
+ *     DSV4_COMPRESSOR_NO_HEAP    leave out dsv4_heap(), and with it <stdlib.h>
+ *     DSV4_COMPRESSOR_FAST_MATH  compile under -ffast-math or x87 all the same; the guarantee of equal bits is then void
+ *     DSV4_ASSERT(condition)     what the library believes of itself             default: assert
+ *
+ * GUARANTEES. The output's bits depend on inputs, configuration and dtypes alone: not on the CPU, the kernel set, the
+ * number of threads, how tokens were cut into calls, the compiler or its flags. (NaN payloads and results with
+ * subnormal or overflowing intermediates are excluded.) Nothing is allocated but through the allocator passed in, and nothing at all
+ * by dsv4_compress and dsv4_backward. No thread is started. No function aborts, prints or touches global mutable state. Every function
+ * that can fail says so by a status, and then leaves outputs and states as they were.
+ *
+ * THE MATHEMATICS. Shapes are row-major: tokens S, hidden_dim H, head_dim D, rope_dim R, ratio m, and coff = 2 with
+ * overlap, 1 without. t counts tokens from the sequence's first.
+ *     kv = x wkv^T,  gate = x wgate^T                           [S, coff D]
+ *     score[t] = gate[t] + ape[t mod m]
+ *     window w pools, channel by channel, kv with the weights softmax(score) over its rows. Disjoint: the m rows of
+ *     its tokens. Overlap: the previous window's m rows, columns [0, D), then its own, columns [D, 2D); window 0 has
+ *     no previous one: kv = 0 and score = pad_gate stand there.
+ *     latent = norm * pooled / sqrt(mean(pooled^2) + eps)       [D]
+ *     out = latent, its last R channels turned by RoPE (interleaved pairs) at the position of the window's first token
+ *
+ * CONTENTS.  1 this page.  2 API: a status, b numbers, c configuration, d memory and threads, e compressor, f state,
+ *     g the operation, h gradients.  3 implementation: a compiler and options, b checks and memory, c bf16, d scalar
+ *     mathematics and the kernels' jobs, e vector layer, f kernels, g dispatch, h presets and checks, i packing,
+ *     j streams, k workspace, l the operation, m gradients.  4 licence (MIT). */
+
+#ifndef DSV4_COMPRESSOR_H
+#define DSV4_COMPRESSOR_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+/* A change of the third number keeps API and bits; of the second may add to the API; of the first may change both. */
+#define DSV4_COMPRESSOR_VERSION "1.0.0"
+
+#ifndef DSV4_API
+#if defined(DSV4_COMPRESSOR_STATIC) && (defined(__GNUC__) || defined(__clang__))
+#define DSV4_API __attribute__((unused)) static
+#elif defined(DSV4_COMPRESSOR_STATIC)
+#define DSV4_API static
+#else
+#define DSV4_API extern
+#endif
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* ============================================================================================================
+ * 2a. Status and message
+ * ============================================================================================================ */
+
+#define DSV4_STATUSES(X)                                                                  \
+    X(DSV4_OK, "success")                                                                 \
+    X(DSV4_ERROR_NULL, "a required pointer is null")                                      \
+    X(DSV4_ERROR_CONFIG, "the configuration is not one of a compressor")                  \
+    X(DSV4_ERROR_ARGUMENT, "an argument is out of its range")                             \
+    X(DSV4_ERROR_OVERFLOW, "a size does not fit the machine's integers")                  \
+    X(DSV4_ERROR_LENGTH, "the ratio does not divide the length of a whole sequence")      \
+    X(DSV4_ERROR_BOUNDS, "a segment reaches outside of its arrays")                       \
+    X(DSV4_ERROR_ALIGNMENT, "a pointer is not aligned for its type")                      \
+    X(DSV4_ERROR_MEMORY, "the allocator gave no memory")                                  \
+    X(DSV4_ERROR_BUFFER, "a buffer is too small")                                         \
+    X(DSV4_ERROR_STATE, "a state does not belong to this compressor, position or call")   \
+    X(DSV4_ERROR_DEPTH, "a roll-back goes further than the state remembers")              \
+    X(DSV4_ERROR_DATA, "saved bytes are damaged, or of another version or configuration") \
+    X(DSV4_ERROR_ISA, "the kernel set is unknown, or this CPU cannot run it")
+
+typedef enum dsv4_status {
+#define DSV4_STATUS_NAME(name, text) name,
+    DSV4_STATUSES(DSV4_STATUS_NAME)
+#undef DSV4_STATUS_NAME
+    DSV4_STATUS_COUNT
+} dsv4_status;
+
+/* What went wrong, in one line that names the argument and its numbers. Where a function takes a `dsv4_error *`, NULL
+ * is fine. It is written on failure only. */
+typedef struct dsv4_error {
+    dsv4_status status;
+    char text[232];
+} dsv4_error;
+
+/* The text of a status, e.g. "a buffer is too small"; "unknown status" for any other number. Never NULL. */
+DSV4_API const char *dsv4_status_text(dsv4_status status);
+
+/* ============================================================================================================
+ * 2b. Numbers: bf16 and fp32
+ * ============================================================================================================ */
+
+typedef enum dsv4_dtype { DSV4_F32 = 0, DSV4_BF16 = 1 } dsv4_dtype;
+
+/* A bf16 number by its bits: the upper half of an IEEE binary32. */
+typedef uint16_t dsv4_bf16;
+
+/* Bytes of one number: 4 or 2; 0 for any other value. */
+DSV4_API size_t dsv4_dtype_size(dsv4_dtype dtype);
+
+/* Round to nearest, ties to even. NaN stays a (quiet) NaN; infinities and signed zeros survive; what lies beyond the
+ * largest bf16 by half a step or more becomes infinite; subnormals are rounded like the rest. */
+DSV4_API dsv4_bf16 dsv4_bf16_from_f32(float value);
+
+/* Exact. */
+DSV4_API float dsv4_bf16_to_f32(dsv4_bf16 value);
+
+/* The same for `count` numbers, by this CPU's best kernels. Source and destination must not overlap, and
+ * may be NULL only where count is 0. */
+DSV4_API void dsv4_bf16_from_f32_array(dsv4_bf16 *destination, const float *source, size_t count);
+DSV4_API void dsv4_bf16_to_f32_array(float *destination, const dsv4_bf16 *source, size_t count);
+
+/* ============================================================================================================
+ * 2c. Configuration, and the parameters it asks for
+ * ============================================================================================================ */
+
+/* Where a result is rounded to bf16 (and kept as fp32). An output in bf16 is rounded at its end in any case. */
+enum {
+    DSV4_ROUND_PROJECTION = 1 << 0, /* kv and gate after the projections */
+    DSV4_ROUND_SCORE = 1 << 1,      /* ape, gate + ape, and pad_gate */
+    DSV4_ROUND_WEIGHT = 1 << 2,     /* the softmax weights, which are computed in fp32 always */
+    DSV4_ROUND_PRODUCT = 1 << 3,    /* each kv * weight */
+    DSV4_ROUND_POOLED = 1 << 4,     /* the pooled row */
+    DSV4_ROUND_NORMED = 1 << 5,     /* the normalised row, before norm's scale */
+    DSV4_ROUND_SCALED = 1 << 6,     /* and after it */
+    DSV4_ROUND_TRIG = 1 << 7,       /* cos and sin */
+
+    /* The pipelines these points were read from. */
+    DSV4_ROUNDING_NONE = 0,
+    DSV4_ROUNDING_DEEPSEEK = DSV4_ROUND_POOLED | DSV4_ROUND_SCALED, /* DeepSeek's inference code */
+    DSV4_ROUNDING_MAXTEXT = DSV4_ROUNDING_DEEPSEEK | DSV4_ROUND_PROJECTION | DSV4_ROUND_WEIGHT | DSV4_ROUND_PRODUCT |
+                            DSV4_ROUND_NORMED,                                              /* MaxText, pre-training */
+    DSV4_ROUNDING_TRANSFORMERS = DSV4_ROUNDING_MAXTEXT | DSV4_ROUND_SCORE | DSV4_ROUND_TRIG /* Hugging Face */
+};
+
+/* What a compressor is. A field of 0 takes the default that its comment names; the first three have none. */
+typedef struct dsv4_config {
+    int64_t hidden_dim;    /* H, width of a hidden state, >= 1 */
+    int64_t head_dim;      /* D, width of an entry, >= 1 */
+    int64_t ratio;         /* m, tokens per entry, >= 1 */
+    int64_t rope_dim;      /* R, how many last channels RoPE turns; even, <= head_dim; 0: none */
+    int overlap;           /* 1: windows look back at the previous one's rows (CSA); 0: disjoint (HCA) */
+    int no_ape;            /* 1: no position bias (DeepSeek-V4.1) */
+    int no_gate;           /* 1: no gate projection; only where a window has one row (ratio 1, no overlap) */
+    uint32_t rounding;     /* DSV4_ROUND_... bits or a DSV4_ROUNDING_... preset; 0: none */
+    float eps;             /* RMSNorm's, > 0; 0: 1e-6 */
+    float pad_gate;        /* score of the rows that window 0 lacks, < 0, -INFINITY allowed; 0: -1e4 */
+    double rope_theta;     /* > 1; 0: 160000 */
+    double yarn_factor;    /* >= 1; 0 or 1: no YaRN */
+    double yarn_orig_ctx;  /* original context in tokens; 0: 65536 */
+    double yarn_beta_fast; /* 0: 32 */
+    double yarn_beta_slow; /* 0: 1 */
+} dsv4_config;
+
+#define DSV4_PRESETS(X)                                                       \
+    /* name, text, hidden_dim, head_dim, ratio, overlap, no_ape, eps */       \
+    X(DSV4_V4_FLASH_CSA, "v4-flash-csa", 4096, 512, 4, 1, 0, 1e-6f)           \
+    X(DSV4_V4_FLASH_HCA, "v4-flash-hca", 4096, 512, 128, 0, 0, 1e-6f)         \
+    X(DSV4_V4_FLASH_INDEXER, "v4-flash-indexer", 4096, 128, 4, 1, 0, 1e-6f)   \
+    X(DSV4_V4_PRO_CSA, "v4-pro-csa", 7168, 512, 4, 1, 0, 1e-6f)               \
+    X(DSV4_V4_PRO_HCA, "v4-pro-hca", 7168, 512, 128, 0, 0, 1e-6f)             \
+    X(DSV4_V4_PRO_INDEXER, "v4-pro-indexer", 7168, 128, 4, 1, 0, 1e-6f)       \
+    X(DSV4_V41_FLASH_RATIO2, "v4.1-flash-ratio2", 5120, 512, 2, 0, 1, 1e-20f) \
+    X(DSV4_V41_FLASH_RATIO1, "v4.1-flash-ratio1", 5120, 512, 1, 0, 1, 1e-20f)
+
+typedef enum dsv4_preset {
+#define DSV4_PRESET_NAME(name, text, h, d, m, overlap, no_ape, eps) name,
+    DSV4_PRESETS(DSV4_PRESET_NAME)
+#undef DSV4_PRESET_NAME
+    DSV4_PRESET_COUNT
+} dsv4_preset;
+
+/* The configuration of a published model: R 64, theta 160000, YaRN factor 16 over 65536, rounding `deepseek`. Any other
+ * value of `preset` gives a zeroed configuration, which every function refuses. */
+DSV4_API dsv4_config dsv4_preset_config(dsv4_preset preset);
+
+/* The preset's name, e.g. "v4-flash-csa", or NULL. */
+DSV4_API const char *dsv4_preset_name(dsv4_preset preset);
+
+/* Whether `config` describes a compressor; if not, DSV4_ERROR_CONFIG (or _NULL) and a message. */
+DSV4_API dsv4_status dsv4_config_check(const dsv4_config *config, dsv4_error *error);
+
+typedef enum dsv4_param { DSV4_WKV = 0, DSV4_WGATE, DSV4_APE, DSV4_NORM, DSV4_PARAM_COUNT } dsv4_param;
+
+/* One parameter array of a configuration. rows * columns numbers, row-major; all 0 where the configuration has none. */
+typedef struct dsv4_param_info {
+    const char *name; /* "wkv", "wgate", "ape", "norm" */
+    int64_t rows;     /* wkv, wgate: coff * head_dim; ape: ratio; norm: 1 */
+    int64_t columns;  /* wkv, wgate: hidden_dim; ape: coff * head_dim; norm: head_dim */
+    int64_t count;    /* rows * columns */
+} dsv4_param_info;
+
+/* Lists the parameter arrays: info[DSV4_WKV] ... info[DSV4_NORM]. */
+DSV4_API dsv4_status dsv4_config_params(const dsv4_config *config, dsv4_param_info info[DSV4_PARAM_COUNT],
+                                        dsv4_error *error);
+
+/* Fills one parameter array (info[param].count numbers of `dtype`) from a seed: wkv and wgate uniform with variance
+ * 1 / hidden_dim, ape uniform in [-1/2, 1/2), norm all 1. Element i depends on seed, param and i alone: the same bits
+ * on every machine. An array that the configuration lacks is DSV4_ERROR_ARGUMENT. */
+DSV4_API dsv4_status dsv4_param_init(const dsv4_config *config, dsv4_param param, uint64_t seed, dsv4_dtype dtype,
+                                     void *data, dsv4_error *error);
+
+/* The caller's parameter arrays, of the shapes that dsv4_config_params lists. */
+typedef struct dsv4_array {
+    const void *data;
+    dsv4_dtype dtype;
+} dsv4_array;
+
+typedef struct dsv4_params {
+    dsv4_array wkv, wgate, ape, norm; /* wgate, ape: NULL exactly where the configuration says no_gate, no_ape */
+} dsv4_params;
+
+/* RoPE's frequencies after YaRN, rope_dim / 2 of them: angle = fp32(position) * inv_freq[i] in fp32. DSV4_ERROR_BUFFER
+ * where `capacity` numbers do not hold them. (DeepSeek-V4 report; precompute_freqs_cis of its inference code.) */
+DSV4_API dsv4_status dsv4_rope_frequencies(const dsv4_config *config, float *inv_freq, int64_t capacity,
+                                           dsv4_error *error);
+
+/* cos and sin of an angle >= 0 in radians, as RoPE uses them: any finite fp32, within 1 ulp; NaN for others. Both
+ * places are required. */
+DSV4_API void dsv4_cos_sin(float angle, float *cos_out, float *sin_out);
+
+/* ============================================================================================================
+ * 2d. Memory and threads: the caller's
+ * ============================================================================================================ */
+
+/* alloc: `size` > 0 bytes aligned to `alignment` (a power of two), or NULL. free: what alloc gave, with its size. Both
+ * are called by create and destroy functions only, on the calling thread. */
+typedef struct dsv4_allocator {
+    void *(*alloc)(void *context, size_t size, size_t alignment);
+    void (*free)(void *context, void *pointer, size_t size);
+    void *context;
+} dsv4_allocator;
+
+#ifndef DSV4_COMPRESSOR_NO_HEAP
+/* malloc and free as such an allocator. */
+DSV4_API dsv4_allocator dsv4_heap(void);
+#endif
+
+/* Every object asks its allocator for one block, of the size its _size function names, aligned to this. */
+#define DSV4_ALIGNMENT ((size_t)64)
+
+/* One caller-owned buffer as an allocator: blocks are laid one after another; freeing the last one gives its room back.
+ * A buffer aligned to DSV4_ALIGNMENT holds objects whose sizes, each rounded up to it, sum to `size`. */
+typedef struct dsv4_arena {
+    unsigned char *buffer;
+    size_t size, used;
+} dsv4_arena;
+
+DSV4_API dsv4_arena dsv4_arena_init(void *buffer, size_t size);
+
+/* The allocator draws on `arena`, which must outlive it. Not for two threads at once. */
+DSV4_API dsv4_allocator dsv4_arena_allocator(dsv4_arena *arena);
+
+/* A parallel-for: run(context, count, task, argument) must call task(argument, i) once for each i in [0, count), on any
+ * threads, in any order, and return when all have returned. It is never called from within a task. Tasks do not block
+ * and do not depend on each other. `threads` is how many it can keep busy; with run = NULL all runs on the caller's. */
+typedef void dsv4_task(void *argument, int64_t index);
+typedef struct dsv4_parallel {
+    void (*run)(void *context, int64_t count, dsv4_task *task, void *argument);
+    void *context;
+    int threads;
+} dsv4_parallel;
+
+/* ============================================================================================================
+ * 2e. The compressor, and scratch to run it
+ * ============================================================================================================ */
+
+/* Name of the i-th kernel set this CPU can run, the best first, the last always "scalar"; NULL past the end. */
+DSV4_API const char *dsv4_isa_name(int index);
+
+/* All fields may stay 0. */
+typedef struct dsv4_options {
+    const char *isa;    /* kernel set by name; NULL: the best */
+    int training;       /* 1: also pack what dsv4_backward needs (as many bytes again) */
+    int bf16_gradients; /* 1: with training, workspaces have room for the sums of dwkv and dwgate in bf16 */
+} dsv4_options;
+
+/* Configuration and weights, packed for the kernels. Immutable: any number of threads may share it. */
+typedef struct dsv4_compressor dsv4_compressor;
+
+/* The bytes that dsv4_compressor_create will ask for. Only dtypes and presence of `params` are looked at. */
+DSV4_API dsv4_status dsv4_compressor_size(const dsv4_config *config, const dsv4_params *params,
+                                          const dsv4_options *options, size_t *bytes, dsv4_error *error);
+
+/* Packs the parameters; they are not needed afterwards. The allocator's functions and context must stay valid until
+ * destroy. options may be NULL. On failure *compressor is not written. */
+DSV4_API dsv4_status dsv4_compressor_create(const dsv4_config *config, const dsv4_params *params,
+                                            const dsv4_options *options, const dsv4_allocator *allocator,
+                                            dsv4_compressor **compressor, dsv4_error *error);
+DSV4_API void dsv4_compressor_destroy(dsv4_compressor *compressor); /* NULL is fine */
+
+/* Its configuration with every default filled in, and its kernel set. NULL for NULL. */
+DSV4_API const dsv4_config *dsv4_compressor_config(const dsv4_compressor *compressor);
+DSV4_API const char *dsv4_compressor_isa(const dsv4_compressor *compressor);
+
+/* Scratch for one call at a time, of a size that no call's length changes, and the threads to use. It serves every
+ * compressor of the same configuration, kernel set and options: the layers of a model can share one. */
+typedef struct dsv4_workspace dsv4_workspace;
+
+/* threads < 1 counts as 1. */
+DSV4_API dsv4_status dsv4_workspace_size(const dsv4_compressor *compressor, int threads, size_t *bytes,
+                                         dsv4_error *error);
+
+/* parallel may be NULL; it is copied, its context must outlive the workspace, as must the compressor. */
+DSV4_API dsv4_status dsv4_workspace_create(const dsv4_compressor *compressor, const dsv4_parallel *parallel,
+                                           const dsv4_allocator *allocator, dsv4_workspace **workspace,
+                                           dsv4_error *error);
+DSV4_API void dsv4_workspace_destroy(dsv4_workspace *workspace); /* NULL is fine */
+
+/* ============================================================================================================
+ * 2f. Stream state: what a sequence carries from call to call
+ * ============================================================================================================ */
+
+/* The projected rows that windows yet to close will need: those of the open window, with overlap also the previous
+ * one's first series, and `depth` tokens more, so that up to that many can be taken back. */
+typedef struct dsv4_state dsv4_state;
+
+DSV4_API dsv4_status dsv4_state_size(const dsv4_compressor *compressor, int64_t depth, size_t *bytes,
+                                     dsv4_error *error);
+
+/* An empty state: no token seen. depth >= 0 is the greatest number of tokens that roll_back can take back. */
+DSV4_API dsv4_status dsv4_state_create(const dsv4_compressor *compressor, int64_t depth,
+                                       const dsv4_allocator *allocator, dsv4_state **state, dsv4_error *error);
+DSV4_API void dsv4_state_destroy(dsv4_state *state); /* NULL is fine */
+
+/* Back to no token seen; the next segment's position then says where the sequence begins. */
+DSV4_API dsv4_status dsv4_state_reset(dsv4_state *state, dsv4_error *error);
+
+/* Tokens seen since the sequence's first (0 for NULL), and the position the next one must have: any where none was seen. */
+DSV4_API int64_t dsv4_state_tokens(const dsv4_state *state);
+DSV4_API int64_t dsv4_state_position(const dsv4_state *state);
+
+/* How many tokens roll_back could take back now: at most depth, and never past a reset, copy or restore's own reach. */
+DSV4_API int64_t dsv4_state_reach(const dsv4_state *state);
+
+/* destination becomes the same stream as source. Both must be of one configuration (else DSV4_ERROR_STATE); depths may
+ * differ: the destination reaches back as far as both allow. */
+DSV4_API dsv4_status dsv4_state_copy(dsv4_state *destination, const dsv4_state *source, dsv4_error *error);
+
+/* As if the last `tokens` had never come; their entries are the caller's to forget. Across closed windows too.
+ * DSV4_ERROR_DEPTH beyond dsv4_state_reach. */
+DSV4_API dsv4_status dsv4_state_roll_back(dsv4_state *state, int64_t tokens, dsv4_error *error);
+
+/* Bytes that save will write now: a header, the live rows as little-endian fp32, a checksum. */
+DSV4_API size_t dsv4_state_save_size(const dsv4_state *state);
+
+/* DSV4_ERROR_BUFFER where `size` bytes do not hold it; *written (may be NULL) is the number of bytes used. */
+DSV4_API dsv4_status dsv4_state_save(const dsv4_state *state, void *bytes, size_t size, size_t *written,
+                                     dsv4_error *error);
+
+/* Takes over what save wrote, on any machine, for the same configuration; depths may differ. Everything is checked
+ * before the state changes: DSV4_ERROR_DATA for any bytes that save did not write. */
+DSV4_API dsv4_status dsv4_state_restore(dsv4_state *state, const void *bytes, size_t size, dsv4_error *error);
+
+/* ============================================================================================================
+ * 2g. The operation
+ * ============================================================================================================ */
+
+/* A run of consecutive tokens of one sequence. Batch rows, packed documents, rows padded on either side, chunks of a
+ * prompt, one decoded token: each is a segment that begins and ends where the real tokens do. */
+typedef struct dsv4_segment {
+    int64_t token;     /* its first row in x (or kv, gate) */
+    int64_t count;     /* tokens, >= 0 */
+    int64_t position;  /* RoPE position of its first token, 0 <= position, position + count < 2^62; with a state that
+                          has seen tokens, exactly dsv4_state_position */
+    int64_t entry;     /* row of out for its first entry */
+    dsv4_state *state; /* NULL: the segment is a whole sequence; else it continues this one, which is advanced. One
+                          state must not stand in two segments of a call */
+} dsv4_segment;
+
+/* Intermediate results on request, fp32 but for latent; each may be NULL. Rows of kv and gate are those of x, rows of
+ * the others those of out, without gaps; rows of no segment, or of a dropped tail, are not written. */
+typedef struct dsv4_stages {
+    float *kv, *gate; /* [tokens, coff * D] after the projection's rounding */
+    float *weights;   /* [entries, coff * ratio, D]: softmax weights by window row */
+    float *pooled;    /* [entries, D] */
+    void *latent;     /* [entries, D] in out_dtype: the entry before RoPE, DeepSeek-V4.1's indexer key */
+} dsv4_stages;
+
+/* One call. Pointers need the alignment of their numbers, no more. Inputs and outputs must not overlap, nor the entries
+ * of two segments, nor, for dsv4_backward, their tokens. Where kv is given, dsv4_compress does not read x. */
+typedef struct dsv4_batch {
+    const void *x; /* [tokens, hidden_dim] of x_dtype; or NULL, with kv and gate given */
+    dsv4_dtype x_dtype;
+    int64_t x_stride;       /* numbers from row to row, >= hidden_dim; 0: hidden_dim */
+    int64_t tokens;         /* rows of x (or of kv and gate) */
+    const float *kv, *gate; /* projections from elsewhere, [tokens, coff * D], instead of x (gate NULL with no_gate) */
+    void *out;              /* [entries, head_dim] of out_dtype */
+    dsv4_dtype out_dtype;
+    int64_t out_stride; /* numbers from row to row, >= head_dim; 0: head_dim */
+    int64_t entries;    /* rows of out */
+    const dsv4_segment *segments;
+    int64_t segment_count;
+    int drop_tail; /* 1: tokens of a stateless segment after its last whole window are ignored; 0: an error */
+    dsv4_stages stages;
+} dsv4_batch;
+
+/* Compresses every segment. Segments may come in any order and mix lengths, states and none. DSV4_ERROR_LENGTH,
+ * _BOUNDS, _STATE, _NULL, _ALIGNMENT, _ARGUMENT, _OVERFLOW as their texts say; nothing is written then. */
+DSV4_API dsv4_status dsv4_compress(const dsv4_compressor *compressor, const dsv4_batch *batch,
+                                   dsv4_workspace *workspace, dsv4_error *error);
+
+/* Entries that a segment of `count` tokens gives, after what `state` (may be NULL) has seen. The tail is not counted.
+ * 0 where ratio < 1 or count < 0. */
+DSV4_API int64_t dsv4_entry_count(const dsv4_config *config, const dsv4_state *state, int64_t count);
+
+/* Entries that the query at token t of a sequence may see: (t + 1) / ratio. 0 where ratio < 1 or t < 0. */
+DSV4_API int64_t dsv4_visible_entries(int64_t t, int64_t ratio);
+
+/* Writes the additive attention mask [queries, entries]: 0 where query t = first + row sees the entry, `hidden` (say
+ * -INFINITY, or -1e4) where it does not. */
+DSV4_API dsv4_status dsv4_mask(int64_t ratio, int64_t first, int64_t queries, int64_t entries, float hidden,
+                               dsv4_dtype dtype, void *mask, dsv4_error *error);
+
+/* ============================================================================================================
+ * 2h. Gradients
+ * ============================================================================================================ */
+
+/* Where a gradient goes: NULL data where it is not wanted. */
+typedef struct dsv4_gradient {
+    void *data;
+    dsv4_dtype dtype;
+} dsv4_gradient;
+
+/* The gradient of a sequence's parts. A part that does not end its sequence needs `next`: the gradient with respect to
+ * the state after it, which is what the following part gave as `previous`. Each is a dsv4_state of the compressor used
+ * as a container: its rows hold gradients. */
+typedef struct dsv4_segment_gradient {
+    const dsv4_state *next; /* gradient of the state after the segment; NULL: nothing follows */
+    dsv4_state *previous;   /* receives the gradient of the state before it, and is no other state of the call;
+                               NULL: not wanted */
+} dsv4_segment_gradient;
+
+typedef struct dsv4_gradients {
+    const void *dout; /* [entries, head_dim] of dout_dtype: gradient of out, rows as in out */
+    dsv4_dtype dout_dtype;
+    int64_t dout_stride; /* 0: head_dim */
+    dsv4_gradient dx;    /* [tokens, hidden_dim], rows as in x; written for the segments' tokens, always overwritten */
+    int64_t dx_stride;   /* 0: hidden_dim */
+    dsv4_gradient dwkv, dwgate, dape, dnorm; /* shapes of the parameters */
+    int accumulate;                          /* 1: the four sums go on from what the arrays hold; 0: they start anew */
+    const dsv4_segment_gradient *segments;   /* one for each segment of the batch, or NULL */
+} dsv4_gradients;
+
+/* The backward pass of dsv4_compress on the same batch (its out and stages are not looked at). The compressor must have
+ * been made with options.training. States are those from before the forward call and are not advanced. The projections
+ * are recomputed, or taken from batch->kv and batch->gate where these are given beside x (what the forward call wrote to
+ * stages.kv and stages.gate). Rounding counts as the identity. Where x and weights are bf16, dkv and dgate are rounded
+ * to bf16 before the products that give dx, dwkv and dwgate. Sums over tokens and entries run in blocks of 256 tokens from
+ * each sequence's first (an entry counts with its last token), in order, segments in the order given: cutting a sequence at
+ * multiples of 256 and accumulating part by part gives the same bits. Memory: see dsv4_workspace_size; nothing grows with
+ * the sequence. Errors as dsv4_compress, and DSV4_ERROR_ARGUMENT for a gradient that the configuration has not. */
+DSV4_API dsv4_status dsv4_backward(const dsv4_compressor *compressor, const dsv4_batch *batch,
+                                   const dsv4_gradients *gradients, dsv4_workspace *workspace, dsv4_error *error);
+
+#ifdef __cplusplus
+}
+#endif
+#endif /* DSV4_COMPRESSOR_H */
+
+/* ============================================================================================================
+ * 3. Implementation
+ * ============================================================================================================ */
+#if defined(DSV4_COMPRESSOR_IMPLEMENTATION) && !defined(DSV4__IMPLEMENTED) && !defined(DSV4__STAMP)
+
+/* ------------------------------------------------------------------------------------------------------------
+ * 3a. Compiler, CPU, options
+ * ------------------------------------------------------------------------------------------------------------ */
+
+#if !defined(DSV4_COMPRESSOR_FAST_MATH) &&                                                                             \
+    (defined(__FAST_MATH__) || defined(_M_FP_FAST) || defined(__ASSOCIATIVE_MATH__) || defined(__RECIPROCAL_MATH__) || \
+     (defined(__FINITE_MATH_ONLY__) && __FINITE_MATH_ONLY__ > 0))
+#error \
+    "dsv4_compressor.h: -ffast-math and its parts break NaN, -INFINITY and the guarantee of equal bits. Compile this \
+file without them, or define DSV4_COMPRESSOR_FAST_MATH to give the guarantee up."
+#endif
+
+#include <float.h>
+#include <math.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <string.h>
+#ifndef DSV4_COMPRESSOR_NO_HEAP
+#include <stdlib.h>
+#endif
+
+#if !defined(DSV4_COMPRESSOR_FAST_MATH) && defined(FLT_EVAL_METHOD) && (FLT_EVAL_METHOD < 0 || FLT_EVAL_METHOD == 2)
+#error \
+    "dsv4_compressor.h: double expressions are evaluated in a wider type here (x87?), which changes bits. Compile with \
+-msse2 -mfpmath=sse or the like, or define DSV4_COMPRESSOR_FAST_MATH to give the guarantee up."
+#endif
+
+#ifndef DSV4_ASSERT
+#include <assert.h>
+#define DSV4_ASSERT(condition) assert(condition)
+#endif
+#ifndef DSV4_COMPRESSOR_HEADER
+#define DSV4_COMPRESSOR_HEADER "dsv4_compressor.h"
+#endif
+
+#if defined(__clang__)
+#define DSV4__CLANG 1
+#elif defined(__GNUC__)
+#define DSV4__GCC __GNUC__
+#endif
+
+/* GCC on Windows keeps the stack at 16 bytes and yet spills wider vectors with aligned stores (its bug 54412), so only
+ * clang gets the wide kernels there. */
+#if !defined(DSV4_COMPRESSOR_SCALAR) && defined(__x86_64__) && !defined(_MSC_VER) && \
+    !(defined(_WIN32) && defined(DSV4__GCC))
+#if (defined(DSV4__CLANG) && __clang_major__ >= 9) || (defined(DSV4__GCC) && DSV4__GCC >= 9)
+#define DSV4__X86 1
+#include <cpuid.h>
+#include <immintrin.h>
+#if defined(DSV4__CLANG) || DSV4__GCC >= 10
+#define DSV4__X86_BF16 1
+#endif
+#endif
+#endif
+
+#if !defined(DSV4_COMPRESSOR_SCALAR) && defined(__aarch64__) && defined(__ARM_NEON) && !defined(__AARCH64EB__) && \
+    (defined(DSV4__CLANG) || defined(DSV4__GCC))
+#define DSV4__NEON 1
+#include <arm_neon.h>
+#endif
+
+/* SIMDe's 128-bit vectors. Big-endian machines keep to scalar, as the kernels take bf16 pairs apart by their words; so
+ * does 32-bit NEON, which has no IEEE division and flushes subnormals. */
+#if !defined(DSV4_COMPRESSOR_SCALAR) && !(defined(__ARM_NEON) && !defined(__aarch64__)) && \
+    (!defined(__BYTE_ORDER__) || __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__)
+#if !defined(DSV4_COMPRESSOR_SIMDE) && !defined(DSV4__X86) && !defined(DSV4__NEON) && defined(__has_include)
+#if __has_include(<simde/x86/sse4.1.h>)
+#define DSV4_COMPRESSOR_SIMDE 1
+#endif
+#endif
+#if defined(DSV4_COMPRESSOR_SIMDE) && DSV4_COMPRESSOR_SIMDE
+#define DSV4__SIMDE 1
+#include <simde/x86/sse4.1.h>
+#include <simde/x86/fma.h>
+#endif
+#endif
+
+#if defined(__GNUC__)
+#define DSV4__INLINE            __attribute__((always_inline)) static inline
+#define DSV4__UNUSED            __attribute__((unused))
+#define DSV4__PREFETCH(pointer) __builtin_prefetch((pointer), 0, 2)
+#else
+#define DSV4__INLINE static inline
+#define DSV4__UNUSED
+#define DSV4__PREFETCH(pointer) ((void)(pointer))
+#endif
+
+/* Register tiles are loops of constant length over arrays of vectors: only fully unrolled do they stay in registers. */
+#if defined(DSV4__CLANG)
+#define DSV4__UNROLL _Pragma("clang loop unroll(full)")
+#elif defined(DSV4__GCC) && DSV4__GCC >= 8
+#define DSV4__UNROLL _Pragma("GCC unroll 32")
+#else
+#define DSV4__UNROLL
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+enum {
+    DSV4__PANEL = 32,   /* output columns of a packed weight panel, and channels of a group */
+    DSV4__KBLOCK = 256, /* terms of a dot product that share an accumulator; part of the numeric contract */
+    DSV4__LANES = 16,   /* partial sums of a mean of squares; part of the numeric contract */
+    DSV4__MAX_RUNS = 12 /* places in memory that a window's rows can be spread over, with room to spare */
+};
+
+DSV4__INLINE int64_t dsv4__min(int64_t a, int64_t b) { return a < b ? a : b; }
+DSV4__INLINE int64_t dsv4__max(int64_t a, int64_t b) { return a > b ? a : b; }
+DSV4__INLINE int64_t dsv4__ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+/* ------------------------------------------------------------------------------------------------------------
+ * 3b. Status, checks, allocator, arena
+ * ------------------------------------------------------------------------------------------------------------ */
+
+DSV4_API const char *dsv4_status_text(dsv4_status status) {
+    static const char *const texts[] = {
+#define DSV4__STATUS_TEXT(name, text) text,
+        DSV4_STATUSES(DSV4__STATUS_TEXT)
+#undef DSV4__STATUS_TEXT
+    };
+    return (unsigned)status < (unsigned)DSV4_STATUS_COUNT ? texts[status] : "unknown status";
+}
+
+#if defined(__GNUC__) && !defined(_WIN32)
+static dsv4_status dsv4__fail(dsv4_error *error, dsv4_status status, const char *format, ...)
+    __attribute__((format(printf, 3, 4)));
+#endif
+
+/* Writes the message and hands the status on, so that a failing check is one return statement. */
+static dsv4_status dsv4__fail(dsv4_error *error, dsv4_status status, const char *format, ...) {
+    if (error != NULL) {
+        va_list arguments;
+        va_start(arguments, format);
+        error->status = status;
+        (void)vsnprintf(error->text, sizeof error->text, format, arguments);
+        va_end(arguments);
+    }
+    return status;
+}
+
+#define DSV4__TRY(expression)                             \
+    do {                                                  \
+        dsv4_status dsv4__result = (expression);          \
+        if (dsv4__result != DSV4_OK) return dsv4__result; \
+    } while (0)
+
+static dsv4_status dsv4__need(const void *pointer, const char *name, dsv4_error *error) {
+    return pointer != NULL ? DSV4_OK : dsv4__fail(error, DSV4_ERROR_NULL, "%s is null", name);
+}
+
+static dsv4_status dsv4__need_aligned(const void *pointer, size_t alignment, const char *name, dsv4_error *error) {
+    DSV4__TRY(dsv4__need(pointer, name, error));
+    if ((uintptr_t)pointer % alignment == 0) return DSV4_OK;
+    return dsv4__fail(error, DSV4_ERROR_ALIGNMENT, "%s is at %llu past a multiple of %llu bytes", name,
+                      (unsigned long long)((uintptr_t)pointer % alignment), (unsigned long long)alignment);
+}
+
+static dsv4_status dsv4__need_array(const void *pointer, dsv4_dtype dtype, const char *name, dsv4_error *error) {
+    if (dsv4_dtype_size(dtype) == 0)
+        return dsv4__fail(error, DSV4_ERROR_ARGUMENT, "dtype of %s is %d, neither F32 nor BF16", name, (int)dtype);
+    return dsv4__need_aligned(pointer, dsv4_dtype_size(dtype), name, error);
+}
+
+/* Sizes are built in this: a sum of products that remembers whether it ever left the range of size_t and int64_t. */
+typedef struct dsv4__size {
+    uint64_t bytes;
+    int overflow;
+} dsv4__size;
+
+static uint64_t dsv4__product(dsv4__size *size, uint64_t a, uint64_t b) {
+    const uint64_t limit = (uint64_t)(SIZE_MAX / 2 < INT64_MAX / 2 ? SIZE_MAX / 2 : INT64_MAX / 2);
+    if (a != 0 && b > limit / a) size->overflow = 1;
+    return size->overflow ? 0 : a * b;
+}
+
+/* Reserves rows * columns numbers of `bytes` each, aligned; returns where they begin. */
+static uint64_t dsv4__reserve(dsv4__size *size, int64_t rows, int64_t columns, size_t bytes) {
+    const uint64_t begin = size->bytes;
+    const uint64_t length = dsv4__product(size, dsv4__product(size, (uint64_t)rows, (uint64_t)columns), bytes);
+    const uint64_t rounded = (length + (DSV4_ALIGNMENT - 1)) / DSV4_ALIGNMENT * DSV4_ALIGNMENT;
+    size->bytes = dsv4__product(size, begin + rounded, 1);
+    return begin;
+}
+
+static dsv4_status dsv4__size_check(const dsv4__size *size, const char *what, dsv4_error *error) {
+    if (!size->overflow) return DSV4_OK;
+    return dsv4__fail(error, DSV4_ERROR_OVERFLOW, "the size of the %s does not fit in %d bits", what,
+                      (int)(8 * sizeof(size_t)));
+}
+
+/* One block for an object and everything it holds. */
+static dsv4_status dsv4__allocate(const dsv4_allocator *allocator, size_t bytes, const char *what, void **block,
+                                  dsv4_error *error) {
+    DSV4__TRY(dsv4__need(allocator, "allocator", error));
+    if (allocator->alloc == NULL || allocator->free == NULL)
+        return dsv4__fail(error, DSV4_ERROR_NULL, "allocator->%s is null", allocator->alloc ? "free" : "alloc");
+    *block = allocator->alloc(allocator->context, bytes, DSV4_ALIGNMENT);
+    if (*block == NULL)
+        return dsv4__fail(error, DSV4_ERROR_MEMORY, "no %llu bytes for the %s", (unsigned long long)bytes, what);
+    if ((uintptr_t)*block % DSV4_ALIGNMENT != 0) {
+        (allocator->free)(allocator->context, *block, bytes);
+        return dsv4__fail(error, DSV4_ERROR_ALIGNMENT, "the allocator's block for the %s is not aligned to %d bytes",
+                          what, (int)DSV4_ALIGNMENT);
+    }
+    return DSV4_OK;
+}
+
+#ifndef DSV4_COMPRESSOR_NO_HEAP
+/* malloc aligns to less than asked: the block's own address is kept just below what is handed out. */
+static void *dsv4__heap_alloc(void *context, size_t size, size_t alignment) {
+    (void)context;
+    if (size > SIZE_MAX - alignment - sizeof(void *)) return NULL;
+    unsigned char *base = (unsigned char *)malloc(size + alignment + sizeof base);
+    if (base == NULL) return NULL;
+    const uintptr_t first = (uintptr_t)base + sizeof base;
+    unsigned char *block = base + sizeof base + (alignment - first % alignment) % alignment;
+    memcpy(block - sizeof base, &base, sizeof base);
+    return block;
+}
+
+static void dsv4__heap_free(void *context, void *pointer, size_t size) {
+    void *base;
+    (void)context;
+    (void)size;
+    memcpy(&base, (unsigned char *)pointer - sizeof base, sizeof base);
+    free(base);
+}
+
+DSV4_API dsv4_allocator dsv4_heap(void) {
+    dsv4_allocator heap = {dsv4__heap_alloc, dsv4__heap_free, NULL};
+    return heap;
+}
+#endif
+
+static void *dsv4__arena_alloc(void *context, size_t size, size_t alignment) {
+    dsv4_arena *arena = (dsv4_arena *)context;
+    if (arena == NULL || arena->buffer == NULL) return NULL;
+    const size_t gap = (size_t)((alignment - ((uintptr_t)arena->buffer + arena->used) % alignment) % alignment);
+    if (gap > arena->size - arena->used || size > arena->size - arena->used - gap) return NULL;
+    arena->used += gap + size;
+    return arena->buffer + arena->used - size;
+}
+
+static void dsv4__arena_free(void *context, void *pointer, size_t size) {
+    dsv4_arena *arena = (dsv4_arena *)context;
+    if ((unsigned char *)pointer + size == arena->buffer + arena->used) arena->used -= size;
+}
+
+DSV4_API dsv4_arena dsv4_arena_init(void *buffer, size_t size) {
+    dsv4_arena arena = {(unsigned char *)buffer, size, 0};
+    return arena;
+}
+
+DSV4_API dsv4_allocator dsv4_arena_allocator(dsv4_arena *arena) {
+    dsv4_allocator allocator = {dsv4__arena_alloc, dsv4__arena_free, arena};
+    return allocator;
+}
+
+/* ------------------------------------------------------------------------------------------------------------
+ * 3c. bf16 and fp32
+ * ------------------------------------------------------------------------------------------------------------ */
+
+DSV4__INLINE uint32_t dsv4__bits(float value) {
+    uint32_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    return bits;
+}
+
+DSV4__INLINE float dsv4__from_bits(uint32_t bits) {
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+DSV4_API size_t dsv4_dtype_size(dsv4_dtype dtype) { return dtype == DSV4_F32 ? 4 : dtype == DSV4_BF16 ? 2 : 0; }
+
+/* Adding just under half a step, and the last kept bit to break ties, carries into the upper half where it must. */
+DSV4_API dsv4_bf16 dsv4_bf16_from_f32(float value) {
+    const uint32_t bits = dsv4__bits(value);
+    if ((bits & 0x7fffffffu) > 0x7f800000u) return (dsv4_bf16)((bits >> 16) | 0x40u);
+    return (dsv4_bf16)((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+}
+
+DSV4_API float dsv4_bf16_to_f32(dsv4_bf16 value) { return dsv4__from_bits((uint32_t)value << 16); }
+
+/* Number i of an array of either type. */
+static float dsv4__get(dsv4_array array, int64_t i) {
+    return array.dtype == DSV4_BF16 ? dsv4_bf16_to_f32(((const dsv4_bf16 *)array.data)[i])
+                                    : ((const float *)array.data)[i];
+}
+
+static void dsv4__put(void *data, dsv4_dtype dtype, int64_t i, float value) {
+    if (dtype == DSV4_BF16)
+        ((dsv4_bf16 *)data)[i] = dsv4_bf16_from_f32(value);
+    else
+        ((float *)data)[i] = value;
+}
+
+/* Address of number i, for arrays whose type is known at run time only. */
+DSV4__INLINE const void *dsv4__at(const void *data, dsv4_dtype dtype, int64_t i) {
+    return (const unsigned char *)data + (size_t)i * dsv4_dtype_size(dtype);
+}
+
+DSV4__INLINE void *dsv4__at_mutable(void *data, dsv4_dtype dtype, int64_t i) {
+    return (unsigned char *)data + (size_t)i * dsv4_dtype_size(dtype);
+}
+
+/* ------------------------------------------------------------------------------------------------------------
+ * 3d. Scalar mathematics: products that stay products, fma, logarithm, power, sine and cosine, frequencies
+ * ------------------------------------------------------------------------------------------------------------ */
+
+/* a * b rounded, whatever follows: compilers that fuse a product into a neighbouring sum would change the last bit. */
+DSV4__INLINE double dsv4__mul(double a, double b) {
+#if defined(__GNUC__) && defined(__x86_64__)
+    double product = a * b;
+    __asm__("" : "+x"(product));
+    return product;
+#elif defined(__GNUC__) && defined(__aarch64__)
+    double product = a * b;
+    __asm__("" : "+w"(product));
+    return product;
+#else
+    volatile double product = a * b;
+    return product;
+#endif
+}
+
+/* Fused multiply-add. Without the instruction: the product is exact in double, and the sum is rounded to odd there, so
+ * that rounding it once more to float rounds the exact value. */
+DSV4__INLINE float dsv4__fma(float a, float b, float c) {
+#if defined(FP_FAST_FMAF) && defined(__GNUC__)
+    return __builtin_fmaf(a, b, c);
+#else
+    const double product = (double)a * (double)b, addend = (double)c;
+    double sum = product + addend;
+    const double back = sum - product;
+    const double lost = (product - (sum - back)) + (addend - back);
+    if (lost > 0 || lost < 0) { /* false for NaN: an infinite sum needs no care */
+        uint64_t bits;
+        memcpy(&bits, &sum, sizeof bits);
+        if ((bits & 1u) == 0) bits = ((lost > 0) == (sum > 0)) ? bits + 1 : bits - 1;
+        memcpy(&sum, &bits, sizeof sum);
+    }
+    return (float)sum;
+#endif
+}
+
+/* Horner's rule. */
+static double dsv4__polynomial(double x, const double *coefficients, int count) {
+    double sum = coefficients[count - 1];
+    for (int i = count - 2; i >= 0; i--) sum = dsv4__mul(sum, x) + coefficients[i];
+    return sum;
+}
+
+#define DSV4__LN2 0.6931471805599453094
+#define DSV4__PI  3.14159265358979323846
+
+/* ln x for a positive normal x: x = f 2^k with f in [sqrt(1/2), sqrt(2)), ln f = 2 atanh((f - 1) / (f + 1)). */
+static double dsv4__log(double x) {
+    uint64_t bits;
+    double f, sum = 0;
+    memcpy(&bits, &x, sizeof bits);
+    int64_t k = (int64_t)(bits >> 52) - 1023;
+    bits = (bits & 0xfffffffffffffu) | ((uint64_t)1023 << 52);
+    memcpy(&f, &bits, sizeof f);
+    if (f > 1.41421356237309504880) {
+        f /= 2;
+        k++;
+    }
+    const double s = (f - 1) / (f + 1), square = dsv4__mul(s, s);
+    for (int n = 25; n >= 1; n -= 2) sum = dsv4__mul(sum, square) + 1.0 / n;
+    return dsv4__mul((double)k, DSV4__LN2) + dsv4__mul(2 * s, sum);
+}
+
+/* e^x for 0 <= x < 700. */
+static double dsv4__exp(double x) {
+    const double ratio = x / DSV4__LN2;
+    const int64_t k = (int64_t)(ratio + 0.5);
+    const double r =
+        (x - dsv4__mul((double)k, 6.93147180369123816490e-01)) - dsv4__mul((double)k, 1.90821492927058770002e-10);
+    double sum = 1, power;
+    for (int n = 18; n >= 1; n--) sum = 1 + dsv4__mul(sum, r) / n;
+    const uint64_t bits = (uint64_t)(k + 1023) << 52;
+    memcpy(&power, &bits, sizeof power);
+    return dsv4__mul(sum, power);
+}
+
+/* angle * 2/pi modulo 4, angle >= pi/4, as *quadrant and the rest in radians, at most pi/4 either way. The angle is
+ * M 2^e with an integer M of 24 bits, so only the 96 bits of 2/pi from the one worth 2 / 2^e on matter. */
+static double dsv4__reduce(float angle, unsigned *quadrant) {
+    static const uint32_t two_over_pi[9] = {0,           0xa2f9836eu, 0x4e441529u, 0xfc2757d1u, 0xf534ddc0u,
+                                            0xdb629599u, 0x3c439041u, 0xfe5163abu, 0xdebbc561u};
+    const uint32_t bits = dsv4__bits(angle);
+    const uint64_t mantissa = (bits & 0x7fffffu) | 0x800000u;
+    const unsigned start =
+        (bits >> 23) - 150u + 30u; /* bit of the table, whose first word stands for 32 leading zeros */
+    const unsigned word = start / 32, shift = start % 32;
+    uint32_t window[3];
+    for (unsigned i = 0; i < 3; i++)
+        window[i] = (uint32_t)(((((uint64_t)two_over_pi[word + i] << 32) | two_over_pi[word + i + 1]) << shift) >> 32);
+    const uint64_t turns = ((mantissa * window[0]) << 32) + mantissa * window[1] + ((mantissa * window[2]) >> 32);
+    const uint64_t nearest = (turns + ((uint64_t)1 << 61)) >> 62;
+    const uint64_t rest = turns - (nearest << 62);
+    *quadrant = (unsigned)(nearest & 3u);
+    const double quarter = (rest >> 63) ? -(double)(0 - rest) : (double)rest;
+    return dsv4__mul(quarter, DSV4__PI / 2 / 4611686018427387904.0);
+}
+
+DSV4_API void dsv4_cos_sin(float angle, float *cos_out, float *sin_out) {
+    static const double cosine[9] = {1.0,
+                                     -1.0 / 2,
+                                     1.0 / 24,
+                                     -1.0 / 720,
+                                     1.0 / 40320,
+                                     -1.0 / 3628800,
+                                     1.0 / 479001600,
+                                     -1.0 / 87178291200.0,
+                                     1.0 / 20922789888000.0};
+    static const double sine[8] = {1.0,          -1.0 / 6,        1.0 / 120,          -1.0 / 5040,
+                                   1.0 / 362880, -1.0 / 39916800, 1.0 / 6227020800.0, -1.0 / 1307674368000.0};
+    unsigned quadrant = 0;
+    double rest = (double)angle;
+    if (!(angle >= 0 && angle < INFINITY)) {
+        *cos_out = *sin_out = NAN;
+        return;
+    }
+    if (angle > 0.78539816f) rest = dsv4__reduce(angle, &quadrant);
+    const double square = dsv4__mul(rest, rest);
+    const float c = (float)dsv4__polynomial(square, cosine, 9);
+    const float s = (float)dsv4__mul(rest, dsv4__polynomial(square, sine, 8));
+    *cos_out = quadrant == 0 ? c : quadrant == 1 ? -s : quadrant == 2 ? -c : s;
+    *sin_out = quadrant == 0 ? s : quadrant == 1 ? c : quadrant == 2 ? -s : -c;
+}
+
+/* The pair index at which a frequency turns `rotations` times within the original context (YaRN's find_correction_dim). */
+static double dsv4__yarn_dim(const dsv4_config *config, double rotations) {
+    const double turns = config->yarn_orig_ctx / dsv4__mul(2 * DSV4__PI, rotations);
+    return dsv4__mul((double)config->rope_dim, dsv4__log(turns)) / (2 * dsv4__log(config->rope_theta));
+}
+
+typedef struct dsv4__yarn {
+    float low, width; /* the ramp over pair indices: 0 up to low, 1 from low + width on */
+    float factor;
+} dsv4__yarn;
+
+static dsv4__yarn dsv4__yarn_ramp(const dsv4_config *config) {
+    dsv4__yarn yarn;
+    const double limit = 1e9; /* far beyond any rope_dim, and safe to convert */
+    const double fast = dsv4__yarn_dim(config, config->yarn_beta_fast);
+    const double slow = dsv4__yarn_dim(config, config->yarn_beta_slow);
+    int64_t low = (int64_t)(fast < 0 ? 0 : fast > limit ? limit : fast);
+    int64_t high = (int64_t)(slow < -limit ? -limit : slow > limit ? limit : slow);
+    if ((double)high < slow) high++;
+    high = dsv4__min(high, config->rope_dim - 1);
+    yarn.low = (float)low;
+    yarn.width = high == low ? 0.001f : (float)(high - low);
+    yarn.factor = (float)config->yarn_factor;
+    return yarn;
+}
+
+/* `config` has its defaults filled in. Every step is rounded to fp32, as the reference's tensors are. */
+static void dsv4__frequencies(const dsv4_config *config, float *inv_freq) {
+    const double log_theta = config->rope_dim > 0 ? dsv4__log(config->rope_theta) : 0;
+    const dsv4__yarn yarn = dsv4__yarn_ramp(config);
+    for (int64_t i = 0; i < config->rope_dim / 2; i++) {
+        const float power = (float)dsv4__exp(dsv4__mul(log_theta, (double)(2 * i)) / (double)config->rope_dim);
+        const float base = 1.0f / power;
+        const float above = (float)i - yarn.low;
+        float ramp = above / yarn.width;
+        ramp = ramp < 0 ? 0 : ramp > 1 ? 1 : ramp;
+        const float scaled = base / yarn.factor, rest = 1.0f - ramp;
+        const float slow = (float)dsv4__mul((double)scaled, (double)ramp);
+        const float fast = (float)dsv4__mul((double)base, (double)rest);
+        inv_freq[i] = config->yarn_factor > 1 ? slow + fast : base;
+    }
+}
+
+/* Interleaved RoPE as two multiplications: even lanes take (cos, -sin), odd ones (cos, sin), against the swapped row. */
+static void dsv4__rope_row(const dsv4_config *config, const float *inv_freq, int64_t position, float *cos_row,
+                           float *sin_row) {
+    for (int64_t i = 0; i < config->rope_dim / 2; i++) {
+        float c, s;
+        dsv4_cos_sin((float)position * inv_freq[i], &c, &s);
+        if (config->rounding & DSV4_ROUND_TRIG) {
+            c = dsv4_bf16_to_f32(dsv4_bf16_from_f32(c));
+            s = dsv4_bf16_to_f32(dsv4_bf16_from_f32(s));
+        }
+        cos_row[2 * i] = cos_row[2 * i + 1] = c;
+        sin_row[2 * i] = -s;
+        sin_row[2 * i + 1] = s;
+    }
+}
+
+/* ------------------------------------------------------------------------------------------------------------
+ * What kernels are given. Each job is one call's worth of work on arrays that the caller of the kernel owns.
+ * ------------------------------------------------------------------------------------------------------------ */
+
+/* sum[rows, 32] (+)= x[rows, terms] w[terms, 32], one block of at most DSV4__KBLOCK terms, padded to pairs of terms. */
+typedef struct dsv4__product_job {
+    const void *x; /* packed rows, DSV4__KBLOCK numbers each: fp32, or bf16 where `dot` */
+    const void *w; /* fp32 [terms][32], or bf16 [terms / 2][32][2] */
+    int w_bf16;
+    int swap; /* both operands came as bf16: the odd term of a pair is added first, products are exact */
+    int dot;  /* the kernel set multiplies bf16 pairs itself */
+    int64_t pairs, rows;
+    float *sum;
+    int64_t sum_stride;
+    int first;        /* the block starts the sum instead of being added */
+    const void *next; /* what the following call will read, to be fetched into the second cache meanwhile */
+    int64_t next_bytes;
+    float *wide; /* scratch for one widened block, [DSV4__KBLOCK][32] */
+} dsv4__product_job;
+
+/* A tile's share of job->next, spread evenly over its rounds of two pairs: `step` bytes in each. */
+typedef struct dsv4__ahead {
+    uintptr_t from; /* a number: what lies ahead may end sooner */
+    int64_t step;
+} dsv4__ahead;
+
+DSV4__INLINE dsv4__ahead dsv4__fetch_ahead(const dsv4__product_job *job, int64_t row, int64_t rows) {
+    dsv4__ahead ahead;
+    ahead.from = (uintptr_t)job->next + (uintptr_t)(job->next_bytes * row / job->rows);
+    ahead.step = job->next_bytes * rows / job->rows / ((job->pairs + 1) / 2);
+    return ahead;
+}
+
+/* Rows of one window that lie evenly in memory. kv NULL: the rows that window 0 lacks; gate, ape NULL: 0. */
+typedef struct dsv4__run {
+    const float *kv, *gate, *ape;
+    int64_t stride, ape_stride, count;
+    float *dkv, *dgate; /* where the rows' gradients go; NULL: nowhere */
+    int64_t d_stride;
+} dsv4__run;
+
+typedef struct dsv4__window {
+    dsv4__run runs[DSV4__MAX_RUNS];
+    int run_count;
+} dsv4__window;
+
+typedef struct dsv4__pool_job {
+    const dsv4__window *window;
+    int64_t channels;
+    uint32_t rounding;
+    float pad_gate;
+    float *pooled;  /* [channels] */
+    float *weights; /* [rows of the window, weights_stride] or NULL */
+    int64_t weights_stride;
+    const float *dpooled; /* [channels], on the way back */
+} dsv4__pool_job;
+
+/* One pooled row to one entry. `row` is scratch of head_dim numbers, `swapped` of rope_dim. */
+typedef struct dsv4__finish_job {
+    const dsv4_config *config;
+    const float *norm, *cos_row, *sin_row;
+    float *pooled, *row, *swapped;
+    float *dpooled; /* [head_dim], on the way back */
+    void *out, *latent;
+    dsv4_dtype out_dtype;
+} dsv4__finish_job;
+
+/* A kernel set. */
+typedef struct dsv4__kernels {
+    const char *name;
+    int (*usable)(void);
+    int64_t tile_rows; /* rows of the register tile: blocks of a multiple of it waste nothing */
+    int dot;           /* has the bf16 dot product */
+    void (*product)(const dsv4__product_job *);
+    void (*pool)(const dsv4__pool_job *);
+    void (*pool_back)(const dsv4__pool_job *);
+    void (*finish)(const dsv4__finish_job *);
+    void (*finish_back)(const dsv4__finish_job *);
+    void (*add)(float *, const float *, const float *, int64_t);
+    void (*round_array)(float *, int64_t);
+    void (*widen)(float *, const dsv4_bf16 *, int64_t);
+    void (*narrow)(dsv4_bf16 *, const float *, int64_t);
+} dsv4__kernels;
+
+#define DSV4__MAGIC 12582912.0f /* 1.5 * 2^23: adding it leaves the nearest integer in the low bits */
+
+#define DSV4__JOIN2(a, b) a##b
+#define DSV4__JOIN(a, b)  DSV4__JOIN2(a, b)
+#define DSV4__FN(name)    DSV4__JOIN(DSV4__JOIN(dsv4__, DSV4__SET), DSV4__JOIN(_, name))
+
+#endif /* DSV4_COMPRESSOR_IMPLEMENTATION, first part */
+
+#ifdef DSV4__STAMP
+/* ------------------------------------------------------------------------------------------------------------
+ * 3e. Vector layer: one block an instruction set, the same names in each. This part and the next are read once for each
+ * kernel set, by this file including itself.
+ *
+ *   DSV4__SET        name of the set             DSV4__VF           a vector of DSV4__VL floats
+ *   DSV4__FUSED      v_fma is one instruction
+ *   DSV4__TILE_ROWS, DSV4__TILE_VECTORS          the register tile: rows, and vectors across (dividing 32 columns)
+ *   v_zero() v_set(f) v_load(p) v_store(p, v)    pointers need no alignment
+ *   v_load_n(p, n) v_store_n(p, v, n)            the first n < VL lanes; the rest reads as 0, is not written
+ *   v_add v_sub v_mul v_div v_max                v_fma(a, b, c) = a b + c rounded once
+ *   v_madd(a, b, c)                              the same where a b is exact, so that it may be rounded twice
+ *   v_below(x, limit, v)                         0 in lanes where x < limit, else v
+ *   v_power(t)                                   2^n, t = n + DSV4__MAGIC
+ *   v_round(v)                                   to bf16, nearest even, NaN quiet
+ *   v_widen(p) v_narrow(p, v)                    VL bf16 from / to memory; v_narrow rounds
+ *   v_even(p) v_odd(p)                           of VL pairs of bf16, widened
+ *   v_pair(p) v_dot(sum, x, w)                   with DSV4__DOT: a pair of bf16 in all lanes; sum + odd + even product
+ * ------------------------------------------------------------------------------------------------------------ */
+#if DSV4__STAMP == 1 /* scalar: the definition that the others must equal */
+#define DSV4__SET            scalar
+#define DSV4__VF             float
+#define DSV4__VL             1
+#define DSV4__TILE_ROWS      4
+#define DSV4__TILE_VECTORS   8
+#define v_zero()             0.0f
+#define v_set(f)             (f)
+#define v_load(p)            (*(p))
+#define v_store(p, v)        (*(p) = (v))
+#define v_load_n(p, n)       ((void)(p), (void)(n), 0.0f)
+#define v_store_n(p, v, n)   ((void)(p), (void)(v), (void)(n))
+#define v_add(a, b)          ((float)((a) + (b))) /* casts, as some machines evaluate float in double */
+#define v_sub(a, b)          ((float)((a) - (b)))
+#define v_mul(a, b)          ((float)((a) * (b)))
+#define v_div(a, b)          ((float)((a) / (b)))
+#define v_max(a, b)          ((a) > (b) ? (a) : (b))
+#define v_fma(a, b, c)       dsv4__fma(a, b, c)
+#define v_madd(a, b, c)      ((float)((a) * (b) + (c)))
+#define v_below(x, limit, v) ((x) < (limit) ? 0.0f : (v))
+#define v_power(t)           dsv4__from_bits((dsv4__bits(t) << 23) + 0x3f800000u)
+#define v_round(v)           dsv4_bf16_to_f32(dsv4_bf16_from_f32(v))
+#define v_widen(p)           dsv4_bf16_to_f32(*(p))
+#define v_narrow(p, v)       (*(p) = dsv4_bf16_from_f32(v))
+#define v_even(p)            dsv4_bf16_to_f32((p)[0])
+#define v_odd(p)             dsv4_bf16_to_f32((p)[1])
+
+#elif DSV4__STAMP == 2 /* AVX2 with FMA: Haswell, Zen and later */
+#define DSV4__SET avx2
+#if defined(DSV4__CLANG)
+#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma")
+#endif
+#define DSV4__VF             __m256
+#define DSV4__VL             8
+#define DSV4__FUSED          1
+#define DSV4__TILE_ROWS      6
+#define DSV4__TILE_VECTORS   2
+#define v_zero()             _mm256_setzero_ps()
+#define v_set(f)             _mm256_set1_ps(f)
+#define v_load(p)            _mm256_loadu_ps(p)
+#define v_store(p, v)        _mm256_storeu_ps(p, v)
+#define v_load_n(p, n)       _mm256_maskload_ps(p, DSV4__FN(mask)(n))
+#define v_store_n(p, v, n)   _mm256_maskstore_ps(p, DSV4__FN(mask)(n), v)
+#define v_add(a, b)          _mm256_add_ps(a, b)
+#define v_sub(a, b)          _mm256_sub_ps(a, b)
+#define v_mul(a, b)          _mm256_mul_ps(a, b)
+#define v_div(a, b)          _mm256_div_ps(a, b)
+#define v_max(a, b)          _mm256_max_ps(a, b)
+#define v_fma(a, b, c)       _mm256_fmadd_ps(a, b, c)
+#define v_madd(a, b, c)      _mm256_fmadd_ps(a, b, c)
+#define v_below(x, limit, v) _mm256_andnot_ps(_mm256_cmp_ps(x, limit, _CMP_LT_OQ), v)
+#define v_power(t) \
+    _mm256_castsi256_ps(_mm256_add_epi32(_mm256_slli_epi32(_mm256_castps_si256(t), 23), _mm256_set1_epi32(0x3f800000)))
+#define v_round(v) _mm256_castsi256_ps(_mm256_slli_epi32(DSV4__FN(upper)(v), 16))
+#define v_widen(p)       \
+    _mm256_castsi256_ps( \
+        _mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(const void *)(p))), 16))
+#define v_narrow(p, v)                                                \
+    _mm_storeu_si128((__m128i *)(void *)(p),                          \
+                     _mm256_castsi256_si128(_mm256_permute4x64_epi64( \
+                         _mm256_packus_epi32(DSV4__FN(upper)(v), _mm256_setzero_si256()), 0xd8)))
+#define v_even(p) _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_loadu_si256((const __m256i *)(const void *)(p)), 16))
+#define v_odd(p)         \
+    _mm256_castsi256_ps( \
+        _mm256_and_si256(_mm256_loadu_si256((const __m256i *)(const void *)(p)), _mm256_set1_epi32((int)0xffff0000u)))
+
+static inline __m256i DSV4__FN(mask)(int64_t n) {
+    return _mm256_cmpgt_epi32(_mm256_set1_epi32((int)n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+
+/* The upper halves after rounding, in the lower half of each lane. */
+static inline __m256i DSV4__FN(upper)(__m256 v) {
+    const __m256i bits = _mm256_castps_si256(v), up = _mm256_srli_epi32(bits, 16);
+    const __m256i half = _mm256_add_epi32(_mm256_set1_epi32(0x7fff), _mm256_and_si256(up, _mm256_set1_epi32(1)));
+    const __m256i rounded = _mm256_srli_epi32(_mm256_add_epi32(bits, half), 16);
+    const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+    return _mm256_blendv_epi8(rounded, _mm256_or_si256(up, _mm256_set1_epi32(0x40)), nan);
+}
+
+#elif DSV4__STAMP == 3 || DSV4__STAMP == 4 /* AVX-512: F, BW, VL, DQ; and the same with AVX512-BF16 */
+#if DSV4__STAMP == 3
+#define DSV4__SET avx512
+#else
+#define DSV4__SET        avx512bf16
+#define DSV4__DOT        1
+#define v_pair(p)        ((__m512bh)_mm512_set1_epi32(DSV4__FN(word)(p)))
+#define v_dot(sum, x, w) _mm512_dpbf16_ps(sum, x, (__m512bh)_mm512_loadu_si512((const void *)(w)))
+#endif
+#if defined(DSV4__CLANG)
+#if DSV4__STAMP == 3
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma"))), \
+                             apply_to = function)
+#else
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,fma"))), \
+                             apply_to = function)
+#endif
+#else
+#pragma GCC push_options
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wuninitialized" /* g++ 12 on its own intrinsics (GCC bug 105593) */
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#if DSV4__STAMP == 3
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,prefer-vector-width=512")
+#else
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,fma,prefer-vector-width=512")
+#endif
+#endif
+#define DSV4__VF             __m512
+#define DSV4__VL             16
+#define DSV4__FUSED          1
+#define DSV4__TILE_ROWS      14
+#define DSV4__TILE_VECTORS   2
+#define v_zero()             _mm512_setzero_ps()
+#define v_set(f)             _mm512_set1_ps(f)
+#define v_load(p)            _mm512_loadu_ps(p)
+#define v_store(p, v)        _mm512_storeu_ps(p, v)
+#define v_load_n(p, n)       _mm512_maskz_loadu_ps((__mmask16)((1u << (n)) - 1u), p)
+#define v_store_n(p, v, n)   _mm512_mask_storeu_ps(p, (__mmask16)((1u << (n)) - 1u), v)
+#define v_add(a, b)          _mm512_add_ps(a, b)
+#define v_sub(a, b)          _mm512_sub_ps(a, b)
+#define v_mul(a, b)          _mm512_mul_ps(a, b)
+#define v_div(a, b)          _mm512_div_ps(a, b)
+#define v_max(a, b)          _mm512_max_ps(a, b)
+#define v_fma(a, b, c)       _mm512_fmadd_ps(a, b, c)
+#define v_madd(a, b, c)      _mm512_fmadd_ps(a, b, c)
+#define v_below(x, limit, v) _mm512_maskz_mov_ps((__mmask16)~_mm512_cmp_ps_mask(x, limit, _CMP_LT_OQ), v)
+#define v_power(t) \
+    _mm512_castsi512_ps(_mm512_add_epi32(_mm512_slli_epi32(_mm512_castps_si512(t), 23), _mm512_set1_epi32(0x3f800000)))
+#define v_round(v) _mm512_castsi512_ps(_mm512_slli_epi32(DSV4__FN(upper)(v), 16))
+#define v_widen(p)       \
+    _mm512_castsi512_ps( \
+        _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(const void *)(p))), 16))
+#define v_narrow(p, v) _mm256_storeu_si256((__m256i *)(void *)(p), _mm512_cvtepi32_epi16(DSV4__FN(upper)(v)))
+#define v_even(p)      _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_loadu_si512((const void *)(p)), 16))
+#define v_odd(p) \
+    _mm512_castsi512_ps(_mm512_and_si512(_mm512_loadu_si512((const void *)(p)), _mm512_set1_epi32((int)0xffff0000u)))
+
+static inline __m512i DSV4__FN(upper)(__m512 v) {
+    const __m512i bits = _mm512_castps_si512(v), up = _mm512_srli_epi32(bits, 16);
+    const __m512i half = _mm512_add_epi32(_mm512_set1_epi32(0x7fff), _mm512_and_si512(up, _mm512_set1_epi32(1)));
+    const __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(bits, half), 16);
+    const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+    return _mm512_mask_or_epi32(rounded, nan, up, _mm512_set1_epi32(0x40));
+}
+
+#elif DSV4__STAMP == 5 /* NEON, aarch64 */
+#define DSV4__SET            neon
+#define DSV4__FUSED          1
+#define DSV4__VF             float32x4_t
+#define DSV4__VL             4
+#define DSV4__TILE_ROWS      6
+#define DSV4__TILE_VECTORS   4
+#define v_zero()             vdupq_n_f32(0)
+#define v_set(f)             vdupq_n_f32(f)
+#define v_load(p)            vld1q_f32(p)
+#define v_store(p, v)        vst1q_f32(p, v)
+#define v_add(a, b)          vaddq_f32(a, b)
+#define v_sub(a, b)          vsubq_f32(a, b)
+#define v_mul(a, b)          vmulq_f32(a, b)
+#define v_div(a, b)          vdivq_f32(a, b)
+#define v_max(a, b)          vmaxq_f32(a, b)
+#define v_fma(a, b, c)       vfmaq_f32(c, a, b)
+#define v_madd(a, b, c)      vfmaq_f32(c, a, b)
+#define v_below(x, limit, v) vreinterpretq_f32_u32(vbicq_u32(vreinterpretq_u32_f32(v), vcltq_f32(x, limit)))
+#define v_power(t)           vreinterpretq_f32_u32(vaddq_u32(vshlq_n_u32(vreinterpretq_u32_f32(t), 23), vdupq_n_u32(0x3f800000u)))
+#define v_round(v)           vreinterpretq_f32_u32(vshlq_n_u32(DSV4__FN(upper)(v), 16))
+#define v_widen(p)           vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p), 16))
+#define v_narrow(p, v)       vst1_u16(p, vmovn_u32(DSV4__FN(upper)(v)))
+#define v_even(p)            vreinterpretq_f32_u32(vshlq_n_u32(vreinterpretq_u32_u16(vld1q_u16(p)), 16))
+#define v_odd(p)             vreinterpretq_f32_u32(vandq_u32(vreinterpretq_u32_u16(vld1q_u16(p)), vdupq_n_u32(0xffff0000u)))
+
+static inline uint32x4_t DSV4__FN(upper)(float32x4_t v) {
+    const uint32x4_t bits = vreinterpretq_u32_f32(v), up = vshrq_n_u32(bits, 16);
+    const uint32x4_t half = vaddq_u32(vdupq_n_u32(0x7fffu), vandq_u32(up, vdupq_n_u32(1u)));
+    const uint32x4_t rounded = vshrq_n_u32(vaddq_u32(bits, half), 16);
+    return vbslq_u32(vceqq_f32(v, v), rounded, vorrq_u32(up, vdupq_n_u32(0x40u)));
+}
+
+#elif DSV4__STAMP == 6 /* SIMDe: any CPU with 128-bit vectors, and plain C loops for the others */
+#define DSV4__SET          simde
+#define DSV4__VF           simde__m128
+#define DSV4__VL           4
+#define DSV4__TILE_ROWS    4
+#define DSV4__TILE_VECTORS 2
+#define v_zero()           simde_mm_setzero_ps()
+#define v_set(f)           simde_mm_set1_ps(f)
+#define v_load(p)          simde_mm_loadu_ps(p)
+#define v_store(p, v)      simde_mm_storeu_ps(p, v)
+#define v_add(a, b)        simde_mm_add_ps(a, b)
+#define v_sub(a, b)        simde_mm_sub_ps(a, b)
+#define v_mul(a, b)        simde_mm_mul_ps(a, b)
+#define v_div(a, b)        simde_mm_div_ps(a, b)
+#define v_max(a, b)        simde_mm_max_ps(a, b)
+#if defined(SIMDE_X86_FMA_NATIVE) || defined(SIMDE_ARM_NEON_A64V8_NATIVE)
+#define DSV4__FUSED    1
+#define v_fma(a, b, c) simde_mm_fmadd_ps(a, b, c)
+#else /* SIMDe would round the product here */
+#define v_fma(a, b, c) DSV4__FN(fma)(a, b, c)
+#endif
+#define v_madd(a, b, c)      simde_mm_add_ps(simde_mm_mul_ps(a, b), c)
+#define v_below(x, limit, v) simde_mm_andnot_ps(simde_mm_cmplt_ps(x, limit), v)
+#define v_power(t)         \
+    simde_mm_castsi128_ps( \
+        simde_mm_add_epi32(simde_mm_slli_epi32(simde_mm_castps_si128(t), 23), simde_mm_set1_epi32(0x3f800000)))
+#define v_round(v) simde_mm_castsi128_ps(simde_mm_slli_epi32(DSV4__FN(upper)(v), 16))
+#define v_widen(p)                                                          \
+    simde_mm_castsi128_ps(simde_mm_unpacklo_epi16(simde_mm_setzero_si128(), \
+                                                  simde_mm_loadl_epi64((const simde__m128i *)(const void *)(p))))
+#define v_narrow(p, v)                                 \
+    simde_mm_storel_epi64((simde__m128i *)(void *)(p), \
+                          simde_mm_packus_epi32(DSV4__FN(upper)(v), simde_mm_setzero_si128()))
+#define v_even(p) \
+    simde_mm_castsi128_ps(simde_mm_slli_epi32(simde_mm_loadu_si128((const simde__m128i *)(const void *)(p)), 16))
+#define v_odd(p)                                                                                            \
+    simde_mm_castsi128_ps(simde_mm_and_si128(simde_mm_loadu_si128((const simde__m128i *)(const void *)(p)), \
+                                             simde_mm_set1_epi32((int32_t)0xffff0000u)))
+
+static inline simde__m128i DSV4__FN(upper)(simde__m128 v) {
+    const simde__m128i bits = simde_mm_castps_si128(v), up = simde_mm_srli_epi32(bits, 16);
+    const simde__m128i half =
+        simde_mm_add_epi32(simde_mm_set1_epi32(0x7fff), simde_mm_and_si128(up, simde_mm_set1_epi32(1)));
+    const simde__m128i rounded = simde_mm_srli_epi32(simde_mm_add_epi32(bits, half), 16);
+    const simde__m128i nan = simde_mm_castps_si128(simde_mm_cmpunord_ps(v, v));
+    return simde_mm_blendv_epi8(rounded, simde_mm_or_si128(up, simde_mm_set1_epi32(0x40)), nan);
+}
+
+DSV4__UNUSED static inline simde__m128 DSV4__FN(fma)(simde__m128 a, simde__m128 b, simde__m128 c) {
+    float x[4], y[4], z[4];
+    simde_mm_storeu_ps(x, a);
+    simde_mm_storeu_ps(y, b);
+    simde_mm_storeu_ps(z, c);
+    for (int i = 0; i < 4; i++) z[i] = dsv4__fma(x[i], y[i], z[i]);
+    return simde_mm_loadu_ps(z);
+}
+#endif
+
+/* Four lanes go through memory. */
+#if DSV4__STAMP == 5 || DSV4__STAMP == 6
+#define v_load_n(p, n)     DSV4__FN(load_n)(p, n)
+#define v_store_n(p, v, n) DSV4__FN(store_n)(p, v, n)
+
+static inline DSV4__VF DSV4__FN(load_n)(const float *p, int64_t n) {
+    float lanes[DSV4__VL] = {0};
+    for (int64_t i = 0; i < n; i++) lanes[i] = p[i];
+    return v_load(lanes);
+}
+
+static inline void DSV4__FN(store_n)(float *p, DSV4__VF v, int64_t n) {
+    float lanes[DSV4__VL];
+    v_store(lanes, v);
+    for (int64_t i = 0; i < n; i++) p[i] = lanes[i];
+}
+#endif
+
+/* ------------------------------------------------------------------------------------------------------------
+ * 3f. Kernels, over the vector layer alone
+ * ------------------------------------------------------------------------------------------------------------ */
+
+DSV4__INLINE DSV4__VF DSV4__FN(load_some)(const float *p, int64_t n) {
+    return n >= DSV4__VL ? v_load(p) : v_load_n(p, n);
+}
+
+DSV4__INLINE void DSV4__FN(store_some)(float *p, DSV4__VF v, int64_t n) {
+    if (n >= DSV4__VL)
+        v_store(p, v);
+    else
+        v_store_n(p, v, n);
+}
+
+#if defined(DSV4__DOT)
+DSV4__INLINE int DSV4__FN(word)(const void *pair) {
+    int word;
+    memcpy(&word, pair, sizeof word);
+    return word;
+}
+#endif
+
+#define DSV4__DIRECT_ROWS (DSV4__TILE_ROWS > 8 ? 8 : 4)
+
+/* How a register tile reads its operands. */
+enum DSV4__FN(mode) {
+    DSV4__FN(chain),  /* x and w fp32, one fused chain */
+    DSV4__FN(exact),  /* the same where both came from bf16: products are exact */
+    DSV4__FN(direct), /* w in bf16 pairs, widened on the way: for few rows, where widening it first does not pay */
+    DSV4__FN(dots)    /* x and w in bf16 pairs */
+};
+
+/* Adds one term to a tile. x points at the first row's value; w at the term's columns, or, in mode direct, at its pairs. */
+DSV4__INLINE void DSV4__FN(term)(DSV4__VF acc[][DSV4__TILE_VECTORS], const int rows, const int mode, const float *x,
+                                 const void *w, const int odd) {
+    DSV4__VF column[DSV4__TILE_VECTORS];
+    DSV4__UNROLL
+    for (int v = 0; v < DSV4__TILE_VECTORS; v++) {
+        const dsv4_bf16 *pairs = (const dsv4_bf16 *)w + 2 * v * DSV4__VL;
+        if (mode != DSV4__FN(direct))
+            column[v] = v_load((const float *)w + v * DSV4__VL);
+        else
+            column[v] = odd ? v_odd(pairs) : v_even(pairs);
+    }
+    DSV4__UNROLL
+    for (int r = 0; r < rows; r++) {
+        const DSV4__VF value = v_set(x[r * DSV4__KBLOCK]);
+        DSV4__UNROLL
+        for (int v = 0; v < DSV4__TILE_VECTORS; v++)
+            acc[r][v] =
+                mode == DSV4__FN(exact) ? v_madd(value, column[v], acc[r][v]) : v_fma(value, column[v], acc[r][v]);
+    }
+}
+
+/* Adds pair k of terms to a tile, in the order that the contract asks for. x and w are those of pair 0. */
+DSV4__INLINE void DSV4__FN(pair)(DSV4__VF acc[][DSV4__TILE_VECTORS], const int rows, const int mode, const int swap,
+                                 const void *x, const void *w, int64_t k) {
+#if defined(DSV4__DOT)
+    if (mode == DSV4__FN(dots)) {
+        DSV4__UNROLL
+        for (int r = 0; r < rows; r++) {
+            DSV4__UNROLL
+            for (int v = 0; v < DSV4__TILE_VECTORS; v++)
+                acc[r][v] = v_dot(acc[r][v], v_pair((const dsv4_bf16 *)x + 2 * k + r * DSV4__KBLOCK),
+                                  (const dsv4_bf16 *)w + 2 * (k * DSV4__PANEL + v * DSV4__VL));
+        }
+        return;
+    }
+#endif
+    const float *values = (const float *)x + 2 * k, *panel = (const float *)w + 2 * k * DSV4__PANEL;
+    const dsv4_bf16 *pairs = (const dsv4_bf16 *)w + 2 * k * DSV4__PANEL;
+    const void *one = mode == DSV4__FN(direct) ? (const void *)pairs : (const void *)(panel + swap * DSV4__PANEL);
+    const void *two = mode == DSV4__FN(direct) ? (const void *)pairs : (const void *)(panel + !swap * DSV4__PANEL);
+    DSV4__FN(term)(acc, rows, mode, values + swap, one, swap);
+    DSV4__FN(term)(acc, rows, mode, values + !swap, two, !swap);
+}
+
+/* One register tile: `rows` rows by TILE_VECTORS * VL columns, from `column` on. rows, mode and swap are constants at
+ * every call, so that each call becomes a loop of its own with all sums in registers. Two pairs a round: every
+ * instruction that counts or steps takes a place from a multiplication. */
+DSV4__INLINE void DSV4__FN(tile)(const dsv4__product_job *job, int64_t row, int64_t column, const int rows,
+                                 const int mode, const int swap, const void *panel) {
+    const int x_size = mode == DSV4__FN(dots) ? 2 : 4,
+              w_size = mode == DSV4__FN(dots) || mode == DSV4__FN(direct) ? 2 : 4;
+    const char *x = (const char *)job->x + row * DSV4__KBLOCK * x_size;
+    const char *w = (const char *)panel + 4 * column; /* one number, or a pair of bf16 */
+    const dsv4__ahead ahead = dsv4__fetch_ahead(job, row, rows);
+    uintptr_t fetch = ahead.from;
+    DSV4__VF acc[DSV4__TILE_ROWS][DSV4__TILE_VECTORS];
+    DSV4__UNROLL
+    for (int r = 0; r < rows; r++) {
+        DSV4__UNROLL
+        for (int v = 0; v < DSV4__TILE_VECTORS; v++) acc[r][v] = v_zero();
+    }
+    int64_t k = job->pairs;
+    for (; k >= 2; k -= 2, x += 4 * x_size, w += 4 * DSV4__PANEL * w_size, fetch += (uintptr_t)ahead.step) {
+        for (int64_t line = 0; line < ahead.step; line += 64) DSV4__PREFETCH((const void *)(fetch + (uintptr_t)line));
+        DSV4__FN(pair)(acc, rows, mode, swap, x, w, 0);
+        DSV4__FN(pair)(acc, rows, mode, swap, x, w, 1);
+    }
+    if (k > 0) DSV4__FN(pair)(acc, rows, mode, swap, x, w, 0);
+    DSV4__UNROLL
+    for (int r = 0; r < rows; r++) {
+        float *sum = job->sum + (row + r) * job->sum_stride + column;
+        DSV4__UNROLL
+        for (int v = 0; v < DSV4__TILE_VECTORS; v++, sum += DSV4__VL)
+            v_store(sum, job->first ? acc[r][v] : v_add(v_load(sum), acc[r][v]));
+    }
+}
+
+/* All rows by all columns of a panel, the largest tiles first. */
+DSV4__INLINE void DSV4__FN(tiles)(const dsv4__product_job *job, const int mode, const int swap, const void *w) {
+    for (int64_t column = 0; column < DSV4__PANEL; column += DSV4__TILE_VECTORS * DSV4__VL) {
+        int64_t row = 0;
+        if (mode != DSV4__FN(direct))
+            for (; job->rows - row >= DSV4__TILE_ROWS; row += DSV4__TILE_ROWS)
+                DSV4__FN(tile)(job, row, column, DSV4__TILE_ROWS, mode, swap, w);
+#if DSV4__TILE_ROWS > 8
+        for (; job->rows - row >= 8; row += 8) DSV4__FN(tile)(job, row, column, 8, mode, swap, w);
+#endif
+        for (; job->rows - row >= 4; row += 4) DSV4__FN(tile)(job, row, column, 4, mode, swap, w);
+        for (; job->rows - row >= 2; row += 2) DSV4__FN(tile)(job, row, column, 2, mode, swap, w);
+        for (; job->rows - row >= 1; row += 1) DSV4__FN(tile)(job, row, column, 1, mode, swap, w);
+    }
+}
+
+/* bf16 pairs [pairs][32][2] to fp32 [2 pairs][32]. */
+static void DSV4__FN(widen_panel)(const dsv4_bf16 *w, int64_t pairs, float *wide) {
+    for (int64_t k = 0; k < pairs; k++, wide += 2 * DSV4__PANEL)
+        for (int64_t c = 0; c < DSV4__PANEL; c += DSV4__VL, w += 2 * DSV4__VL) {
+            v_store(wide + c, v_even(w));
+            v_store(wide + DSV4__PANEL + c, v_odd(w));
+        }
+}
+
+static void DSV4__FN(product)(const dsv4__product_job *job) {
+    const void *w = job->w;
+#if defined(DSV4__DOT)
+    if (job->dot) {
+        DSV4__FN(tiles)(job, DSV4__FN(dots), 1, w);
+        return;
+    }
+#endif
+#if defined(DSV4__FUSED)
+    if (job->w_bf16 && job->rows <= DSV4__DIRECT_ROWS) {
+        if (job->swap)
+            DSV4__FN(tiles)(job, DSV4__FN(direct), 1, w);
+        else
+            DSV4__FN(tiles)(job, DSV4__FN(direct), 0, w);
+        return;
+    }
+#endif
+    if (job->w_bf16) {
+        DSV4__FN(widen_panel)((const dsv4_bf16 *)w, job->pairs, job->wide);
+        w = job->wide;
+    }
+    if (!job->swap)
+        DSV4__FN(tiles)(job, DSV4__FN(chain), 0, w);
+    else
+#if defined(DSV4__FUSED)
+        DSV4__FN(tiles)(job, DSV4__FN(chain), 1, w);
+#else
+        DSV4__FN(tiles)(job, DSV4__FN(exact), 1, w);
+#endif
+}
+
+/* e^x for x <= 0, within 2 ulp: x = n ln 2 + r, e^r = 1 + r + r^2 q(r). 0 where the result would be subnormal. */
+DSV4__INLINE DSV4__VF DSV4__FN(exp)(DSV4__VF x) {
+    const DSV4__VF magic = v_set(DSV4__MAGIC);
+    const DSV4__VF t = v_fma(x, v_set(1.44269504f), magic);
+    const DSV4__VF n = v_sub(t, magic);
+    DSV4__VF r = v_fma(n, v_set(-0.693147182f), x);
+    r = v_fma(n, v_set(1.90465421e-9f), r);
+    DSV4__VF q = v_set(0.0013950536f);
+    q = v_fma(q, r, v_set(0.008368919f));
+    q = v_fma(q, r, v_set(0.041666206f));
+    q = v_fma(q, r, v_set(0.16666518f));
+    q = v_fma(q, r, v_set(0.5f));
+    q = v_fma(v_mul(q, r), r, r);
+    return v_below(x, v_set(-87.3365402f), v_mul(v_add(q, v_set(1.0f)), v_power(t)));
+}
+
+/* The scores of n channels from c on in one row of a run. */
+DSV4__INLINE DSV4__VF DSV4__FN(score)(const dsv4__pool_job *job, const dsv4__run *run, int64_t row, int64_t c,
+                                      int64_t n) {
+    if (run->kv == NULL) return v_set(job->pad_gate);
+    if (run->gate == NULL) return v_zero();
+    DSV4__VF score = DSV4__FN(load_some)(run->gate + row * run->stride + c, n);
+    if (run->ape != NULL) score = v_add(score, DSV4__FN(load_some)(run->ape + row * run->ape_stride + c, n));
+    return job->rounding & DSV4_ROUND_SCORE ? v_round(score) : score;
+}
+
+DSV4__INLINE DSV4__VF DSV4__FN(value)(const dsv4__run *run, int64_t row, int64_t c, int64_t n) {
+    return run->kv == NULL ? v_zero() : DSV4__FN(load_some)(run->kv + row * run->stride + c, n);
+}
+
+/* Softmax weights where they are wanted one by one: rounded presets, and the stage. */
+static DSV4__VF DSV4__FN(pool_weighted)(const dsv4__pool_job *job, DSV4__VF top, DSV4__VF den, int64_t c, int64_t n) {
+    DSV4__VF sum = v_zero();
+    float *weights = job->weights;
+    for (int i = 0; i < job->window->run_count; i++) {
+        const dsv4__run *run = &job->window->runs[i];
+        for (int64_t row = 0; row < run->count; row++) {
+            DSV4__VF weight = v_div(DSV4__FN(exp)(v_sub(DSV4__FN(score)(job, run, row, c, n), top)), den);
+            const DSV4__VF value = DSV4__FN(value)(run, row, c, n);
+            if (job->rounding & DSV4_ROUND_WEIGHT) weight = v_round(weight);
+            if (job->rounding & DSV4_ROUND_PRODUCT)
+                sum = v_add(sum, v_round(v_mul(weight, value)));
+            else
+                sum = v_fma(weight, value, sum);
+            if (weights != NULL) {
+                DSV4__FN(store_some)(weights + c, weight, n);
+                weights += job->weights_stride;
+            }
+        }
+    }
+    return sum;
+}
+
+/* Softmax over a window's rows for n channels from c on: maximum, and the sums of e and of e kv in row order. */
+typedef struct DSV4__FN(softmax) {
+    DSV4__VF top, den, sum;
+} DSV4__FN(softmax);
+
+DSV4__INLINE DSV4__FN(softmax) DSV4__FN(pool_channels)(const dsv4__pool_job *job, int64_t c, int64_t n) {
+    const dsv4__window *window = job->window;
+    DSV4__VF top = v_set(-INFINITY), den = v_zero(), sum = v_zero();
+    for (int i = 0; i < window->run_count; i++) {
+        const dsv4__run *run = &window->runs[i];
+        for (int64_t row = 0; row < run->count; row++) {
+            top = v_max(top, DSV4__FN(score)(job, run, row, c, n));
+        }
+    }
+    for (int i = 0; i < window->run_count; i++) {
+        const dsv4__run *run = &window->runs[i];
+        for (int64_t row = 0; row < run->count; row++) {
+            const DSV4__VF e = DSV4__FN(exp)(v_sub(DSV4__FN(score)(job, run, row, c, n), top));
+            den = v_add(den, e);
+            sum = v_fma(e, DSV4__FN(value)(run, row, c, n), sum);
+        }
+    }
+    DSV4__FN(softmax) result;
+    result.top = top;
+    result.den = den;
+    result.sum = sum;
+    return result;
+}
+
+/* The pooled row of a window. */
+static void DSV4__FN(pool)(const dsv4__pool_job *job) {
+    const int weighted = (job->rounding & (DSV4_ROUND_WEIGHT | DSV4_ROUND_PRODUCT)) != 0;
+    for (int64_t c = 0; c < job->channels; c += DSV4__VL) {
+        const int64_t n = dsv4__min(job->channels - c, DSV4__VL);
+        const DSV4__FN(softmax) s = DSV4__FN(pool_channels)(job, c, n);
+        DSV4__VF pooled = v_div(s.sum, s.den);
+        if (weighted || job->weights != NULL) {
+            const DSV4__VF one_by_one = DSV4__FN(pool_weighted)(job, s.top, s.den, c, n);
+            if (weighted) pooled = one_by_one;
+        }
+        DSV4__FN(store_some)(job->pooled + c, pooled, n);
+    }
+}
+
+/* The same weights on the way back: dkv_j = p_j dpooled and dgate_j = p_j dpooled (kv_j - mean), mean = sum p kv. */
+static void DSV4__FN(pool_back)(const dsv4__pool_job *job) {
+    const dsv4__window *window = job->window;
+    for (int64_t c = 0; c < job->channels; c += DSV4__VL) {
+        const int64_t n = dsv4__min(job->channels - c, DSV4__VL);
+        const DSV4__FN(softmax) s = DSV4__FN(pool_channels)(job, c, n);
+        const DSV4__VF mean = v_div(s.sum, s.den), dpooled = DSV4__FN(load_some)(job->dpooled + c, n);
+        for (int i = 0; i < window->run_count; i++) {
+            const dsv4__run *run = &window->runs[i];
+            for (int64_t row = 0; row < run->count && run->dkv != NULL; row++) {
+                const DSV4__VF e = DSV4__FN(exp)(v_sub(DSV4__FN(score)(job, run, row, c, n), s.top));
+                const DSV4__VF p = v_div(e, s.den);
+                const DSV4__VF weight = job->rounding & DSV4_ROUND_WEIGHT ? v_round(p) : p;
+                const DSV4__VF aside = v_sub(DSV4__FN(value)(run, row, c, n), mean);
+                DSV4__FN(store_some)(run->dkv + row * run->d_stride + c, v_mul(weight, dpooled), n);
+                if (run->dgate != NULL)
+                    DSV4__FN(store_some)(run->dgate + row * run->d_stride + c, v_mul(v_mul(p, dpooled), aside), n);
+            }
+        }
+    }
+}
+
+/* Rounds in place. */
+static void DSV4__FN(round)(float *data, int64_t count) {
+    for (int64_t i = 0; i < count; i += DSV4__VL) {
+        const int64_t n = dsv4__min(count - i, DSV4__VL);
+        DSV4__FN(store_some)(data + i, v_round(DSV4__FN(load_some)(data + i, n)), n);
+    }
+}
+
+static void DSV4__FN(widen)(float *to, const dsv4_bf16 *from, int64_t count) {
+    int64_t i = 0;
+    for (; i + DSV4__VL <= count; i += DSV4__VL) v_store(to + i, v_widen(from + i));
+    for (; i < count; i++) to[i] = dsv4_bf16_to_f32(from[i]);
+}
+
+static void DSV4__FN(narrow)(dsv4_bf16 *to, const float *from, int64_t count) {
+    int64_t i = 0;
+    for (; i + DSV4__VL <= count; i += DSV4__VL) v_narrow(to + i, v_load(from + i));
+    for (; i < count; i++) to[i] = dsv4_bf16_from_f32(from[i]);
+}
+
+static void DSV4__FN(put_row)(void *to, dsv4_dtype dtype, const float *from, int64_t count) {
+    if (dtype == DSV4_BF16)
+        DSV4__FN(narrow)((dsv4_bf16 *)to, from, count);
+    else
+        memcpy(to, from, (size_t)count * sizeof *from);
+}
+
+/* Sum of a b: lane l takes the elements l, l + 16, ...; then a fixed tree. */
+static float DSV4__FN(dot_product)(const float *a, const float *b, int64_t count) {
+    DSV4__VF sums[DSV4__LANES / DSV4__VL];
+    float lanes[DSV4__LANES];
+    for (int v = 0; v < DSV4__LANES / DSV4__VL; v++) sums[v] = v_zero();
+    for (int64_t i = 0; i < count; i += DSV4__LANES)
+        for (int v = 0; v < DSV4__LANES / DSV4__VL; v++) {
+            const int64_t n = count - i - v * DSV4__VL;
+            if (n <= 0) break;
+            const DSV4__VF x = DSV4__FN(load_some)(a + i + v * DSV4__VL, n);
+            sums[v] = v_fma(x, DSV4__FN(load_some)(b + i + v * DSV4__VL, n), sums[v]);
+        }
+    for (int v = 0; v < DSV4__LANES / DSV4__VL; v++) v_store(lanes + v * DSV4__VL, sums[v]);
+    for (int half = DSV4__LANES / 2; half > 0; half /= 2)
+        for (int i = 0; i < half; i++) lanes[i] += lanes[i + half];
+    return lanes[0];
+}
+
+/* 1 / sqrt(mean(row^2) + eps). */
+static float DSV4__FN(scale)(const float *row, int64_t count, float eps) {
+    const float mean = DSV4__FN(dot_product)(row, row, count) / (float)count;
+    const float root = sqrtf((float)(mean + eps));
+    return 1.0f / root;
+}
+
+/* RMSNorm's two multiplications: to = (row * scale) * norm. */
+static void DSV4__FN(normalise)(const dsv4__finish_job *job, float scale) {
+    const int64_t count = job->config->head_dim;
+    const uint32_t rounding = job->config->rounding;
+    for (int64_t c = 0; c < count; c += DSV4__VL) {
+        const int64_t n = dsv4__min(count - c, DSV4__VL);
+        DSV4__VF y = v_mul(DSV4__FN(load_some)(job->pooled + c, n), v_set(scale));
+        if (rounding & DSV4_ROUND_NORMED) y = v_round(y);
+        y = v_mul(y, DSV4__FN(load_some)(job->norm + c, n));
+        if (rounding & DSV4_ROUND_SCALED) y = v_round(y);
+        DSV4__FN(store_some)(job->row + c, y, n);
+    }
+}
+
+/* row = row * cos + swapped * sin, in place, sin signed per lane. */
+static void DSV4__FN(rotate)(float *row, float *swapped, const float *cos_row, const float *sin_row, int64_t count) {
+    for (int64_t i = 0; i < count; i++) swapped[i] = row[i ^ 1];
+    for (int64_t i = 0; i < count; i += DSV4__VL) {
+        const int64_t n = dsv4__min(count - i, DSV4__VL);
+        const DSV4__VF side = v_mul(DSV4__FN(load_some)(swapped + i, n), DSV4__FN(load_some)(sin_row + i, n));
+        const DSV4__VF turned = v_fma(DSV4__FN(load_some)(row + i, n), DSV4__FN(load_some)(cos_row + i, n), side);
+        DSV4__FN(store_some)(row + i, turned, n);
+    }
+}
+
+/* RMSNorm, norm's scale, RoPE, store. */
+static void DSV4__FN(finish)(const dsv4__finish_job *job) {
+    const int64_t dim = job->config->head_dim, turned = job->config->rope_dim;
+    if (job->config->rounding & DSV4_ROUND_POOLED) DSV4__FN(round)(job->pooled, dim);
+    DSV4__FN(normalise)(job, DSV4__FN(scale)(job->pooled, dim, job->config->eps));
+    if (job->latent != NULL) DSV4__FN(put_row)(job->latent, job->out_dtype, job->row, dim);
+    DSV4__FN(rotate)(job->row + dim - turned, job->swapped, job->cos_row, job->sin_row, turned);
+    DSV4__FN(put_row)(job->out, job->out_dtype, job->row, dim);
+}
+
+/* RMSNorm on the way back. `row` holds dout; after: row = gradient of the scaled row, pooled = the normalised row (which
+ * dnorm needs), dpooled = r (dn - n mean(dn n)), dn = dy norm. */
+static void DSV4__FN(finish_back)(const dsv4__finish_job *job) {
+    const int64_t dim = job->config->head_dim, turned = job->config->rope_dim;
+    float *n_row = job->pooled, *dn_row = job->dpooled;
+    if (job->config->rounding & DSV4_ROUND_POOLED) DSV4__FN(round)(n_row, dim);
+    const float scale = DSV4__FN(scale)(n_row, dim, job->config->eps);
+    DSV4__FN(rotate)(job->row + dim - turned, job->swapped, job->cos_row, job->sin_row, turned);
+    for (int64_t c = 0; c < dim; c += DSV4__VL) {
+        const int64_t n = dsv4__min(dim - c, DSV4__VL);
+        const DSV4__VF dy = DSV4__FN(load_some)(job->row + c, n), norm = DSV4__FN(load_some)(job->norm + c, n);
+        DSV4__FN(store_some)(n_row + c, v_mul(DSV4__FN(load_some)(n_row + c, n), v_set(scale)), n);
+        DSV4__FN(store_some)(dn_row + c, v_mul(dy, norm), n);
+    }
+    const float mean = DSV4__FN(dot_product)(dn_row, n_row, dim) / (float)dim;
+    for (int64_t c = 0; c < dim; c += DSV4__VL) {
+        const int64_t n = dsv4__min(dim - c, DSV4__VL);
+        const DSV4__VF inner =
+            v_fma(DSV4__FN(load_some)(n_row + c, n), v_set(-mean), DSV4__FN(load_some)(dn_row + c, n));
+        DSV4__FN(store_some)(dn_row + c, v_mul(inner, v_set(scale)), n);
+    }
+    if (job->config->rounding & DSV4_ROUND_NORMED) DSV4__FN(round)(n_row, dim);
+}
+
+/* sum += a b, or sum += a where b is NULL. */
+static void DSV4__FN(add)(float *sum, const float *a, const float *b, int64_t count) {
+    for (int64_t i = 0; i < count; i += DSV4__VL) {
+        const int64_t n = dsv4__min(count - i, DSV4__VL);
+        const DSV4__VF x = DSV4__FN(load_some)(a + i, n), old = DSV4__FN(load_some)(sum + i, n);
+        DSV4__FN(store_some)(sum + i, b != NULL ? v_fma(x, DSV4__FN(load_some)(b + i, n), old) : v_add(old, x), n);
+    }
+}
+
+#if DSV4__STAMP >= 2 && DSV4__STAMP <= 4
+#if defined(DSV4__CLANG)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#if DSV4__STAMP >= 3
+#pragma GCC diagnostic pop
+#endif
+#endif
+#endif
+
+/* For the table of kernel sets. */
+#if defined(DSV4__DOT)
+enum { DSV4__FN(has_dot) = 1, DSV4__FN(tile_rows) = DSV4__TILE_ROWS };
+#else
+enum { DSV4__FN(has_dot) = 0, DSV4__FN(tile_rows) = DSV4__TILE_ROWS };
+#endif
+
+#undef DSV4__SET
+#undef DSV4__VF
+#undef DSV4__VL
+#undef DSV4__FUSED
+#undef DSV4__DOT
+#undef DSV4__TILE_ROWS
+#undef DSV4__DIRECT_ROWS
+#undef DSV4__TILE_VECTORS
+#undef v_zero
+#undef v_set
+#undef v_load
+#undef v_store
+#undef v_load_n
+#undef v_store_n
+#undef v_add
+#undef v_sub
+#undef v_mul
+#undef v_div
+#undef v_max
+#undef v_fma
+#undef v_madd
+#undef v_below
+#undef v_power
+#undef v_round
+#undef v_widen
+#undef v_narrow
+#undef v_even
+#undef v_odd
+#undef v_pair
+#undef v_dot
+#endif /* DSV4__STAMP */
+
+#if defined(DSV4_COMPRESSOR_IMPLEMENTATION) && !defined(DSV4__IMPLEMENTED) && !defined(DSV4__STAMP)
+
+#define DSV4__STAMP 1
+#include DSV4_COMPRESSOR_HEADER
+#undef DSV4__STAMP
+#if defined(DSV4__X86)
+#define DSV4__STAMP 2
+#include DSV4_COMPRESSOR_HEADER
+#undef DSV4__STAMP
+#define DSV4__STAMP 3
+#include DSV4_COMPRESSOR_HEADER
+#undef DSV4__STAMP
+#if defined(DSV4__X86_BF16)
+#define DSV4__STAMP 4
+#include DSV4_COMPRESSOR_HEADER
+#undef DSV4__STAMP
+#endif
+#endif
+#if defined(DSV4__NEON)
+#define DSV4__STAMP 5
+#include DSV4_COMPRESSOR_HEADER
+#undef DSV4__STAMP
+#endif
+#if defined(DSV4__SIMDE)
+#define DSV4__STAMP 6
+#include DSV4_COMPRESSOR_HEADER
+#undef DSV4__STAMP
+#endif
+
+/* ------------------------------------------------------------------------------------------------------------
+ * 3g. Dispatch: which kernel sets this CPU can run
+ * ------------------------------------------------------------------------------------------------------------ */
+
+static int dsv4__always(void) { return 1; }
+
+#if defined(DSV4__X86)
+static int dsv4__has_avx2(void) { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+
+static int dsv4__has_avx512(void) {
+    return dsv4__has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+}
+#endif
+
+#if defined(DSV4__X86_BF16)
+static int dsv4__has_avx512bf16(void) {
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    return dsv4__has_avx512() && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 5 & 1u);
+}
+
+/* Intel's VDPBF16PS has half the rate of its FMA: there, widening weights once a block is twice as fast. */
+static int dsv4__has_fast_avx512bf16(void) { return !__builtin_cpu_is("intel") && dsv4__has_avx512bf16(); }
+static int dsv4__has_slow_avx512bf16(void) { return __builtin_cpu_is("intel") && dsv4__has_avx512bf16(); }
+#endif
+
+#define DSV4__SET_ROW(set, usable)                                                                               \
+    {                                                                                                            \
+#set, usable, dsv4__##set##_tile_rows, dsv4__##set##_has_dot, dsv4__##set##_product, dsv4__##set##_pool, \
+            dsv4__##set##_pool_back, dsv4__##set##_finish, dsv4__##set##_finish_back, dsv4__##set##_add,         \
+            dsv4__##set##_round, dsv4__##set##_widen, dsv4__##set##_narrow                                       \
+    }
+
+static const dsv4__kernels dsv4__sets[] = {
+#if defined(DSV4__X86_BF16)
+    DSV4__SET_ROW(avx512bf16, dsv4__has_fast_avx512bf16),
+#endif
+#if defined(DSV4__X86)
+    DSV4__SET_ROW(avx512, dsv4__has_avx512),
+#endif
+#if defined(DSV4__X86_BF16)
+    DSV4__SET_ROW(avx512bf16, dsv4__has_slow_avx512bf16),
+#endif
+#if defined(DSV4__X86)
+    DSV4__SET_ROW(avx2, dsv4__has_avx2),
+#endif
+#if defined(DSV4__NEON)
+    DSV4__SET_ROW(neon, dsv4__always),
+#endif
+#if defined(DSV4__SIMDE)
+    DSV4__SET_ROW(simde, dsv4__always),
+#endif
+    DSV4__SET_ROW(scalar, dsv4__always),
+};
+
+enum { DSV4__SET_COUNT = (int)(sizeof dsv4__sets / sizeof dsv4__sets[0]) };
+
+static const dsv4__kernels *dsv4__set_at(int index) {
+    for (int i = 0; i < DSV4__SET_COUNT; i++)
+        if (dsv4__sets[i].usable() && index-- == 0) return &dsv4__sets[i];
+    return NULL;
+}
+
+DSV4_API const char *dsv4_isa_name(int index) {
+    const dsv4__kernels *set = index < 0 ? NULL : dsv4__set_at(index);
+    return set != NULL ? set->name : NULL;
+}
+
+static dsv4_status dsv4__set_by_name(const char *name, const dsv4__kernels **set, dsv4_error *error) {
+    *set = dsv4__set_at(0);
+    for (int i = 1; name != NULL && *set != NULL && strcmp((*set)->name, name) != 0; i++) *set = dsv4__set_at(i);
+    if (*set != NULL) return DSV4_OK;
+    return dsv4__fail(error, DSV4_ERROR_ISA, "no kernel set \"%.40s\" on this CPU", name);
+}
+
+/* For conversions any set will do but those whose test asks the CPU anew, which takes long in a virtual machine. */
+static const dsv4__kernels *dsv4__set_for_arrays(void) {
+    int i = 0;
+    while (dsv4__sets[i].dot || !dsv4__sets[i].usable()) i++;
+    return &dsv4__sets[i];
+}
+
+DSV4_API void dsv4_bf16_from_f32_array(dsv4_bf16 *destination, const float *source, size_t count) {
+    dsv4__set_for_arrays()->narrow(destination, source, (int64_t)count);
+}
+
+DSV4_API void dsv4_bf16_to_f32_array(float *destination, const dsv4_bf16 *source, size_t count) {
+    dsv4__set_for_arrays()->widen(destination, source, (int64_t)count);
+}
+
+/* ------------------------------------------------------------------------------------------------------------
+ * 3h. Presets, checks and initial values of a configuration
+ * ------------------------------------------------------------------------------------------------------------ */
+
+DSV4_API dsv4_config dsv4_preset_config(dsv4_preset preset) {
+    static const struct {
+        int64_t hidden_dim, head_dim, ratio;
+        int overlap, no_ape;
+        float eps;
+    } rows[] = {
+#define DSV4__PRESET_ROW(name, text, h, d, m, overlap, no_ape, eps) {h, d, m, overlap, no_ape, eps},
+        DSV4_PRESETS(DSV4__PRESET_ROW)
+#undef DSV4__PRESET_ROW
+    };
+    dsv4_config config;
+    memset(&config, 0, sizeof config);
+    if ((unsigned)preset >= (unsigned)DSV4_PRESET_COUNT) return config;
+    config.hidden_dim = rows[preset].hidden_dim;
+    config.head_dim = rows[preset].head_dim;
+    config.ratio = rows[preset].ratio;
+    config.rope_dim = 64;
+    config.overlap = rows[preset].overlap;
+    config.no_ape = rows[preset].no_ape;
+    config.no_gate = config.ratio == 1;
+    config.rounding = DSV4_ROUNDING_DEEPSEEK;
+    config.eps = rows[preset].eps;
+    config.yarn_factor = 16;
+    return config;
+}
+
+DSV4_API const char *dsv4_preset_name(dsv4_preset preset) {
+    static const char *const names[] = {
+#define DSV4__PRESET_TEXT(name, text, h, d, m, overlap, no_ape, eps) text,
+        DSV4_PRESETS(DSV4__PRESET_TEXT)
+#undef DSV4__PRESET_TEXT
+    };
+    return (unsigned)preset < (unsigned)DSV4_PRESET_COUNT ? names[preset] : NULL;
+}
+
+/* The configuration with its defaults in place. */
+static dsv4_config dsv4__resolve(const dsv4_config *config) {
+    dsv4_config full = *config;
+    full.overlap = config->overlap != 0;
+    full.no_ape = config->no_ape != 0;
+    full.no_gate = config->no_gate != 0;
+    if (full.eps == 0) full.eps = 1e-6f;
+    if (full.pad_gate == 0) full.pad_gate = -1e4f;
+    if (full.rope_theta == 0) full.rope_theta = 160000;
+    if (full.yarn_factor == 0) full.yarn_factor = 1;
+    if (full.yarn_orig_ctx == 0) full.yarn_orig_ctx = 65536;
+    if (full.yarn_beta_fast == 0) full.yarn_beta_fast = 32;
+    if (full.yarn_beta_slow == 0) full.yarn_beta_slow = 1;
+    return full;
+}
+
+/* A dimension: 1 ... 2^31 - 1. */
+static dsv4_status dsv4__check_dim(int64_t value, const char *name, dsv4_error *error) {
+    if (value >= 1 && value <= INT32_MAX) return DSV4_OK;
+    return dsv4__fail(error, DSV4_ERROR_CONFIG, "%s is %lld, not in 1 ... 2147483647", name, (long long)value);
+}
+
+/* A real setting: at least `least` (or above it), and not beyond what arithmetic on it can bear. */
+static dsv4_status dsv4__check_real(double value, double least, int above, const char *name, dsv4_error *error) {
+    if ((above ? value > least : value >= least) && value <= 1e30) return DSV4_OK;
+    return dsv4__fail(error, DSV4_ERROR_CONFIG, "%s is %g, not %s %g", name, value, above ? "above" : "at least",
+                      least);
+}
+
+DSV4_API dsv4_status dsv4_config_check(const dsv4_config *config, dsv4_error *error) {
+    DSV4__TRY(dsv4__need(config, "config", error));
+    const dsv4_config full = dsv4__resolve(config);
+    DSV4__TRY(dsv4__check_dim(full.hidden_dim, "hidden_dim", error));
+    DSV4__TRY(dsv4__check_dim(full.head_dim, "head_dim", error));
+    DSV4__TRY(dsv4__check_dim(full.ratio, "ratio", error));
+    if (full.rope_dim < 0 || full.rope_dim > full.head_dim || full.rope_dim % 2 != 0)
+        return dsv4__fail(error, DSV4_ERROR_CONFIG, "rope_dim is %lld, not an even number in 0 ... head_dim %lld",
+                          (long long)full.rope_dim, (long long)full.head_dim);
+    if (full.no_gate && (full.ratio != 1 || full.overlap))
+        return dsv4__fail(error, DSV4_ERROR_CONFIG, "no_gate with windows of %lld rows to weigh",
+                          (long long)(full.ratio * (1 + full.overlap)));
+    if ((full.rounding & ~0xffu) != 0)
+        return dsv4__fail(error, DSV4_ERROR_CONFIG, "rounding is 0x%lx, beyond the points that are known",
+                          (unsigned long)full.rounding);
+    if (!(full.pad_gate < 0)) return dsv4__fail(error, DSV4_ERROR_CONFIG, "pad_gate is %g, not below 0", full.pad_gate);
+    DSV4__TRY(dsv4__check_real(full.eps, 0, 1, "eps", error));
+    DSV4__TRY(dsv4__check_real(full.rope_theta, 1, 1, "rope_theta", error));
+    DSV4__TRY(dsv4__check_real(full.yarn_factor, 1, 0, "yarn_factor", error));
+    DSV4__TRY(dsv4__check_real(full.yarn_orig_ctx, 1, 0, "yarn_orig_ctx", error));
+    DSV4__TRY(dsv4__check_real(full.yarn_beta_fast, 0, 1, "yarn_beta_fast", error));
+    DSV4__TRY(dsv4__check_real(full.yarn_beta_slow, 0, 1, "yarn_beta_slow", error));
+    return DSV4_OK;
+}
+
+DSV4_API dsv4_status dsv4_config_params(const dsv4_config *config, dsv4_param_info info[DSV4_PARAM_COUNT],
+                                        dsv4_error *error) {
+    static const char *const names[DSV4_PARAM_COUNT] = {"wkv", "wgate", "ape", "norm"};
+    DSV4__TRY(dsv4_config_check(config, error));
+    DSV4__TRY(dsv4__need(info, "info", error));
+    const int64_t columns = config->head_dim * (config->overlap ? 2 : 1);
+    const int64_t rows[DSV4_PARAM_COUNT] = {columns, config->no_gate ? 0 : columns, config->no_ape ? 0 : config->ratio,
+                                            1};
+    const int64_t widths[DSV4_PARAM_COUNT] = {config->hidden_dim, config->no_gate ? 0 : config->hidden_dim,
+                                              config->no_ape ? 0 : columns, config->head_dim};
+    for (int i = 0; i < DSV4_PARAM_COUNT; i++) {
+        info[i].name = names[i];
+        info[i].rows = rows[i];
+        info[i].columns = widths[i];
+        info[i].count = rows[i] * widths[i];
+    }
+    return DSV4_OK;
+}
+
+/* Uniform in [-1, 1) on a grid of 2^-23, from a counter: SplitMix64's finaliser. */
+static float dsv4__uniform(uint64_t seed, uint64_t stream, uint64_t index) {
+    uint64_t z = seed + (stream + 1) * 0xd1b54a32d192ed03u + (index + 1) * 0x9e3779b97f4a7c15u;
+    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
+    z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
+    z ^= z >> 31;
+    return (float)((int32_t)(z >> 40) - 8388608) / 8388608.0f;
+}
+
+DSV4_API dsv4_status dsv4_param_init(const dsv4_config *config, dsv4_param param, uint64_t seed, dsv4_dtype dtype,
+                                     void *data, dsv4_error *error) {
+    dsv4_param_info info[DSV4_PARAM_COUNT];
+    DSV4__TRY(dsv4_config_params(config, info, error));
+    if ((unsigned)param >= (unsigned)DSV4_PARAM_COUNT || info[param].count == 0)
+        return dsv4__fail(error, DSV4_ERROR_ARGUMENT, "parameter %d is none of this configuration", (int)param);
+    DSV4__TRY(dsv4__need_array(data, dtype, info[param].name, error));
+    const float range = param == DSV4_APE ? 0.5f : sqrtf(3.0f / (float)config->hidden_dim);
+    for (int64_t i = 0; i < info[param].count; i++)
+        dsv4__put(data, dtype, i,
+                  param == DSV4_NORM ? 1.0f : range * dsv4__uniform(seed, (uint64_t)param, (uint64_t)i));
+    return DSV4_OK;
+}
+
+DSV4_API dsv4_status dsv4_rope_frequencies(const dsv4_config *config, float *inv_freq, int64_t capacity,
+                                           dsv4_error *error) {
+    DSV4__TRY(dsv4_config_check(config, error));
+    if (capacity < config->rope_dim / 2)
+        return dsv4__fail(error, DSV4_ERROR_BUFFER, "room for %lld frequencies of %lld", (long long)capacity,
+                          (long long)(config->rope_dim / 2));
+    const dsv4_config full = dsv4__resolve(config);
+    if (full.rope_dim > 0) DSV4__TRY(dsv4__need_aligned(inv_freq, sizeof *inv_freq, "inv_freq", error));
+    dsv4__frequencies(&full, inv_freq);
+    return DSV4_OK;
+}
+
+/* ------------------------------------------------------------------------------------------------------------
+ * 3i. The compressor: weights packed in panels
+ *
+ * A group is 32 channels of every series: the columns that pooling needs together. Its panels are, for each series, kv's
+ * 32 columns and gate's. Memory runs block of 256 terms, group, panel, pair of terms, column, term of the pair: decoding
+ * reads it once from end to end, and prefill keeps one block of one panel in the first cache for many rows.
+ * ------------------------------------------------------------------------------------------------------------ */
+
+struct dsv4_compressor {
+    dsv4_config config;
+    dsv4_allocator allocator;
+    size_t bytes;
+    const dsv4__kernels *kernels;
+    uint64_t fingerprint;
+    int64_t series;   /* coff: rows of a window come from this many windows */
+    int64_t matrices; /* wkv alone, or wkv and wgate */
+    int64_t columns;  /* series * head_dim */
+    int64_t groups;
+    int64_t terms;   /* hidden_dim, made even */
+    int w_bf16[2];   /* type of each matrix */
+    int training;    /* DSV4__BACK, DSV4__BF16_SUMS */
+    float *ape;      /* [ratio, columns] or NULL */
+    float *norm;     /* [head_dim] */
+    float *inv_freq; /* [rope_dim / 2] */
+    unsigned char *panels;
+    unsigned char *back_panels; /* for dx: by 32 hidden columns, the matrices' rows as terms */
+};
+
+enum { DSV4__BACK = 1, DSV4__BF16_SUMS = 2 };
+
+/* FNV-1a, for fingerprints and checksums. */
+static uint64_t dsv4__hash(uint64_t hash, const void *data, size_t size) {
+    const unsigned char *bytes = (const unsigned char *)data;
+    for (size_t i = 0; i < size; i++) hash = (hash ^ bytes[i]) * 0x100000001b3u;
+    return hash;
+}
+
+static uint64_t dsv4__hash_number(uint64_t hash, uint64_t number) {
+    unsigned char bytes[8];
+    for (int i = 0; i < 8; i++) bytes[i] = (unsigned char)(number >> (8 * i));
+    return dsv4__hash(hash, bytes, sizeof bytes);
+}
+
+static uint64_t dsv4__hash_real(uint64_t hash, double number) {
+    uint64_t bits;
+    memcpy(&bits, &number, sizeof bits);
+    return dsv4__hash_number(hash, bits);
+}
+
+static const uint64_t dsv4__hash_start = 0xcbf29ce484222325u;
+
+static uint64_t dsv4__config_fingerprint(const dsv4_config *config) {
+    const int64_t numbers[] = {config->hidden_dim, config->head_dim, config->ratio,   config->rope_dim,
+                               config->overlap,    config->no_ape,   config->no_gate, (int64_t)config->rounding};
+    const double reals[] = {config->eps,           config->pad_gate,       config->rope_theta,    config->yarn_factor,
+                            config->yarn_orig_ctx, config->yarn_beta_fast, config->yarn_beta_slow};
+    uint64_t hash = dsv4__hash_start;
+    for (size_t i = 0; i < sizeof numbers / sizeof numbers[0]; i++)
+        hash = dsv4__hash_number(hash, (uint64_t)numbers[i]);
+    for (size_t i = 0; i < sizeof reals / sizeof reals[0]; i++) hash = dsv4__hash_real(hash, reals[i]);
+    return hash;
+}
+
+/* Bytes of a term of all panels of a group before panel `panel`. */
+static int64_t dsv4__panel_offset(const dsv4_compressor *c, int64_t panel) {
+    int64_t bytes = 0;
+    for (int64_t p = 0; p < panel; p++) bytes += DSV4__PANEL * (c->w_bf16[p % c->matrices] ? 2 : 4);
+    return bytes;
+}
+
+static unsigned char *dsv4__panel(const dsv4_compressor *c, int64_t group, int64_t term, int64_t panel) {
+    const int64_t block = dsv4__min(c->terms - term, DSV4__KBLOCK);
+    const int64_t term_bytes = dsv4__panel_offset(c, c->series * c->matrices);
+    return c->panels + term * c->groups * term_bytes + block * (group * term_bytes + dsv4__panel_offset(c, panel));
+}
+
+/* The block of `matrix` from term (its row) `term` on, for the hidden columns of a group of 32. */
+static unsigned char *dsv4__back_panel(const dsv4_compressor *c, int64_t group, int64_t matrix, int64_t term) {
+    const int64_t terms = (c->columns + 1) / 2 * 2;
+    return c->back_panels + (group * dsv4__panel_offset(c, c->matrices) + dsv4__panel_offset(c, matrix)) * terms +
+           term * DSV4__PANEL * (c->w_bf16[matrix] ? 2 : 4);
+}
+
+/* Places of the parts of the block, the structure first. */
+typedef struct dsv4__compressor_layout {
+    uint64_t ape, norm, inv_freq, panels, back_panels;
+    dsv4__size size;
+} dsv4__compressor_layout;
+
+static dsv4__compressor_layout dsv4__compressor_parts(const dsv4_compressor *c) {
+    dsv4__compressor_layout layout;
+    memset(&layout, 0, sizeof layout);
+    (void)dsv4__reserve(&layout.size, 1, 1, sizeof *c);
+    layout.ape = dsv4__reserve(&layout.size, c->config.no_ape ? 0 : c->config.ratio, c->columns, sizeof(float));
+    layout.norm = dsv4__reserve(&layout.size, 1, c->config.head_dim, sizeof(float));
+    layout.inv_freq = dsv4__reserve(&layout.size, 1, c->config.rope_dim / 2, sizeof(float));
+    layout.panels =
+        dsv4__reserve(&layout.size, c->groups * c->terms, dsv4__panel_offset(c, c->series * c->matrices), 1);
+    layout.back_panels =
+        dsv4__reserve(&layout.size, c->training ? dsv4__ceil_div(c->config.hidden_dim, DSV4__PANEL) : 0,
+                      (c->columns + 1) / 2 * 2 * dsv4__panel_offset(c, c->matrices), 1);
+    return layout;
+}
+
+static dsv4_status dsv4__check_param(const dsv4_array *array, const dsv4_param_info *info, dsv4_error *error) {
+    if (info->count > 0) return dsv4__need_array(array->data, array->dtype, info->name, error);
+    if (array->data == NULL) return DSV4_OK;
+    return dsv4__fail(error, DSV4_ERROR_ARGUMENT, "%s is given, but the configuration has none", info->name);
+}
+
+/* Checks everything that size and create are given and fills in all but the arrays. */
+static dsv4_status dsv4__compressor_plan(const dsv4_config *config, const dsv4_params *params,
+                                         const dsv4_options *options, dsv4_compressor *c, dsv4_error *error) {
+    dsv4_param_info info[DSV4_PARAM_COUNT];
+    memset(c, 0, sizeof *c);
+    DSV4__TRY(dsv4_config_params(config, info, error));
+    DSV4__TRY(dsv4__need(params, "params", error));
+    const dsv4_array *arrays[DSV4_PARAM_COUNT] = {&params->wkv, &params->wgate, &params->ape, &params->norm};
+    for (int i = 0; i < DSV4_PARAM_COUNT; i++) DSV4__TRY(dsv4__check_param(arrays[i], &info[i], error));
+    DSV4__TRY(dsv4__set_by_name(options != NULL ? options->isa : NULL, &c->kernels, error));
+    c->config = dsv4__resolve(config);
+    c->fingerprint = dsv4__config_fingerprint(&c->config);
+    c->series = c->config.overlap ? 2 : 1;
+    c->matrices = c->config.no_gate ? 1 : 2;
+    c->columns = c->series * c->config.head_dim;
+    c->groups = dsv4__ceil_div(c->config.head_dim, DSV4__PANEL);
+    c->terms = (c->config.hidden_dim + 1) / 2 * 2;
+    c->w_bf16[0] = params->wkv.dtype == DSV4_BF16;
+    c->w_bf16[1] = params->wgate.dtype == DSV4_BF16;
+    if (options != NULL && options->training)
+        c->training = DSV4__BACK | (options->bf16_gradients ? DSV4__BF16_SUMS : 0);
+    return DSV4_OK;
+}
+
+DSV4_API dsv4_status dsv4_compressor_size(const dsv4_config *config, const dsv4_params *params,
+                                          const dsv4_options *options, size_t *bytes, dsv4_error *error) {
+    dsv4_compressor plan;
+    DSV4__TRY(dsv4__compressor_plan(config, params, options, &plan, error));
+    DSV4__TRY(dsv4__need(bytes, "bytes", error));
+    const dsv4__compressor_layout layout = dsv4__compressor_parts(&plan);
+    DSV4__TRY(dsv4__size_check(&layout.size, "compressor", error));
+    *bytes = (size_t)layout.size.bytes;
+    return DSV4_OK;
+}
+
+/* A matrix [rows, columns] of either type, and the part of it that one block of one panel holds. */
+typedef struct dsv4__panel_source {
+    dsv4_array matrix;
+    int64_t columns;             /* of the matrix: numbers from row to row */
+    int64_t row, rows;           /* the panel's columns are these rows of the matrix; the missing ones up to 32 are 0 */
+    int64_t term, terms, padded; /* and its terms these columns; from `terms` to `padded` 0 */
+} dsv4__panel_source;
+
+/* bf16: pairs of terms stay together, so that pairs are what is transposed; 16 at a time, a cache line of each row. */
+static void dsv4__pack_bf16(const dsv4__panel_source *source, dsv4_bf16 *to) {
+    const dsv4_bf16 *from = (const dsv4_bf16 *)source->matrix.data + source->row * source->columns + source->term;
+    memset(to, 0, (size_t)(source->padded * DSV4__PANEL) * sizeof *to);
+    for (int64_t first = 0; first < source->terms; first += 32)
+        for (int64_t r = 0; r < source->rows; r++) {
+            const int64_t end = dsv4__min(first + 32, source->terms);
+            for (int64_t k = first; k + 1 < end; k += 2)
+                memcpy(to + k * DSV4__PANEL + 2 * r, from + r * source->columns + k, 2 * sizeof *to);
+            if ((end - first) % 2 != 0) to[(end - 1) * DSV4__PANEL + 2 * r] = from[r * source->columns + end - 1];
+        }
+}
+
+static void dsv4__pack_f32(const dsv4__panel_source *source, float *to) {
+    const float *from = (const float *)source->matrix.data + source->row * source->columns + source->term;
+    memset(to, 0, (size_t)(source->padded * DSV4__PANEL) * sizeof *to);
+    for (int64_t first = 0; first < source->terms; first += 16)
+        for (int64_t r = 0; r < source->rows; r++)
+            for (int64_t k = first; k < dsv4__min(first + 16, source->terms); k++)
+                to[k * DSV4__PANEL + r] = from[r * source->columns + k];
+}
+
+static void dsv4__pack_panel(const dsv4__panel_source *source, void *to) {
+    if (source->matrix.dtype == DSV4_BF16)
+        dsv4__pack_bf16(source, (dsv4_bf16 *)to);
+    else
+        dsv4__pack_f32(source, (float *)to);
+}
+
+static void dsv4__pack_weights(const dsv4_compressor *c, const dsv4_params *params) {
+    dsv4__panel_source source;
+    memset(&source, 0, sizeof source);
+    source.columns = c->config.hidden_dim;
+    for (source.term = 0; source.term < c->terms; source.term += DSV4__KBLOCK)
+        for (int64_t group = 0; group < c->groups; group++)
+            for (int64_t panel = 0; panel < c->series * c->matrices; panel++) {
+                source.matrix = panel % c->matrices == 0 ? params->wkv : params->wgate;
+                source.row = panel / c->matrices * c->config.head_dim + group * DSV4__PANEL;
+                source.rows = dsv4__min(c->config.head_dim - group * DSV4__PANEL, DSV4__PANEL);
+                source.padded = dsv4__min(c->terms - source.term, DSV4__KBLOCK);
+                source.terms = dsv4__min(c->config.hidden_dim - source.term, DSV4__KBLOCK);
+                dsv4__pack_panel(&source, dsv4__panel(c, group, source.term, panel));
+            }
+}
+
+/* Rows of a matrix that are the terms of a product, and up to 32 of their columns. */
+typedef struct dsv4__terms {
+    const dsv4__kernels *kernels;
+    const void *first; /* first number of the first term */
+    dsv4_dtype dtype;
+    int64_t stride; /* numbers from term to term */
+    int64_t terms, columns;
+} dsv4__terms;
+
+/* As a right operand: fp32 [terms][32], or bf16 [terms / 2][32][2] from bf16; made even, and 32 wide, with zeros. */
+static void dsv4__pack_terms(const dsv4__terms *source, dsv4_dtype dtype, void *to) {
+    static const dsv4_bf16 zeros[DSV4__PANEL] = {0};
+    const int64_t padded = (source->terms + 1) / 2 * 2, n = source->columns;
+    if (padded > source->terms || n < DSV4__PANEL)
+        memset(to, 0, (size_t)(padded * DSV4__PANEL) * dsv4_dtype_size(dtype));
+    for (int64_t k = 0; k < source->terms && dtype == DSV4_F32; k++) {
+        const void *from = dsv4__at(source->first, source->dtype, k * source->stride);
+        float *row = (float *)to + k * DSV4__PANEL;
+        if (source->dtype == DSV4_F32)
+            memcpy(row, from, (size_t)n * sizeof *row);
+        else
+            source->kernels->widen(row, (const dsv4_bf16 *)from, n);
+    }
+    for (int64_t k = 0; k < source->terms && dtype == DSV4_BF16; k += 2) {
+        const dsv4_bf16 *even = (const dsv4_bf16 *)source->first + k * source->stride;
+        const dsv4_bf16 *odd = k + 1 < source->terms ? even + source->stride : zeros;
+        dsv4_bf16 *pairs = (dsv4_bf16 *)to + k * DSV4__PANEL;
+        for (int64_t i = 0; i < n; i++) {
+            pairs[2 * i] = even[i];
+            pairs[2 * i + 1] = odd[i];
+        }
+    }
+}
+
+/* The matrices once more, their rows as terms. */
+static void dsv4__pack_back_weights(const dsv4_compressor *c, const dsv4_params *params) {
+    dsv4__terms source;
+    source.kernels = c->kernels;
+    source.stride = c->config.hidden_dim;
+    source.terms = c->columns;
+    for (int64_t h = 0; h < c->config.hidden_dim; h += DSV4__PANEL)
+        for (int64_t m = 0; m < c->matrices; m++) {
+            const dsv4_array *matrix = m == 0 ? &params->wkv : &params->wgate;
+            source.dtype = matrix->dtype;
+            source.first = dsv4__at(matrix->data, matrix->dtype, h);
+            source.columns = dsv4__min(c->config.hidden_dim - h, DSV4__PANEL);
+            dsv4__pack_terms(&source, matrix->dtype, dsv4__back_panel(c, h / DSV4__PANEL, m, 0));
+        }
+}
+
+DSV4_API dsv4_status dsv4_compressor_create(const dsv4_config *config, const dsv4_params *params,
+                                            const dsv4_options *options, const dsv4_allocator *allocator,
+                                            dsv4_compressor **compressor, dsv4_error *error) {
+    void *block = NULL;
+    size_t bytes = 0;
+    DSV4__TRY(dsv4__need(compressor, "compressor", error));
+    DSV4__TRY(dsv4_compressor_size(config, params, options, &bytes, error));
+    DSV4__TRY(dsv4__allocate(allocator, bytes, "compressor", &block, error));
+    dsv4_compressor *c = (dsv4_compressor *)block;
+    (void)dsv4__compressor_plan(config, params, options, c, NULL);
+    const dsv4__compressor_layout layout = dsv4__compressor_parts(c);
+    unsigned char *base = (unsigned char *)block;
+    c->allocator = *allocator;
+    c->bytes = bytes;
+    c->ape = c->config.no_ape ? NULL : (float *)(void *)(base + layout.ape);
+    c->norm = (float *)(void *)(base + layout.norm);
+    c->inv_freq = (float *)(void *)(base + layout.inv_freq);
+    c->panels = base + layout.panels;
+    for (int64_t i = 0; c->ape != NULL && i < c->config.ratio * c->columns; i++) c->ape[i] = dsv4__get(params->ape, i);
+    if (c->ape != NULL && (c->config.rounding & DSV4_ROUND_SCORE))
+        c->kernels->round_array(c->ape, c->config.ratio * c->columns);
+    for (int64_t i = 0; i < c->config.head_dim; i++) c->norm[i] = dsv4__get(params->norm, i);
+    dsv4__frequencies(&c->config, c->inv_freq);
+    c->back_panels = base + layout.back_panels;
+    dsv4__pack_weights(c, params);
+    if (c->training) dsv4__pack_back_weights(c, params);
+    *compressor = c;
+    return DSV4_OK;
+}
+
+DSV4_API void dsv4_compressor_destroy(dsv4_compressor *compressor) {
+    if (compressor != NULL) (compressor->allocator.free)(compressor->allocator.context, compressor, compressor->bytes);
+}
+
+DSV4_API const dsv4_config *dsv4_compressor_config(const dsv4_compressor *compressor) {
+    return compressor != NULL ? &compressor->config : NULL;
+}
+
+DSV4_API const char *dsv4_compressor_isa(const dsv4_compressor *compressor) {
+    return compressor != NULL ? compressor->kernels->name : NULL;
+}
+
+/* ------------------------------------------------------------------------------------------------------------
+ * 3j. Streams
+ *
+ * Projected rows wait in one ring per series, at their token's index modulo the ring's capacity. The series pooled with
+ * its own window needs the open window's rows, at most ratio - 1; the series pooled with the next window (overlap's
+ * first) a whole window more. Each ring is `depth` rows longer, so that a roll-back only has to move `tokens` back.
+ * ------------------------------------------------------------------------------------------------------------ */
+
+struct dsv4_state {
+    dsv4_allocator allocator;
+    size_t bytes;
+    uint64_t fingerprint;
+    int64_t ratio, row; /* row: numbers of one token in one ring: kv, then gate, head_dim each */
+    int64_t head_dim, series, depth;
+    int64_t origin; /* position of the sequence's first token */
+    int64_t tokens; /* seen since */
+    int64_t floor;  /* the least number of tokens that a roll-back can leave */
+    int listed;     /* met among the segments of the call that is being checked */
+    int64_t capacity[2];
+    float *rings[2];
+};
+
+/* The series that is pooled one window later than the last one. */
+static int64_t dsv4__lag(const dsv4_state *state, int64_t series) { return series + 1 < state->series ? 1 : 0; }
+
+static void dsv4__state_plan(const dsv4_compressor *c, int64_t depth, dsv4_state *state) {
+    memset(state, 0, sizeof *state);
+    state->fingerprint = c->fingerprint;
+    state->ratio = c->config.ratio;
+    state->head_dim = c->config.head_dim;
+    state->series = c->series;
+    state->row = c->matrices * c->config.head_dim;
+    state->depth = depth;
+    for (int64_t s = 0; s < c->series; s++)
+        state->capacity[s] = depth + state->ratio - 1 + dsv4__lag(state, s) * state->ratio;
+}
+
+static dsv4__size dsv4__state_parts(const dsv4_state *state, uint64_t begin[2]) {
+    dsv4__size size = {0, 0};
+    (void)dsv4__reserve(&size, 1, 1, sizeof *state);
+    for (int64_t s = 0; s < state->series; s++)
+        begin[s] = dsv4__reserve(&size, state->capacity[s], state->row, sizeof(float));
+    return size;
+}
+
+DSV4_API dsv4_status dsv4_state_size(const dsv4_compressor *compressor, int64_t depth, size_t *bytes,
+                                     dsv4_error *error) {
+    dsv4_state plan;
+    uint64_t begin[2];
+    DSV4__TRY(dsv4__need(compressor, "compressor", error));
+    DSV4__TRY(dsv4__need(bytes, "bytes", error));
+    if (depth < 0 || depth > INT64_MAX / 4)
+        return dsv4__fail(error, DSV4_ERROR_ARGUMENT, "depth is %lld, not in 0 ... 2^61", (long long)depth);
+    dsv4__state_plan(compressor, depth, &plan);
+    const dsv4__size size = dsv4__state_parts(&plan, begin);
+    DSV4__TRY(dsv4__size_check(&size, "state", error));
+    *bytes = (size_t)size.bytes;
+    return DSV4_OK;
+}
+
+/* Lays a state out in memory of dsv4_state_size bytes. */
+static dsv4_state *dsv4__state_place(const dsv4_compressor *c, int64_t depth, void *block) {
+    dsv4_state *state = (dsv4_state *)block;
+    uint64_t begin[2];
+    dsv4__state_plan(c, depth, state);
+    state->bytes = (size_t)dsv4__state_parts(state, begin).bytes;
+    for (int64_t s = 0; s < state->series; s++) state->rings[s] = (float *)(void *)((unsigned char *)block + begin[s]);
+    return state;
+}
+
+DSV4_API dsv4_status dsv4_state_create(const dsv4_compressor *compressor, int64_t depth,
+                                       const dsv4_allocator *allocator, dsv4_state **state, dsv4_error *error) {
+    void *block = NULL;
+    size_t bytes = 0;
+    DSV4__TRY(dsv4_state_size(compressor, depth, &bytes, error));
+    DSV4__TRY(dsv4__need(state, "state", error));
+    DSV4__TRY(dsv4__allocate(allocator, bytes, "state", &block, error));
+    *state = dsv4__state_place(compressor, depth, block);
+    (*state)->allocator = *allocator;
+    return DSV4_OK;
+}
+
+DSV4_API void dsv4_state_destroy(dsv4_state *state) {
+    if (state != NULL) (state->allocator.free)(state->allocator.context, state, state->bytes);
+}
+
+DSV4_API dsv4_status dsv4_state_reset(dsv4_state *state, dsv4_error *error) {
+    DSV4__TRY(dsv4__need(state, "state", error));
+    state->origin = state->tokens = state->floor = 0;
+    return DSV4_OK;
+}
+
+DSV4_API int64_t dsv4_state_tokens(const dsv4_state *state) { return state != NULL ? state->tokens : 0; }
+DSV4_API int64_t dsv4_state_position(const dsv4_state *state) {
+    return state != NULL ? state->origin + state->tokens : 0;
+}
+DSV4_API int64_t dsv4_state_reach(const dsv4_state *state) { return state != NULL ? state->tokens - state->floor : 0; }
+
+static float *dsv4__state_row(const dsv4_state *state, int64_t series, int64_t t) {
+    return state->rings[series] + t % state->capacity[series] * state->row;
+}
+
+/* The first token whose row of a series is still needed once roll-backs go no further than `floor`. */
+static int64_t dsv4__state_first(const dsv4_state *state, int64_t series, int64_t floor) {
+    return dsv4__max((floor / state->ratio - dsv4__lag(state, series)) * state->ratio, 0);
+}
+
+static void dsv4__state_advance(dsv4_state *state, int64_t position, int64_t count) {
+    if (state->tokens == 0) state->origin = position;
+    state->tokens += count;
+    state->floor = dsv4__max(state->floor, state->tokens - state->depth);
+}
+
+DSV4_API dsv4_status dsv4_state_copy(dsv4_state *destination, const dsv4_state *source, dsv4_error *error) {
+    DSV4__TRY(dsv4__need(destination, "destination", error));
+    DSV4__TRY(dsv4__need(source, "source", error));
+    if (destination->fingerprint != source->fingerprint)
+        return dsv4__fail(error, DSV4_ERROR_STATE, "the states are of configurations %016llx and %016llx",
+                          (unsigned long long)destination->fingerprint, (unsigned long long)source->fingerprint);
+    if (destination == source) return DSV4_OK;
+    const int64_t floor = dsv4__max(source->floor, source->tokens - destination->depth);
+    for (int64_t s = 0; s < source->series; s++)
+        for (int64_t t = dsv4__state_first(source, s, floor); t < source->tokens; t++)
+            memcpy(dsv4__state_row(destination, s, t), dsv4__state_row(source, s, t),
+                   (size_t)source->row * sizeof(float));
+    destination->origin = source->origin;
+    destination->tokens = source->tokens;
+    destination->floor = floor;
+    return DSV4_OK;
+}
+
+DSV4_API dsv4_status dsv4_state_roll_back(dsv4_state *state, int64_t tokens, dsv4_error *error) {
+    DSV4__TRY(dsv4__need(state, "state", error));
+    if (tokens < 0 || tokens > dsv4_state_reach(state))
+        return dsv4__fail(error, DSV4_ERROR_DEPTH, "cannot take %lld tokens back: the state reaches %lld",
+                          (long long)tokens, (long long)dsv4_state_reach(state));
+    state->tokens -= tokens;
+    if (state->tokens == 0) state->origin = 0;
+    return DSV4_OK;
+}
+
+/* Saved form: 8 numbers of 8 bytes, the live rows, a checksum; all little-endian.
+ *     magic and version, fingerprint, row, origin, tokens, floor, number of rows, 0 */
+enum { DSV4__SAVE_HEADER = 64, DSV4__SAVE_CHECK = 8 };
+static const uint64_t dsv4__save_magic = 0x0131764353345644u; /* "DV4SCv1", then version 1 */
+
+static void dsv4__write64(unsigned char *bytes, uint64_t number) {
+    for (int i = 0; i < 8; i++) bytes[i] = (unsigned char)(number >> (8 * i));
+}
+
+static uint64_t dsv4__read64(const unsigned char *bytes) {
+    uint64_t number = 0;
+    for (int i = 0; i < 8; i++) number |= (uint64_t)bytes[i] << (8 * i);
+    return number;
+}
+
+/* Rows of all series that a state at (tokens, floor) needs. */
+static int64_t dsv4__live_rows(const dsv4_state *state, int64_t tokens, int64_t floor) {
+    int64_t rows = 0;
+    for (int64_t s = 0; s < state->series; s++) rows += tokens - dsv4__state_first(state, s, floor);
+    return rows;
+}
+
+DSV4_API size_t dsv4_state_save_size(const dsv4_state *state) {
+    if (state == NULL) return 0;
+    const int64_t rows = dsv4__live_rows(state, state->tokens, state->floor);
+    return DSV4__SAVE_HEADER + (size_t)(rows * state->row) * sizeof(float) + DSV4__SAVE_CHECK;
+}
+
+DSV4_API dsv4_status dsv4_state_save(const dsv4_state *state, void *bytes, size_t size, size_t *written,
+                                     dsv4_error *error) {
+    DSV4__TRY(dsv4__need(state, "state", error));
+    DSV4__TRY(dsv4__need(bytes, "bytes", error));
+    const size_t needed = dsv4_state_save_size(state);
+    if (size < needed)
+        return dsv4__fail(error, DSV4_ERROR_BUFFER, "the saved state takes %llu bytes, the buffer has %llu",
+                          (unsigned long long)needed, (unsigned long long)size);
+    const uint64_t header[8] = {dsv4__save_magic,
+                                state->fingerprint,
+                                (uint64_t)state->row,
+                                (uint64_t)state->origin,
+                                (uint64_t)state->tokens,
+                                (uint64_t)state->floor,
+                                (uint64_t)dsv4__live_rows(state, state->tokens, state->floor),
+                                0};
+    unsigned char *to = (unsigned char *)bytes;
+    for (int i = 0; i < 8; i++, to += 8) dsv4__write64(to, header[i]);
+    for (int64_t s = 0; s < state->series; s++)
+        for (int64_t t = dsv4__state_first(state, s, state->floor); t < state->tokens; t++)
+            for (int64_t i = 0; i < state->row; i++, to += 4) {
+                const uint32_t bits = dsv4__bits(dsv4__state_row(state, s, t)[i]);
+                for (int b = 0; b < 4; b++) to[b] = (unsigned char)(bits >> (8 * b));
+            }
+    dsv4__write64(to, dsv4__hash(dsv4__hash_start, bytes, needed - DSV4__SAVE_CHECK));
+    if (written != NULL) *written = needed;
+    return DSV4_OK;
+}
+
+/* Whether the bytes are what save wrote for a state like this one. */
+static dsv4_status dsv4__check_saved(const dsv4_state *state, const unsigned char *bytes, size_t size,
+                                     dsv4_error *error) {
+    if (size < DSV4__SAVE_HEADER + DSV4__SAVE_CHECK)
+        return dsv4__fail(error, DSV4_ERROR_DATA, "%llu bytes are too few for a saved state", (unsigned long long)size);
+    if (dsv4__read64(bytes) != dsv4__save_magic)
+        return dsv4__fail(error, DSV4_ERROR_DATA, "no saved state of version 1: it begins with %016llx",
+                          (unsigned long long)dsv4__read64(bytes));
+    if (dsv4__read64(bytes + size - DSV4__SAVE_CHECK) != dsv4__hash(dsv4__hash_start, bytes, size - DSV4__SAVE_CHECK))
+        return dsv4__fail(error, DSV4_ERROR_DATA, "the checksum over %llu bytes does not fit",
+                          (unsigned long long)size);
+    if (dsv4__read64(bytes + 8) != state->fingerprint)
+        return dsv4__fail(error, DSV4_ERROR_DATA, "saved under configuration %016llx, not %016llx",
+                          (unsigned long long)dsv4__read64(bytes + 8), (unsigned long long)state->fingerprint);
+    const uint64_t limit = (uint64_t)1 << 62, origin = dsv4__read64(bytes + 24), tokens = dsv4__read64(bytes + 32);
+    const uint64_t floor = dsv4__read64(bytes + 40), row = (uint64_t)state->row * sizeof(float);
+    const uint64_t room = size - DSV4__SAVE_HEADER - DSV4__SAVE_CHECK;
+    if (origin >= limit || tokens >= limit - origin || floor > tokens || (tokens - floor) / 2 > room ||
+        dsv4__read64(bytes + 16) != (uint64_t)state->row || dsv4__read64(bytes + 56) != 0 ||
+        dsv4__read64(bytes + 48) != (uint64_t)dsv4__live_rows(state, (int64_t)tokens, (int64_t)floor) ||
+        room % row != 0 || room / row != dsv4__read64(bytes + 48))
+        return dsv4__fail(error, DSV4_ERROR_DATA, "the numbers of the saved state do not fit its %llu bytes",
+                          (unsigned long long)size);
+    return DSV4_OK;
+}
+
+DSV4_API dsv4_status dsv4_state_restore(dsv4_state *state, const void *bytes, size_t size, dsv4_error *error) {
+    const unsigned char *from = (const unsigned char *)bytes;
+    DSV4__TRY(dsv4__need(state, "state", error));
+    DSV4__TRY(dsv4__need(bytes, "bytes", error));
+    DSV4__TRY(dsv4__check_saved(state, from, size, error));
+    const int64_t saved_floor = (int64_t)dsv4__read64(from + 40);
+    state->origin = (int64_t)dsv4__read64(from + 24);
+    state->tokens = (int64_t)dsv4__read64(from + 32);
+    state->floor = dsv4__max(saved_floor, state->tokens - state->depth);
+    from += DSV4__SAVE_HEADER;
+    for (int64_t s = 0; s < state->series; s++)
+        for (int64_t t = dsv4__state_first(state, s, saved_floor); t < state->tokens; t++, from += state->row * 4) {
+            if (t < dsv4__state_first(state, s, state->floor)) continue;
+            float *row = dsv4__state_row(state, s, t);
+            for (int64_t i = 0; i < state->row; i++)
+                row[i] = dsv4__from_bits((uint32_t)from[4 * i] | (uint32_t)from[4 * i + 1] << 8 |
+                                         (uint32_t)from[4 * i + 2] << 16 | (uint32_t)from[4 * i + 3] << 24);
+        }
+    return DSV4_OK;
+}
+
+/* ------------------------------------------------------------------------------------------------------------
+ * 3k. Workspace
+ *
+ * Tokens are worked on in blocks of up to 224 rows, whose projections onto all groups stay in the second cache. Blocks of
+ * terms are outermost: their part of x is packed and, while it too is in that cache, all weights for these terms pass by
+ * once. Then each task pools the closing windows over some groups of channels, and then finishes some entries.
+ * ------------------------------------------------------------------------------------------------------------ */
+
+enum {
+    DSV4__BLOCK_ROWS = 224,          /* at most, in one block */
+    DSV4__BLOCK_BYTES = 1664 * 1024, /* of a block's projections and packed x, for each thread */
+    DSV4__CHUNK_PARTS = 64,          /* at most, in one chunk of the backward pass */
+    DSV4__TRAINING_PARTS = 16        /* fp32 arrays of dsv4__training */
+};
+
+/* The part of a segment that lies in the current block. */
+typedef struct dsv4__piece {
+    const dsv4_segment *segment;
+    dsv4_state *state;       /* where rows wait: the segment's own, or the workspace's for one that spans blocks */
+    int keeps;               /* rows have to be put there */
+    int64_t token;           /* first row in x */
+    int64_t t;               /* its index in the sequence */
+    int64_t row, count;      /* rows of the block */
+    int64_t source_row;      /* where its projections begin in the arrays that pooling reads */
+    int64_t stage_row;       /* and in those that stages kv and gate write */
+    int64_t window, windows; /* first window that closes, and how many do */
+    int64_t slot;            /* of the first one among the block's entries */
+    int64_t entry;           /* row of out of the first one */
+    int64_t position;        /* of the first one */
+} dsv4__piece;
+
+/* The tokens of one segment in one block of 256 of its sequence, on the way back. */
+typedef struct dsv4__part {
+    dsv4__piece rows; /* the rows that its windows pool, as a piece: where they lie among recomputed or given ones */
+    const dsv4_segment *segment;
+    const dsv4_segment_gradient *gradient; /* of the segment, or NULL */
+    int64_t seen, closed;                  /* tokens before the segment; windows of the sequence closed by its end */
+    int64_t t, count, row; /* tokens [t, t + count); row of the chunk for the first; an odd count takes a row more */
+} dsv4__part;
+
+/* What dsv4_backward works in. */
+typedef struct dsv4__training {
+    int64_t context_rows, windows;     /* rows and windows that a chunk can need */
+    int64_t d_stride;                  /* of dkv and dgate: their rows do not fall on the same cache sets */
+    dsv4__part *parts;                 /* [DSV4__CHUNK_PARTS] */
+    float *kv, *gate;                  /* [context_rows, columns] recomputed */
+    float *normed, *dscaled, *dpooled; /* [windows, head_dim] */
+    float *dkv, *dgate;                /* [DSV4__KBLOCK, d_stride] */
+    float *d_rows, *d_columns;         /* dkv and dgate, packed */
+    float *dape, *dape_block;          /* [ratio, columns] */
+    float *dnorm, *dnorm_block;        /* [head_dim] */
+    float *dx_sums, *x_panels;         /* [panels of hidden columns, DSV4__KBLOCK, 32] */
+    float *weight_sums;                /* [matrices, columns, hidden_dim made a multiple of 32] for bf16 gradients */
+} dsv4__training;
+
+struct dsv4_workspace {
+    dsv4_allocator allocator;
+    size_t bytes;
+    const dsv4_compressor *compressor;
+    dsv4_parallel parallel;
+    int threads;
+    int64_t slots;      /* entries that a block can hold */
+    int64_t block_rows; /* rows that a block can hold */
+    int64_t x_bytes;
+    int64_t scratch_numbers; /* of one thread */
+    dsv4_state *carry;       /* rows of the stateless segment that continues in the next block */
+    dsv4__piece *pieces;     /* [DSV4__BLOCK_ROWS] */
+    float *pooled;           /* [slots, head_dim] */
+    unsigned char *x;        /* packed x for some blocks of terms */
+    float *sums;             /* [groups, block_rows, panels, 32] projections */
+    float *scratch;          /* [threads, scratch_numbers] */
+    dsv4__training training;
+};
+
+/* A thread's scratch. */
+typedef struct dsv4__scratch {
+    float *wide;  /* [DSV4__KBLOCK, 32] */
+    float *spare; /* [DSV4__BLOCK_ROWS, 32] on the way back, for sums of a panel that the array has no room for */
+    float *row, *swapped, *cos_row, *sin_row; /* share the space of both */
+} dsv4__scratch;
+
+typedef struct dsv4__workspace_layout {
+    uint64_t carry, pieces, pooled, x, sums, scratch;
+    uint64_t training[DSV4__TRAINING_PARTS], parts;
+    dsv4__size size;
+} dsv4__workspace_layout;
+
+/* Sizes, and places in the block, of what the backward pass needs; in the order of dsv4__place_training. */
+static void dsv4__training_parts(const dsv4_compressor *c, dsv4__training *t, dsv4__workspace_layout *layout) {
+    const int64_t ratio = c->config.ratio, dim = c->config.head_dim, terms = DSV4__KBLOCK;
+    const int64_t column_blocks = dsv4__ceil_div(c->columns, DSV4__KBLOCK);
+    const int64_t width = dsv4__ceil_div(c->config.hidden_dim, DSV4__PANEL) * DSV4__PANEL;
+    const int64_t sums = c->training & DSV4__BF16_SUMS ? c->matrices * c->columns : 0;
+    t->context_rows = 2 * DSV4__KBLOCK + 4 * ratio;
+    t->windows = 2 * DSV4__KBLOCK / ratio + 64;
+    t->d_stride = c->columns + 16;
+    const int64_t shapes[DSV4__TRAINING_PARTS][2] = {{t->context_rows, c->columns},
+                                                     {t->context_rows, c->columns},
+                                                     {t->windows, dim},
+                                                     {t->windows, dim},
+                                                     {t->windows, dim},
+                                                     {terms, t->d_stride},
+                                                     {terms, t->d_stride},
+                                                     {c->matrices * column_blocks * terms, terms},
+                                                     {c->matrices * c->columns, terms},
+                                                     {ratio, c->columns},
+                                                     {ratio, c->columns},
+                                                     {1, dim},
+                                                     {1, dim},
+                                                     {terms, width},
+                                                     {terms, width},
+                                                     {sums, width}};
+    for (int i = 0; i < DSV4__TRAINING_PARTS; i++)
+        layout->training[i] = dsv4__reserve(&layout->size, shapes[i][0], shapes[i][1], sizeof(float));
+    layout->parts = dsv4__reserve(&layout->size, DSV4__CHUNK_PARTS, 1, sizeof(dsv4__part));
+}
+
+static void dsv4__place_training(dsv4__training *t, unsigned char *base, const dsv4__workspace_layout *layout) {
+    float **const arrays[DSV4__TRAINING_PARTS] = {&t->kv,          &t->gate,    &t->normed,     &t->dscaled,
+                                                  &t->dpooled,     &t->dkv,     &t->dgate,      &t->d_rows,
+                                                  &t->d_columns,   &t->dape,    &t->dape_block, &t->dnorm,
+                                                  &t->dnorm_block, &t->dx_sums, &t->x_panels,   &t->weight_sums};
+    for (int i = 0; i < DSV4__TRAINING_PARTS; i++) *arrays[i] = (float *)(void *)(base + layout->training[i]);
+    t->parts = (dsv4__part *)(void *)(base + layout->parts);
+}
+
+static dsv4__workspace_layout dsv4__workspace_parts(dsv4_workspace *ws, size_t carry_bytes) {
+    const dsv4_compressor *c = ws->compressor;
+    const int64_t sums = c->groups * c->series * c->matrices * DSV4__PANEL, tile = c->kernels->tile_rows;
+    const int64_t kept = sums + dsv4__ceil_div(c->config.head_dim, c->config.ratio); /* projections and pooled rows */
+    const int64_t row_bytes = (kept + DSV4__KBLOCK) * (int64_t)sizeof(float);
+    dsv4__workspace_layout layout;
+    memset(&layout, 0, sizeof layout);
+    ws->block_rows = dsv4__max(dsv4__min(DSV4__BLOCK_BYTES / row_bytes, DSV4__BLOCK_ROWS) / tile, 1) * tile;
+    ws->slots = ws->block_rows / c->config.ratio + 32;
+    const int64_t least = ws->block_rows * DSV4__KBLOCK * (int64_t)sizeof(float);
+    const int64_t spare = (int64_t)DSV4__BLOCK_BYTES * ws->threads - ws->block_rows * kept * (int64_t)sizeof(float);
+    ws->x_bytes = dsv4__max(dsv4__min(spare, least * dsv4__ceil_div(c->terms, DSV4__KBLOCK)), least);
+    ws->scratch_numbers = (c->training ? 2 : 1) * DSV4__KBLOCK * DSV4__PANEL;
+    ws->scratch_numbers = dsv4__max(ws->scratch_numbers, c->config.head_dim + 3 * c->config.rope_dim);
+    ws->scratch_numbers = dsv4__ceil_div(ws->scratch_numbers, 16) * 16;
+    (void)dsv4__reserve(&layout.size, 1, 1, sizeof *ws);
+    layout.carry = dsv4__reserve(&layout.size, 1, (int64_t)carry_bytes, 1);
+    layout.pieces = dsv4__reserve(&layout.size, DSV4__BLOCK_ROWS, 1, sizeof(dsv4__piece));
+    layout.pooled = dsv4__reserve(&layout.size, ws->slots, c->config.head_dim, sizeof(float));
+    layout.x = dsv4__reserve(&layout.size, 1, ws->x_bytes, 1);
+    layout.sums = dsv4__reserve(&layout.size, ws->block_rows, sums, sizeof(float));
+    layout.scratch = dsv4__reserve(&layout.size, ws->threads, ws->scratch_numbers, sizeof(float));
+    if (c->training) dsv4__training_parts(c, &ws->training, &layout);
+    return layout;
+}
+
+/* Fills in a workspace's sizes; returns its parts. */
+static dsv4_status dsv4__workspace_plan(const dsv4_compressor *c, int threads, dsv4_workspace *ws,
+                                        dsv4__workspace_layout *layout, dsv4_error *error) {
+    size_t carry_bytes = 0;
+    memset(ws, 0, sizeof *ws);
+    DSV4__TRY(dsv4__need(c, "compressor", error));
+    DSV4__TRY(dsv4_state_size(c, 0, &carry_bytes, error));
+    ws->compressor = c;
+    ws->threads = threads < 1 ? 1 : threads;
+    *layout = dsv4__workspace_parts(ws, carry_bytes);
+    return dsv4__size_check(&layout->size, "workspace", error);
+}
+
+DSV4_API dsv4_status dsv4_workspace_size(const dsv4_compressor *compressor, int threads, size_t *bytes,
+                                         dsv4_error *error) {
+    dsv4_workspace plan;
+    dsv4__workspace_layout layout;
+    DSV4__TRY(dsv4__workspace_plan(compressor, threads, &plan, &layout, error));
+    DSV4__TRY(dsv4__need(bytes, "bytes", error));
+    *bytes = (size_t)layout.size.bytes;
+    return DSV4_OK;
+}
+
+DSV4_API dsv4_status dsv4_workspace_create(const dsv4_compressor *compressor, const dsv4_parallel *parallel,
+                                           const dsv4_allocator *allocator, dsv4_workspace **workspace,
+                                           dsv4_error *error) {
+    dsv4_workspace plan;
+    dsv4__workspace_layout layout;
+    void *block = NULL;
+    const int threads = parallel != NULL && parallel->run != NULL ? parallel->threads : 1;
+    DSV4__TRY(dsv4__need(workspace, "workspace", error));
+    DSV4__TRY(dsv4__workspace_plan(compressor, threads, &plan, &layout, error));
+    DSV4__TRY(dsv4__allocate(allocator, (size_t)layout.size.bytes, "workspace", &block, error));
+    dsv4_workspace *ws = (dsv4_workspace *)block;
+    unsigned char *base = (unsigned char *)block;
+    *ws = plan;
+    ws->allocator = *allocator;
+    ws->bytes = (size_t)layout.size.bytes;
+    if (parallel != NULL) ws->parallel = *parallel;
+    ws->carry = dsv4__state_place(compressor, 0, base + layout.carry);
+    ws->pieces = (dsv4__piece *)(void *)(base + layout.pieces);
+    ws->pooled = (float *)(void *)(base + layout.pooled);
+    ws->x = base + layout.x;
+    ws->sums = (float *)(void *)(base + layout.sums);
+    ws->scratch = (float *)(void *)(base + layout.scratch);
+    if (compressor->training) dsv4__place_training(&ws->training, base, &layout);
+    *workspace = ws;
+    return DSV4_OK;
+}
+
+DSV4_API void dsv4_workspace_destroy(dsv4_workspace *workspace) {
+    if (workspace != NULL) (workspace->allocator.free)(workspace->allocator.context, workspace, workspace->bytes);
+}
+
+static dsv4__scratch dsv4__scratch_of(const dsv4_workspace *ws, int64_t thread) {
+    const dsv4_config *config = &ws->compressor->config;
+    dsv4__scratch scratch;
+    scratch.wide = ws->scratch + thread * ws->scratch_numbers;
+    scratch.spare = scratch.wide + DSV4__KBLOCK * DSV4__PANEL;
+    scratch.row = scratch.wide;
+    scratch.swapped = scratch.row + config->head_dim;
+    scratch.cos_row = scratch.swapped + config->rope_dim;
+    scratch.sin_row = scratch.cos_row + config->rope_dim;
+    return scratch;
+}
+
+/* ------------------------------------------------------------------------------------------------------------
+ * 3l. The operation
+ * ------------------------------------------------------------------------------------------------------------ */
+
+DSV4_API int64_t dsv4_visible_entries(int64_t t, int64_t ratio) {
+    return ratio < 1 || t < 0 ? 0 : t / ratio + (t % ratio == ratio - 1);
+}
+
+DSV4_API int64_t dsv4_entry_count(const dsv4_config *config, const dsv4_state *state, int64_t count) {
+    if (config == NULL || config->ratio < 1 || count < 0) return 0;
+    return count / config->ratio + (dsv4_state_tokens(state) % config->ratio + count % config->ratio) / config->ratio;
+}
+
+DSV4_API dsv4_status dsv4_mask(int64_t ratio, int64_t first, int64_t queries, int64_t entries, float hidden,
+                               dsv4_dtype dtype, void *mask, dsv4_error *error) {
+    dsv4__size size = {0, 0};
+    if (ratio < 1 || first < 0 || queries < 0 || entries < 0 || first > INT64_MAX / 2 || queries > INT64_MAX / 2)
+        return dsv4__fail(error, DSV4_ERROR_ARGUMENT, "ratio %lld, first %lld, queries %lld, entries %lld",
+                          (long long)ratio, (long long)first, (long long)queries, (long long)entries);
+    (void)dsv4__reserve(&size, queries, entries, sizeof(float));
+    DSV4__TRY(dsv4__size_check(&size, "mask", error));
+    DSV4__TRY(dsv4__need_array(mask, dtype, "mask", error));
+    for (int64_t q = 0; q < queries; q++) {
+        const int64_t visible = dsv4_visible_entries(first + q, ratio);
+        for (int64_t e = 0; e < entries; e++) dsv4__put(mask, dtype, q * entries + e, e < visible ? 0.0f : hidden);
+    }
+    return DSV4_OK;
+}
+
+/* A batch with its defaults in place, and the block that is being worked on. */
+typedef struct dsv4__call {
+    const dsv4_compressor *c;
+    dsv4_workspace *ws;
+    dsv4_batch batch;
+    int x_bf16;                    /* x came as bf16 */
+    int dot;                       /* and is packed so, for the bf16 dot product */
+    int64_t rows, pieces, entries; /* of the current block */
+    int64_t term, term_end;        /* terms of x that are packed */
+    int64_t segment, done;         /* where the next block begins: segment, tokens of it already taken */
+} dsv4__call;
+
+/* Tokens of a segment that are worked on. */
+static int64_t dsv4__tokens_used(const dsv4_batch *batch, const dsv4_segment *segment, int64_t ratio) {
+    const int64_t tail = segment->state == NULL && batch->drop_tail ? segment->count % ratio : 0;
+    return segment->count - tail;
+}
+
+static dsv4_status dsv4__check_span(int64_t first, int64_t count, int64_t limit, int64_t segment, const char *what,
+                                    dsv4_error *error) {
+    if (first >= 0 && count >= 0 && count <= limit && first <= limit - count) return DSV4_OK;
+    return dsv4__fail(error, DSV4_ERROR_BOUNDS, "segment %lld: %s %lld ... %lld + %lld, of %lld", (long long)segment,
+                      what, (long long)first, (long long)first, (long long)count, (long long)limit);
+}
+
+static dsv4_status dsv4__check_state(const dsv4_compressor *c, const dsv4_segment *segment, int64_t index,
+                                     dsv4_error *error) {
+    const dsv4_state *state = segment->state;
+    if (state->fingerprint != c->fingerprint)
+        return dsv4__fail(error, DSV4_ERROR_STATE, "segment %lld: its state is of configuration %016llx, not %016llx",
+                          (long long)index, (unsigned long long)state->fingerprint, (unsigned long long)c->fingerprint);
+    if (state->tokens > 0 && segment->position != dsv4_state_position(state))
+        return dsv4__fail(error, DSV4_ERROR_STATE, "segment %lld: position %lld, but its state continues at %lld",
+                          (long long)index, (long long)segment->position, (long long)dsv4_state_position(state));
+    if (state->listed)
+        return dsv4__fail(error, DSV4_ERROR_STATE, "segment %lld: its state stands in an earlier segment too",
+                          (long long)index);
+    return DSV4_OK;
+}
+
+static dsv4_status dsv4__check_segment(const dsv4_compressor *c, const dsv4_batch *batch, int64_t index,
+                                       dsv4_error *error) {
+    const dsv4_segment *segment = &batch->segments[index];
+    const int64_t ratio = c->config.ratio, limit = (int64_t)1 << 62;
+    DSV4__TRY(dsv4__check_span(segment->token, segment->count, batch->tokens, index, "tokens", error));
+    if (segment->position < 0 || segment->position >= limit || segment->count >= limit - segment->position)
+        return dsv4__fail(error, DSV4_ERROR_BOUNDS, "segment %lld: position %lld, not in 0 ... 2^62", (long long)index,
+                          (long long)segment->position);
+    if (segment->state == NULL && !batch->drop_tail && segment->count % ratio != 0)
+        return dsv4__fail(error, DSV4_ERROR_LENGTH, "segment %lld: %lld tokens, which the ratio %lld does not divide",
+                          (long long)index, (long long)segment->count, (long long)ratio);
+    if (segment->state != NULL) DSV4__TRY(dsv4__check_state(c, segment, index, error));
+    return dsv4__check_span(segment->entry, dsv4_entry_count(&c->config, segment->state, segment->count),
+                            batch->entries, index, "entries", error);
+}
+
+/* Each state is marked while the segments are gone through, so that a second appearance shows. */
+static dsv4_status dsv4__check_segments(const dsv4_compressor *c, const dsv4_batch *batch, dsv4_error *error) {
+    dsv4_status status = DSV4_OK;
+    int64_t checked = 0;
+    for (; checked < batch->segment_count && status == DSV4_OK; checked++) {
+        status = dsv4__check_segment(c, batch, checked, error);
+        if (status == DSV4_OK && batch->segments[checked].state != NULL) batch->segments[checked].state->listed = 1;
+    }
+    for (int64_t i = 0; i < checked; i++)
+        if (batch->segments[i].state != NULL) batch->segments[i].state->listed = 0;
+    return status;
+}
+
+/* Whether rows * columns numbers can be addressed. */
+static dsv4_status dsv4__check_extent(int64_t rows, int64_t columns, const char *name, dsv4_error *error) {
+    dsv4__size size = {0, 0};
+    (void)dsv4__reserve(&size, rows, columns, sizeof(float));
+    return dsv4__size_check(&size, name, error);
+}
+
+/* A stride's default, and its bounds. */
+static dsv4_status dsv4__check_stride(int64_t *stride, int64_t width, int64_t rows, const char *name,
+                                      dsv4_error *error) {
+    if (*stride == 0) *stride = width;
+    if (*stride < width)
+        return dsv4__fail(error, DSV4_ERROR_ARGUMENT, "%s is %lld for rows of %lld", name, (long long)*stride,
+                          (long long)width);
+    return dsv4__check_extent(rows, *stride, name, error);
+}
+
+static dsv4_status dsv4__check_optional(const void *pointer, size_t alignment, const char *name, dsv4_error *error) {
+    return pointer == NULL ? DSV4_OK : dsv4__need_aligned(pointer, alignment, name, error);
+}
+
+/* Where tokens come from: x, or kv and gate. */
+static dsv4_status dsv4__check_inputs(const dsv4_compressor *c, dsv4_batch *batch, dsv4_error *error) {
+    if (batch->tokens < 0 || batch->segment_count < 0)
+        return dsv4__fail(error, DSV4_ERROR_ARGUMENT, "tokens is %lld, segment_count %lld", (long long)batch->tokens,
+                          (long long)batch->segment_count);
+    DSV4__TRY(dsv4__check_stride(&batch->x_stride, c->config.hidden_dim, batch->tokens, "x_stride", error));
+    DSV4__TRY(dsv4__check_extent(batch->tokens, c->columns, "kv", error));
+    if (batch->segment_count > 0) DSV4__TRY(dsv4__need(batch->segments, "segments", error));
+    if (batch->tokens > 0 && batch->kv == NULL) DSV4__TRY(dsv4__need_array(batch->x, batch->x_dtype, "x", error));
+    if (batch->kv != NULL) {
+        DSV4__TRY(dsv4__need_aligned(batch->kv, sizeof(float), "kv", error));
+        if (!c->config.no_gate) DSV4__TRY(dsv4__need_aligned(batch->gate, sizeof(float), "gate", error));
+    }
+    return DSV4_OK;
+}
+
+static dsv4_status dsv4__check_outputs(const dsv4_compressor *c, dsv4_batch *batch, dsv4_error *error) {
+    const dsv4_stages *stages = &batch->stages;
+    if (batch->entries < 0) return dsv4__fail(error, DSV4_ERROR_ARGUMENT, "entries is %lld", (long long)batch->entries);
+    DSV4__TRY(dsv4__check_stride(&batch->out_stride, c->config.head_dim, batch->entries, "out_stride", error));
+    if (batch->entries > 0) DSV4__TRY(dsv4__need_array(batch->out, batch->out_dtype, "out", error));
+    if (stages->weights != NULL)
+        DSV4__TRY(dsv4__check_extent(batch->entries, c->columns * c->config.ratio, "stages.weights", error));
+    DSV4__TRY(dsv4__check_optional(stages->kv, sizeof(float), "stages.kv", error));
+    DSV4__TRY(dsv4__check_optional(stages->gate, sizeof(float), "stages.gate", error));
+    DSV4__TRY(dsv4__check_optional(stages->weights, sizeof(float), "stages.weights", error));
+    DSV4__TRY(dsv4__check_optional(stages->pooled, sizeof(float), "stages.pooled", error));
+    return dsv4__check_optional(stages->latent, batch->out_dtype == DSV4_BF16 ? 2 : 4, "stages.latent", error);
+}
+
+/* Adds to the block as many tokens of the current segment as fit, without closing more windows than there are slots. */
+static void dsv4__take_piece(dsv4__call *call) {
+    const dsv4_segment *segment = &call->batch.segments[call->segment];
+    const int64_t ratio = call->c->config.ratio, seen = dsv4_state_tokens(segment->state);
+    const int64_t left = dsv4__tokens_used(&call->batch, segment, ratio) - call->done;
+    dsv4__piece *piece = &call->ws->pieces[call->pieces++];
+    piece->segment = segment;
+    piece->token = segment->token + call->done;
+    piece->t = seen + call->done;
+    piece->row = call->rows;
+    piece->source_row = call->batch.kv != NULL ? piece->token : piece->row;
+    piece->stage_row = piece->token;
+    piece->count = dsv4__min(left, call->ws->block_rows - call->rows);
+    piece->count = dsv4__min(piece->count, (call->ws->slots - call->entries + 1) * ratio - 1 - piece->t % ratio);
+    piece->state = segment->state != NULL ? segment->state : call->ws->carry;
+    piece->keeps = segment->state != NULL || piece->count < left;
+    piece->window = piece->t / ratio;
+    piece->windows = (piece->t + piece->count) / ratio - piece->window;
+    piece->slot = call->entries;
+    piece->entry = segment->entry + piece->window - seen / ratio;
+    piece->position = segment->position - seen + piece->window * ratio;
+    call->rows += piece->count;
+    call->entries += piece->windows;
+    call->done = piece->count < left ? call->done + piece->count : 0;
+    if (call->done == 0) call->segment++;
+}
+
+/* Lays out the next block; 0 when nothing is left. */
+static int dsv4__next_block(dsv4__call *call) {
+    call->rows = call->pieces = call->entries = 0;
+    while (call->segment < call->batch.segment_count && call->rows < call->ws->block_rows &&
+           call->entries < call->ws->slots) {
+        const dsv4_segment *segment = &call->batch.segments[call->segment];
+        if (dsv4__tokens_used(&call->batch, segment, call->c->config.ratio) > 0)
+            dsv4__take_piece(call);
+        else
+            call->segment++;
+    }
+    return call->rows > 0;
+}
+
+/* Runs one task for each thread; on the calling thread where `work` (numbers touched) is not worth waking others. */
+static void dsv4__for_threads(const dsv4__call *call, dsv4_task *task, void *argument, int64_t work) {
+    const dsv4_workspace *ws = call->ws;
+    if (ws->threads > 1 && work >= 65536)
+        ws->parallel.run(ws->parallel.context, ws->threads, task, argument);
+    else
+        for (int64_t thread = 0; thread < ws->threads; thread++) task(argument, thread);
+}
+
+/* How rows become left operands of products: [blocks of terms][rows][256]. */
+typedef struct dsv4__row_packer {
+    const dsv4__kernels *kernels;
+    dsv4_dtype from, to;
+    int64_t terms, rows;
+    void *packed;
+} dsv4__row_packer;
+
+/* One row into its place in each block of terms. */
+static void dsv4__pack_row(const dsv4__row_packer *packer, const void *from, int64_t row) {
+    for (int64_t k = 0; k < packer->terms; k += DSV4__KBLOCK) {
+        const int64_t count = dsv4__min(packer->terms - k, DSV4__KBLOCK);
+        const void *source = dsv4__at(from, packer->from, k);
+        void *to = dsv4__at_mutable(packer->packed, packer->to, k * packer->rows + row * DSV4__KBLOCK);
+        if (packer->from == packer->to)
+            memcpy(to, source, (size_t)count * dsv4_dtype_size(packer->to));
+        else if (packer->to == DSV4_F32)
+            packer->kernels->widen((float *)to, (const dsv4_bf16 *)source, count);
+        else
+            packer->kernels->narrow((dsv4_bf16 *)to, (const float *)source, count);
+        if (count % 2 != 0) dsv4__put(to, packer->to, count, 0);
+    }
+}
+
+/* Task: packs the current terms of this thread's share of the block's rows. */
+static void dsv4__pack_task(void *argument, int64_t thread) {
+    const dsv4__call *call = (const dsv4__call *)argument;
+    const int64_t first = call->rows * thread / call->ws->threads, end = call->rows * (thread + 1) / call->ws->threads;
+    const dsv4_batch *batch = &call->batch;
+    dsv4__row_packer packer;
+    packer.kernels = call->c->kernels;
+    packer.from = batch->x_dtype;
+    packer.to = call->dot ? DSV4_BF16 : DSV4_F32;
+    packer.terms = dsv4__min(call->term_end, call->c->config.hidden_dim) - call->term;
+    packer.rows = call->rows;
+    packer.packed = call->ws->x;
+    for (int64_t i = 0; i < call->pieces; i++) {
+        const dsv4__piece *piece = &call->ws->pieces[i];
+        const int64_t last = dsv4__min(end, piece->row + piece->count);
+        for (int64_t row = dsv4__max(first, piece->row); row < last; row++) {
+            const int64_t token = piece->token + row - piece->row;
+            dsv4__pack_row(&packer, dsv4__at(batch->x, batch->x_dtype, token * batch->x_stride + call->term), row);
+        }
+    }
+}
+
+static float *dsv4__group_sums(const dsv4__call *call, int64_t group) {
+    const dsv4_compressor *c = call->c;
+    return call->ws->sums + group * call->ws->block_rows * c->series * c->matrices * DSV4__PANEL;
+}
+
+/* Adds one block of terms to the projections onto one group: sums [rows, panels, 32]. `after` is what the last panel's
+ * weights are followed by. */
+static void dsv4__project_group(const dsv4__call *call, int64_t group, int64_t term, const void *after, float *wide) {
+    const dsv4_compressor *c = call->c;
+    const int64_t panels = c->series * c->matrices;
+    dsv4__product_job job;
+    memset(&job, 0, sizeof job);
+    job.dot = call->dot;
+    job.rows = call->rows;
+    job.x = dsv4__at(call->ws->x, call->dot ? DSV4_BF16 : DSV4_F32, (term - call->term) * call->rows);
+    job.pairs = dsv4__min(c->terms - term, DSV4__KBLOCK) / 2;
+    job.sum_stride = panels * DSV4__PANEL;
+    job.first = term == 0;
+    job.wide = wide;
+    for (int64_t p = 0; p < panels; p++) {
+        job.w = dsv4__panel(c, group, term, p);
+        job.w_bf16 = c->w_bf16[p % c->matrices];
+        job.swap = job.w_bf16 && call->x_bf16;
+        job.sum = dsv4__group_sums(call, group) + p * DSV4__PANEL;
+        job.next_bytes = job.pairs * 2 * DSV4__PANEL * (job.w_bf16 ? 2 : 4);
+        job.next = p + 1 < panels ? (const char *)job.w + job.next_bytes : after;
+        c->kernels->product(&job);
+    }
+}
+
+/* Task: projects the packed terms of the block's rows onto this thread's share of the groups. */
+static void dsv4__project_task(void *argument, int64_t thread) {
+    const dsv4__call *call = (const dsv4__call *)argument;
+    const dsv4_compressor *c = call->c;
+    const int64_t threads = call->ws->threads;
+    const int64_t first = c->groups * thread / threads, end = c->groups * (thread + 1) / threads;
+    const dsv4__scratch scratch = dsv4__scratch_of(call->ws, thread);
+    for (int64_t term = call->term; term < call->term_end; term += DSV4__KBLOCK)
+        for (int64_t group = first; group < end; group++) {
+            const int64_t then = term + DSV4__KBLOCK < c->terms ? term + DSV4__KBLOCK : 0;
+            const void *after = group + 1 < end ? dsv4__panel(c, group + 1, term, 0) : dsv4__panel(c, first, then, 0);
+            dsv4__project_group(call, group, term, after, scratch.wide);
+        }
+    if (call->term_end < c->terms || !(c->config.rounding & DSV4_ROUND_PROJECTION)) return;
+    for (int64_t group = first; group < end; group++)
+        c->kernels->round_array(dsv4__group_sums(call, group), call->rows * c->series * c->matrices * DSV4__PANEL);
+}
+
+/* kv and gate of the block's rows, for all groups. */
+static void dsv4__project_block(dsv4__call *call) {
+    const dsv4_compressor *c = call->c;
+    const int64_t block_bytes = call->rows * DSV4__KBLOCK * (call->dot ? 2 : 4);
+    const int64_t step = call->ws->x_bytes / block_bytes * DSV4__KBLOCK;
+    for (call->term = 0; call->term < c->terms; call->term = call->term_end) {
+        call->term_end = dsv4__min(call->term + step, c->terms);
+        const int64_t numbers = call->rows * (call->term_end - call->term);
+        dsv4__for_threads(call, dsv4__pack_task, call, numbers);
+        dsv4__for_threads(call, dsv4__project_task, call, numbers * c->columns);
+    }
+}
+
+/* Where a task finds the projections of the current block: channel `channel` of kv and gate of (row, series). */
+typedef struct dsv4__source {
+    const float *kv, *gate;    /* of row 0, series 0, the task's first channel; gate NULL with no_gate */
+    int64_t stride;            /* numbers from row to row */
+    int64_t series;            /* numbers from series to series */
+    int64_t channel, channels; /* the task's channels: first and how many */
+} dsv4__source;
+
+static dsv4__source dsv4__sums_source(const dsv4__call *call, int64_t group) {
+    const dsv4_compressor *c = call->c;
+    dsv4__source source;
+    source.kv = dsv4__group_sums(call, group);
+    source.gate = c->config.no_gate ? NULL : source.kv + DSV4__PANEL;
+    source.series = c->matrices * DSV4__PANEL;
+    source.stride = c->series * source.series;
+    source.channel = group * DSV4__PANEL;
+    source.channels = dsv4__min(c->config.head_dim - source.channel, DSV4__PANEL);
+    return source;
+}
+
+/* Projections that lie in arrays: given ones, or recomputed; the channels of a thread's share of the groups. */
+static dsv4__source dsv4__thread_source(const dsv4__call *call, int64_t thread) {
+    const dsv4_compressor *c = call->c;
+    const int64_t threads = call->ws->threads, end = c->groups * (thread + 1) / threads * DSV4__PANEL;
+    dsv4__source source;
+    source.channel = dsv4__min(c->groups * thread / threads * DSV4__PANEL, c->config.head_dim);
+    source.channels = dsv4__min(end, c->config.head_dim) - source.channel;
+    source.kv = call->batch.kv + source.channel;
+    source.gate = c->config.no_gate ? NULL : call->batch.gate + source.channel;
+    source.series = c->config.head_dim;
+    source.stride = c->columns;
+    return source;
+}
+
+/* Appends `count` rows from token t on: of the piece itself, or of the ring where they wait. */
+static void dsv4__add_run(const dsv4__call *call, const dsv4__piece *piece, const dsv4__source *source, int64_t series,
+                          int64_t t, int64_t count, dsv4__window *window) {
+    const dsv4_compressor *c = call->c;
+    dsv4__run *run = &window->runs[window->run_count++];
+    DSV4_ASSERT(window->run_count <= DSV4__MAX_RUNS);
+    memset(run, 0, sizeof *run);
+    run->count = count;
+    if (t >= piece->t) {
+        const int64_t offset = (piece->source_row + t - piece->t) * source->stride + series * source->series;
+        run->kv = source->kv + offset;
+        run->gate = source->gate == NULL ? NULL : source->gate + offset;
+        run->stride = source->stride;
+    } else {
+        const float *row = dsv4__state_row(piece->state, series, t) + source->channel;
+        run->kv = row;
+        run->gate = source->gate == NULL ? NULL : row + c->config.head_dim;
+        run->stride = piece->state->row;
+    }
+    if (c->ape != NULL) {
+        run->ape = c->ape + t % c->config.ratio * c->columns + series * c->config.head_dim + source->channel;
+        run->ape_stride = c->columns;
+    }
+}
+
+/* Appends the rows [t, t + ratio) of a series: from the ring, twice where it wraps, then from the piece. */
+static void dsv4__add_series(const dsv4__call *call, const dsv4__piece *piece, const dsv4__source *source,
+                             int64_t series, int64_t t, dsv4__window *window) {
+    const int64_t end = t + call->c->config.ratio;
+    if (t < 0) {
+        memset(&window->runs[window->run_count], 0, sizeof window->runs[0]);
+        window->runs[window->run_count++].count = call->c->config.ratio;
+        return;
+    }
+    while (t < end) {
+        int64_t count = end - t;
+        if (t < piece->t) {
+            const int64_t capacity = piece->state->capacity[series];
+            count = dsv4__min(dsv4__min(end, piece->t) - t, capacity - t % capacity);
+        }
+        dsv4__add_run(call, piece, source, series, t, count, window);
+        t += count;
+    }
+}
+
+/* The rows that window w of a piece pools, in order. */
+static dsv4__window dsv4__window_rows(const dsv4__call *call, const dsv4__piece *piece, const dsv4__source *source,
+                                      int64_t w) {
+    const int64_t ratio = call->c->config.ratio;
+    dsv4__window window;
+    window.run_count = 0;
+    if (call->c->series == 2) dsv4__add_series(call, piece, source, 0, (w - 1) * ratio, &window);
+    dsv4__add_series(call, piece, source, call->c->series - 1, w * ratio, &window);
+    return window;
+}
+
+/* What all pooling of a compressor has in common. */
+static dsv4__pool_job dsv4__pool_settings(const dsv4_compressor *c, const dsv4__source *source) {
+    dsv4__pool_job job;
+    memset(&job, 0, sizeof job);
+    job.channels = source->channels;
+    job.rounding = c->config.rounding;
+    job.pad_gate = c->config.pad_gate;
+    if (job.rounding & DSV4_ROUND_SCORE) job.pad_gate = dsv4_bf16_to_f32(dsv4_bf16_from_f32(job.pad_gate));
+    return job;
+}
+
+/* Pools the windows of the block that close, over the source's channels. */
+static void dsv4__pool_block(const dsv4__call *call, const dsv4__source *source) {
+    const dsv4_compressor *c = call->c;
+    const int64_t dim = c->config.head_dim, rows = c->series * c->config.ratio;
+    dsv4__pool_job job = dsv4__pool_settings(c, source);
+    dsv4__window window;
+    job.window = &window;
+    job.weights_stride = dim;
+    for (int64_t i = 0; i < call->pieces; i++) {
+        const dsv4__piece *piece = &call->ws->pieces[i];
+        for (int64_t j = 0; j < piece->windows; j++) {
+            window = dsv4__window_rows(call, piece, source, piece->window + j);
+            job.pooled = call->ws->pooled + (piece->slot + j) * dim + source->channel;
+            job.weights = call->batch.stages.weights;
+            if (job.weights != NULL) job.weights += (piece->entry + j) * rows * dim + source->channel;
+            c->kernels->pool(&job);
+        }
+    }
+}
+
+/* Copies the source's channels of one row of one series: kv and, where there is one, gate. */
+static void dsv4__copy_row(const dsv4__source *source, int64_t row, int64_t series, float *kv, float *gate) {
+    const int64_t offset = row * source->stride + series * source->series;
+    const size_t bytes = (size_t)source->channels * sizeof(float);
+    if (kv != NULL) memcpy(kv, source->kv + offset, bytes);
+    if (gate != NULL && source->gate != NULL) memcpy(gate, source->gate + offset, bytes);
+}
+
+/* Puts the last rows of each piece where its sequence goes on. After pooling: the ring may still hold what a window of
+ * this block begins with. */
+static void dsv4__keep_rows(const dsv4__call *call, const dsv4__source *source) {
+    for (int64_t i = 0; i < call->pieces; i++) {
+        const dsv4__piece *piece = &call->ws->pieces[i];
+        const int64_t end = piece->t + piece->count;
+        for (int64_t s = 0; piece->keeps && s < call->c->series; s++)
+            for (int64_t t = dsv4__max(piece->t, end - piece->state->capacity[s]); t < end; t++) {
+                float *row = dsv4__state_row(piece->state, s, t) + source->channel;
+                dsv4__copy_row(source, piece->source_row + t - piece->t, s, row, row + call->c->config.head_dim);
+            }
+    }
+}
+
+/* The stages kv and gate. */
+static void dsv4__show_rows(const dsv4__call *call, const dsv4__source *source) {
+    const dsv4_stages *stages = &call->batch.stages;
+    if (stages->kv == NULL && stages->gate == NULL) return;
+    for (int64_t i = 0; i < call->pieces; i++) {
+        const dsv4__piece *piece = &call->ws->pieces[i];
+        for (int64_t j = 0; j < piece->count; j++)
+            for (int64_t s = 0; s < call->c->series; s++) {
+                const int64_t to =
+                    (piece->stage_row + j) * call->c->columns + s * call->c->config.head_dim + source->channel;
+                dsv4__copy_row(source, piece->source_row + j, s, stages->kv == NULL ? NULL : stages->kv + to,
+                               stages->gate == NULL ? NULL : stages->gate + to);
+            }
+    }
+}
+
+static void dsv4__use_source(const dsv4__call *call, const dsv4__source *source) {
+    dsv4__show_rows(call, source);
+    dsv4__pool_block(call, source);
+    dsv4__keep_rows(call, source);
+}
+
+/* Task: pools this thread's share of the channels. */
+static void dsv4__pool_task(void *argument, int64_t thread) {
+    const dsv4__call *call = (const dsv4__call *)argument;
+    const int64_t groups = call->c->groups, threads = call->ws->threads;
+    if (call->batch.kv != NULL) {
+        const dsv4__source source = dsv4__thread_source(call, thread);
+        dsv4__use_source(call, &source);
+        return;
+    }
+    for (int64_t group = groups * thread / threads; group < groups * (thread + 1) / threads; group++) {
+        const dsv4__source source = dsv4__sums_source(call, group);
+        dsv4__use_source(call, &source);
+    }
+}
+
+/* One entry, from its pooled row to out. */
+static void dsv4__finish_entry(const dsv4__call *call, const dsv4__piece *piece, int64_t index,
+                               const dsv4__scratch *scratch) {
+    const dsv4_config *config = &call->c->config;
+    const dsv4_batch *batch = &call->batch;
+    const int64_t entry = piece->entry + index;
+    dsv4__finish_job job;
+    memset(&job, 0, sizeof job);
+    dsv4__rope_row(config, call->c->inv_freq, piece->position + index * config->ratio, scratch->cos_row,
+                   scratch->sin_row);
+    job.config = config;
+    job.norm = call->c->norm;
+    job.cos_row = scratch->cos_row;
+    job.sin_row = scratch->sin_row;
+    job.pooled = call->ws->pooled + (piece->slot + index) * config->head_dim;
+    job.row = scratch->row;
+    job.swapped = scratch->swapped;
+    job.out_dtype = batch->out_dtype;
+    job.out = dsv4__at_mutable(batch->out, batch->out_dtype, entry * batch->out_stride);
+    job.latent = batch->stages.latent;
+    if (job.latent != NULL) job.latent = dsv4__at_mutable(job.latent, batch->out_dtype, entry * config->head_dim);
+    call->c->kernels->finish(&job);
+    if (batch->stages.pooled != NULL)
+        memcpy(batch->stages.pooled + entry * config->head_dim, job.pooled, (size_t)config->head_dim * sizeof(float));
+}
+
+/* Task: finishes this thread's share of the block's entries. */
+static void dsv4__finish_task(void *argument, int64_t thread) {
+    const dsv4__call *call = (const dsv4__call *)argument;
+    const int64_t threads = call->ws->threads;
+    const int64_t first = call->entries * thread / threads, end = call->entries * (thread + 1) / threads;
+    const dsv4__scratch scratch = dsv4__scratch_of(call->ws, thread);
+    for (int64_t i = 0; i < call->pieces; i++) {
+        const dsv4__piece *piece = &call->ws->pieces[i];
+        const int64_t last = dsv4__min(end, piece->slot + piece->windows);
+        for (int64_t slot = dsv4__max(first, piece->slot); slot < last; slot++)
+            dsv4__finish_entry(call, piece, slot - piece->slot, &scratch);
+    }
+}
+
+/* Whether one compressor's workspaces serve the other: the layers of a model can share them. */
+static int dsv4__same_layout(const dsv4_compressor *a, const dsv4_compressor *b) {
+    return a == b || (a->fingerprint == b->fingerprint && a->kernels == b->kernels && a->training == b->training);
+}
+
+static dsv4_status dsv4__begin_call(const dsv4_compressor *c, const dsv4_batch *batch, dsv4_workspace *ws,
+                                    dsv4__call *call, dsv4_error *error) {
+    memset(call, 0, sizeof *call);
+    DSV4__TRY(dsv4__need(c, "compressor", error));
+    DSV4__TRY(dsv4__need(batch, "batch", error));
+    DSV4__TRY(dsv4__need(ws, "workspace", error));
+    if (!dsv4__same_layout(ws->compressor, c))
+        return dsv4__fail(error, DSV4_ERROR_ARGUMENT,
+                          "the workspace is of a compressor of another configuration or kernel set");
+    call->c = c;
+    call->ws = ws;
+    call->batch = *batch;
+    DSV4__TRY(dsv4__check_inputs(c, &call->batch, error));
+    call->x_bf16 = batch->x_dtype == DSV4_BF16;
+    call->dot = c->kernels->dot && call->x_bf16 && c->w_bf16[0] && (c->config.no_gate || c->w_bf16[1]);
+    return DSV4_OK;
+}
+
+DSV4_API dsv4_status dsv4_compress(const dsv4_compressor *compressor, const dsv4_batch *batch,
+                                   dsv4_workspace *workspace, dsv4_error *error) {
+    dsv4__call call;
+    DSV4__TRY(dsv4__begin_call(compressor, batch, workspace, &call, error));
+    DSV4__TRY(dsv4__check_outputs(compressor, &call.batch, error));
+    DSV4__TRY(dsv4__check_segments(compressor, &call.batch, error));
+    const int64_t dim = compressor->config.head_dim;
+    while (dsv4__next_block(&call)) {
+        if (call.batch.kv == NULL) dsv4__project_block(&call);
+        dsv4__for_threads(&call, dsv4__pool_task, &call, call.rows * compressor->columns * 16);
+        dsv4__for_threads(&call, dsv4__finish_task, &call, call.entries * (dim + 64 * compressor->config.rope_dim));
+    }
+    for (int64_t i = 0; i < batch->segment_count; i++)
+        if (batch->segments[i].state != NULL && batch->segments[i].count > 0)
+            dsv4__state_advance(batch->segments[i].state, batch->segments[i].position, batch->segments[i].count);
+    return DSV4_OK;
+}
+
+/* ------------------------------------------------------------------------------------------------------------
+ * 3m. Gradients
+ *
+ * Tokens are worked on in chunks of up to 256, made of parts: the tokens of one segment in one block of 256 of its
+ * sequence, so that a part's sums are whole blocks of the numeric contract. What a part needs is a function of the windows
+ * that touch it, so parts do not depend on each other:
+ *     recompute  kv and gate of these windows' rows (unless they are given), and pool them
+ *     entries    from dout back through RoPE and RMSNorm to dpooled
+ *     windows    from dpooled back through softmax to dkv and dgate of the part's rows
+ *     products   dx = dkv wkv + dgate wgate;  dwkv += dkv^T x;  dwgate += dgate^T x
+ * ------------------------------------------------------------------------------------------------------------ */
+
+/* What a backward call adds to a call. The arrays are parts of the workspace. */
+typedef struct dsv4__back {
+    dsv4__call call; /* its pieces describe blocks of rows to recompute */
+    dsv4_gradients g;
+    const dsv4__training *room;
+    int recompute;
+    int round;           /* dkv and dgate are rounded to bf16: x and weights are */
+    int started;         /* some part has been added to the sums of products */
+    int64_t parts, rows; /* of the chunk; rows padded to pairs */
+    int64_t context, windows;
+    int64_t segment, done;
+} dsv4__back;
+
+/* Which sums over tokens or entries are wanted at all. */
+static int dsv4__wants_tokens(const dsv4_gradients *g) {
+    return g->dx.data != NULL || g->dwkv.data != NULL || g->dwgate.data != NULL || g->dape.data != NULL ||
+           g->dnorm.data != NULL;
+}
+
+static int64_t dsv4__padded(int64_t count) { return (count + 1) / 2 * 2; }
+
+/* Describes the part of the current segment that comes next. */
+static dsv4__part dsv4__part_ahead(const dsv4__back *back) {
+    const dsv4_batch *batch = &back->call.batch;
+    const dsv4_segment *segment = &batch->segments[back->segment];
+    const int64_t ratio = back->call.c->config.ratio, lag = back->call.c->series - 1;
+    const int64_t used = dsv4__tokens_used(batch, segment, ratio);
+    dsv4__part part;
+    memset(&part, 0, sizeof part);
+    part.segment = segment;
+    part.gradient = back->g.segments != NULL ? &back->g.segments[back->segment] : NULL;
+    part.seen = dsv4_state_tokens(segment->state);
+    part.closed = (part.seen + used) / ratio;
+    part.t = part.seen + back->done;
+    part.count = dsv4__min(used - back->done, DSV4__KBLOCK - part.t % DSV4__KBLOCK);
+    part.row = back->rows;
+    part.rows.segment = segment;
+    part.rows.state = segment->state;
+    part.rows.window = part.t / ratio;
+    const int64_t last = dsv4__min((part.t + part.count - 1) / ratio + lag + 1, part.closed);
+    part.rows.windows = dsv4__max(last - part.rows.window, 0);
+    part.rows.t = dsv4__max(part.seen, (part.rows.window - lag) * ratio);
+    part.rows.count = part.rows.windows > 0 ? dsv4__max(last * ratio - part.rows.t, 0) : 0;
+    part.rows.token = segment->token + part.rows.t - part.seen;
+    part.rows.source_row = back->recompute ? back->context : part.rows.token;
+    part.rows.slot = back->windows;
+    part.rows.entry = segment->entry + part.rows.window - part.seen / ratio;
+    part.rows.position = segment->position - part.seen + part.rows.window * ratio;
+    return part;
+}
+
+/* Lays out the next chunk; 0 when nothing is left. */
+static int dsv4__next_chunk(dsv4__back *back) {
+    const dsv4__training *room = back->room;
+    back->parts = back->rows = back->context = back->windows = 0;
+    while (back->segment < back->call.batch.segment_count && back->parts < DSV4__CHUNK_PARTS) {
+        const dsv4_segment *segment = &back->call.batch.segments[back->segment];
+        if (back->done < dsv4__tokens_used(&back->call.batch, segment, back->call.c->config.ratio)) {
+            const dsv4__part part = dsv4__part_ahead(back);
+            if (back->parts > 0 && (back->rows + dsv4__padded(part.count) > DSV4__KBLOCK ||
+                                    back->context + part.rows.count > room->context_rows ||
+                                    back->windows + part.rows.windows > room->windows))
+                break;
+            room->parts[back->parts++] = part;
+            back->rows += dsv4__padded(part.count);
+            back->context += part.rows.count;
+            back->windows += part.rows.windows;
+            back->done += part.count;
+            if (dsv4__wants_tokens(&back->g)) continue; /* else a segment's first part is all that `previous` needs */
+        }
+        back->segment++;
+        back->done = 0;
+    }
+    return back->parts > 0;
+}
+
+/* Task: copies the projections of a block onto this thread's groups to the arrays of recomputed rows. */
+static void dsv4__recompute_task(void *argument, int64_t thread) {
+    const dsv4__call *call = (const dsv4__call *)argument;
+    const int64_t groups = call->c->groups, threads = call->ws->threads;
+    for (int64_t group = groups * thread / threads; group < groups * (thread + 1) / threads; group++) {
+        const dsv4__source source = dsv4__sums_source(call, group);
+        dsv4__show_rows(call, &source);
+    }
+}
+
+/* Projects the rows of all parts, block by block. */
+static void dsv4__recompute(dsv4__back *back) {
+    dsv4__call *call = &back->call;
+    int64_t p = 0, done = 0;
+    while (p < back->parts) {
+        call->rows = call->pieces = 0;
+        while (p < back->parts && call->rows < call->ws->block_rows) {
+            const dsv4__piece *rows = &back->room->parts[p].rows;
+            dsv4__piece *piece = &call->ws->pieces[call->pieces];
+            *piece = *rows;
+            piece->row = piece->source_row = call->rows;
+            piece->count = dsv4__min(rows->count - done, call->ws->block_rows - call->rows);
+            piece->t += done;
+            piece->token += done;
+            piece->stage_row = rows->source_row + done;
+            call->pieces += piece->count > 0;
+            call->rows += piece->count;
+            done += piece->count;
+            if (done < rows->count) break;
+            done = 0;
+            p++;
+        }
+        if (call->rows == 0) break;
+        dsv4__project_block(call);
+        dsv4__for_threads(call, dsv4__recompute_task, call, call->rows * call->c->columns);
+    }
+}
+
+/* Task: pools the chunk's windows, over this thread's channels. */
+static void dsv4__repool_task(void *argument, int64_t thread) {
+    const dsv4__back *back = (const dsv4__back *)argument;
+    const dsv4__source source = dsv4__thread_source(&back->call, thread);
+    const int64_t dim = back->call.c->config.head_dim;
+    dsv4__pool_job job = dsv4__pool_settings(back->call.c, &source);
+    dsv4__window window;
+    job.window = &window;
+    for (int64_t p = 0; p < back->parts; p++) {
+        const dsv4__piece *rows = &back->room->parts[p].rows;
+        for (int64_t i = 0; i < rows->windows; i++) {
+            window = dsv4__window_rows(&back->call, rows, &source, rows->window + i);
+            job.pooled = back->room->normed + (rows->slot + i) * dim + source.channel;
+            back->call.c->kernels->pool(&job);
+        }
+    }
+}
+
+/* One entry: dout to dpooled, leaving the scaled row's gradient and the normalised row for dnorm. */
+static void dsv4__entry_back(const dsv4__back *back, const dsv4__part *part, int64_t index,
+                             const dsv4__scratch *scratch) {
+    const dsv4_compressor *c = back->call.c;
+    const dsv4__piece *rows = &part->rows;
+    const int64_t dim = c->config.head_dim, slot = (rows->slot + index) * dim;
+    const void *dout = dsv4__at(back->g.dout, back->g.dout_dtype, (rows->entry + index) * back->g.dout_stride);
+    dsv4__finish_job job;
+    memset(&job, 0, sizeof job);
+    dsv4__rope_row(&c->config, c->inv_freq, rows->position + index * c->config.ratio, scratch->cos_row,
+                   scratch->sin_row);
+    for (int64_t i = 0; i < c->config.rope_dim; i++) scratch->sin_row[i] = -scratch->sin_row[i];
+    job.config = &c->config;
+    job.norm = c->norm;
+    job.cos_row = scratch->cos_row;
+    job.sin_row = scratch->sin_row;
+    job.swapped = scratch->swapped;
+    job.pooled = back->room->normed + slot;
+    job.row = back->room->dscaled + slot;
+    job.dpooled = back->room->dpooled + slot;
+    if (back->g.dout_dtype == DSV4_BF16)
+        c->kernels->widen(job.row, (const dsv4_bf16 *)dout, dim);
+    else
+        memcpy(job.row, dout, (size_t)dim * sizeof(float));
+    c->kernels->finish_back(&job);
+}
+
+/* Task: this thread's share of the chunk's windows. */
+static void dsv4__entries_back_task(void *argument, int64_t thread) {
+    const dsv4__back *back = (const dsv4__back *)argument;
+    const int64_t threads = back->call.ws->threads;
+    const int64_t first = back->windows * thread / threads, end = back->windows * (thread + 1) / threads;
+    const dsv4__scratch scratch = dsv4__scratch_of(back->call.ws, thread);
+    for (int64_t p = 0; p < back->parts; p++) {
+        const dsv4__part *part = &back->room->parts[p];
+        const int64_t last = dsv4__min(end, part->rows.slot + part->rows.windows);
+        for (int64_t slot = dsv4__max(first, part->rows.slot); slot < last; slot++)
+            dsv4__entry_back(back, part, slot - part->rows.slot, &scratch);
+    }
+}
+
+/* Tells a run of `count` rows from token t on where its gradients go: to the chunk's rows, to the state before the
+ * segment, or nowhere; and returns after how many rows that changes. */
+static int64_t dsv4__run_target(const dsv4__back *back, const dsv4__part *part, const dsv4__source *source,
+                                int64_t series, int64_t t, int64_t count, dsv4__run *run) {
+    const int64_t dim = back->call.c->config.head_dim, stride = back->room->d_stride;
+    const int64_t offset = series * dim + source->channel, end = part->t + part->count;
+    dsv4_state *previous = part->gradient != NULL ? part->gradient->previous : NULL;
+    run->dkv = run->dgate = NULL;
+    if (t < part->seen) {
+        if (previous == NULL) return count;
+        const int64_t capacity = previous->capacity[series];
+        run->dkv = dsv4__state_row(previous, series, t) + source->channel;
+        run->dgate = run->dkv + dim;
+        run->d_stride = previous->row;
+        count = dsv4__min(count, capacity - t % capacity);
+    } else if (t < part->t) {
+        count = dsv4__min(count, part->t - t);
+    } else if (t < end) {
+        run->dkv = back->room->dkv + (part->row + t - part->t) * stride + offset;
+        run->dgate = back->room->dgate + (part->row + t - part->t) * stride + offset;
+        run->d_stride = stride;
+        count = dsv4__min(count, end - t);
+    }
+    if (back->call.c->config.no_gate) run->dgate = NULL;
+    return count;
+}
+
+/* A window's runs, each cut where its gradients' place changes. */
+static dsv4__window dsv4__window_back(const dsv4__back *back, const dsv4__part *part, const dsv4__source *source,
+                                      int64_t w) {
+    const int64_t ratio = back->call.c->config.ratio, lag = back->call.c->series - 1;
+    const dsv4__window whole = dsv4__window_rows(&back->call, &part->rows, source, w);
+    dsv4__window cut;
+    int64_t t = (w - lag) * ratio;
+    cut.run_count = 0;
+    for (int i = 0; i < whole.run_count; i++)
+        for (int64_t done = 0; done < whole.runs[i].count;) {
+            dsv4__run *run = &cut.runs[cut.run_count++];
+            DSV4_ASSERT(cut.run_count <= DSV4__MAX_RUNS);
+            *run = whole.runs[i];
+            if (run->kv != NULL) {
+                run->kv += done * run->stride;
+                if (run->gate != NULL) run->gate += done * run->stride;
+                if (run->ape != NULL) run->ape += done * run->ape_stride;
+                run->count = dsv4__run_target(back, part, source, lag > 0 && t >= w * ratio, t, run->count - done, run);
+            }
+            done += run->count;
+            t += run->count;
+        }
+    return cut;
+}
+
+static void dsv4__copy_or_clear(float *to, const float *from, size_t bytes) {
+    if (from != NULL)
+        memcpy(to, from, bytes);
+    else
+        memset(to, 0, bytes);
+}
+
+/* Rows of the part whose window closes after the segment get what the following part says, or 0; so does the row that
+ * pads an odd part. */
+static void dsv4__open_rows(const dsv4__back *back, const dsv4__part *part, const dsv4__source *source) {
+    const dsv4_compressor *c = back->call.c;
+    const dsv4_state *next = part->gradient != NULL ? part->gradient->next : NULL;
+    const size_t bytes = (size_t)source->channels * sizeof(float);
+    for (int64_t s = 0; s < c->series; s++) {
+        const int64_t lag = c->series - 1 - s, first = (part->closed - lag) * c->config.ratio;
+        int64_t t = dsv4__min(dsv4__max(first, part->t), part->t + part->count);
+        for (; t < part->t + dsv4__padded(part->count); t++) {
+            const int64_t to =
+                (part->row + t - part->t) * back->room->d_stride + s * c->config.head_dim + source->channel;
+            const int known = next != NULL && t < part->t + part->count;
+            const float *from = known ? dsv4__state_row(next, s, t) + source->channel : NULL;
+            dsv4__copy_or_clear(back->room->dkv + to, from, bytes);
+            dsv4__copy_or_clear(back->room->dgate + to, known && !c->config.no_gate ? from + c->config.head_dim : NULL,
+                                bytes);
+        }
+    }
+}
+
+/* Adds a part's rows of dgate to dape, as one block, over the source's channels. */
+static void dsv4__sum_ape(const dsv4__back *back, const dsv4__part *part, const dsv4__source *source) {
+    const dsv4_compressor *c = back->call.c;
+    const int64_t ratio = c->config.ratio, dim = c->config.head_dim;
+    for (int64_t s = 0; s < c->series; s++) {
+        const int64_t offset = s * dim + source->channel;
+        for (int64_t i = 0; i < part->count; i++) {
+            float *block = back->room->dape_block + (part->t + i) % ratio * c->columns + offset;
+            if (i < ratio) memset(block, 0, (size_t)source->channels * sizeof(float));
+            c->kernels->add(block, back->room->dgate + (part->row + i) * back->room->d_stride + offset, NULL,
+                            source->channels);
+        }
+        for (int64_t i = 0; i < dsv4__min(part->count, ratio); i++) {
+            const int64_t row = (part->t + i) % ratio * c->columns + offset;
+            c->kernels->add(back->room->dape + row, back->room->dape_block + row, NULL, source->channels);
+        }
+    }
+}
+
+/* Adds the entries that close within a part to dnorm, as one block. */
+static void dsv4__sum_norm(const dsv4__back *back, const dsv4__part *part, const dsv4__source *source) {
+    const dsv4_compressor *c = back->call.c;
+    const int64_t closing = (part->t + part->count) / c->config.ratio - part->rows.window;
+    float *block = back->room->dnorm_block + source->channel;
+    memset(block, 0, (size_t)source->channels * sizeof(float));
+    for (int64_t i = 0; i < closing; i++) {
+        const int64_t slot = (part->rows.slot + i) * c->config.head_dim + source->channel;
+        c->kernels->add(block, back->room->dscaled + slot, back->room->normed + slot, source->channels);
+    }
+    c->kernels->add(back->room->dnorm + source->channel, block, NULL, source->channels);
+}
+
+/* Task: dkv and dgate of the chunk's rows over this thread's channels, and the sums that need nothing else. */
+static void dsv4__windows_back_task(void *argument, int64_t thread) {
+    const dsv4__back *back = (const dsv4__back *)argument;
+    const dsv4_compressor *c = back->call.c;
+    const dsv4__source source = dsv4__thread_source(&back->call, thread);
+    dsv4__pool_job job = dsv4__pool_settings(c, &source);
+    dsv4__window window;
+    job.window = &window;
+    for (int64_t p = 0; p < back->parts && source.channels > 0; p++) {
+        const dsv4__part *part = &back->room->parts[p];
+        for (int64_t i = 0; i < part->rows.windows; i++) {
+            window = dsv4__window_back(back, part, &source, part->rows.window + i);
+            job.dpooled = back->room->dpooled + (part->rows.slot + i) * c->config.head_dim + source.channel;
+            c->kernels->pool_back(&job);
+        }
+        dsv4__open_rows(back, part, &source);
+        if (back->g.dape.data != NULL && !c->config.no_gate) dsv4__sum_ape(back, part, &source); /* else 0 */
+        if (back->g.dnorm.data != NULL) dsv4__sum_norm(back, part, &source);
+    }
+    for (int64_t row = 0; row < back->rows && back->round; row++)
+        for (int64_t s = 0; s < c->series; s++) {
+            const int64_t at = row * back->room->d_stride + s * c->config.head_dim + source.channel;
+            c->kernels->round_array(back->room->dkv + at, source.channels);
+            if (!c->config.no_gate) c->kernels->round_array(back->room->dgate + at, source.channels);
+        }
+}
+
+/* dkv or dgate as a left operand: [blocks of columns][rows][256] for dx, [columns][256 rows] for the weights. */
+static float *dsv4__d_rows(const dsv4__back *back, int64_t matrix) {
+    return back->room->d_rows +
+           matrix * dsv4__ceil_div(back->call.c->columns, DSV4__KBLOCK) * DSV4__KBLOCK * DSV4__KBLOCK;
+}
+
+static float *dsv4__d_columns(const dsv4__back *back, int64_t matrix) {
+    return back->room->d_columns + matrix * back->call.c->columns * DSV4__KBLOCK;
+}
+
+/* Columns [first, end) turned into rows, 8 rows of the source at a time so that they fit the first cache's ways. */
+static void dsv4__transpose(const dsv4__back *back, const float *from, float *to, int64_t first, int64_t end) {
+    const int64_t stride = back->room->d_stride;
+    const dsv4_dtype dtype = back->call.dot ? DSV4_BF16 : DSV4_F32;
+    for (int64_t row = 0; row < back->rows; row += 8)
+        for (int64_t column = first; column < end; column++)
+            for (int64_t r = row; r < dsv4__min(row + 8, back->rows); r++)
+                dsv4__put(to, dtype, column * DSV4__KBLOCK + r, from[r * stride + column]);
+}
+
+/* Task: lays dkv and dgate out for the products; rows for dx by rows, for the weights by columns. */
+static void dsv4__pack_back_task(void *argument, int64_t thread) {
+    const dsv4__back *back = (const dsv4__back *)argument;
+    const dsv4_compressor *c = back->call.c;
+    const int64_t threads = back->call.ws->threads;
+    const int64_t row = back->rows * thread / threads, row_end = back->rows * (thread + 1) / threads;
+    const int64_t column = c->columns * thread / threads, column_end = c->columns * (thread + 1) / threads;
+    for (int64_t m = 0; m < c->matrices; m++) {
+        const float *from = m == 0 ? back->room->dkv : back->room->dgate;
+        dsv4__row_packer packer;
+        packer.kernels = c->kernels;
+        packer.from = DSV4_F32;
+        packer.to = back->call.dot ? DSV4_BF16 : DSV4_F32;
+        packer.terms = c->columns;
+        packer.rows = back->rows;
+        packer.packed = dsv4__d_rows(back, m);
+        for (int64_t r = row; r < row_end && back->g.dx.data != NULL; r++)
+            dsv4__pack_row(&packer, from + r * back->room->d_stride, r);
+        if (back->g.dwkv.data != NULL || back->g.dwgate.data != NULL)
+            dsv4__transpose(back, from, dsv4__d_columns(back, m), column, column_end);
+    }
+}
+
+/* Writes n columns of the chunk's dx from sums [rows, 32]. */
+static void dsv4__put_dx(const dsv4__back *back, const float *sums, int64_t h, int64_t n) {
+    const dsv4_gradient *dx = &back->g.dx;
+    for (int64_t p = 0; p < back->parts; p++) {
+        const dsv4__part *part = &back->room->parts[p];
+        for (int64_t i = 0; i < part->count; i++) {
+            const int64_t to = (part->segment->token + part->t - part->seen + i) * back->g.dx_stride + h;
+            const float *from = sums + (part->row + i) * DSV4__PANEL;
+            if (dx->dtype == DSV4_BF16)
+                back->call.c->kernels->narrow((dsv4_bf16 *)dx->data + to, from, n);
+            else
+                memcpy((float *)dx->data + to, from, (size_t)n * sizeof(float));
+        }
+    }
+}
+
+/* dx over the panels [first, end) of hidden columns: dkv wkv, then dgate wgate. Blocks of terms are outermost, so that
+ * their part of dkv stays in the second cache while the weights pass by. */
+static void dsv4__dx_panels(const dsv4__back *back, int64_t first, int64_t end, dsv4__product_job *job) {
+    const dsv4_compressor *c = back->call.c;
+    job->rows = back->rows;
+    job->sum_stride = DSV4__PANEL;
+    for (int64_t m = 0; m < c->matrices; m++)
+        for (int64_t k = 0; k < c->columns; k += DSV4__KBLOCK)
+            for (int64_t i = first; i < end; i++) {
+                job->x = dsv4__at(dsv4__d_rows(back, m), back->call.dot ? DSV4_BF16 : DSV4_F32, k * back->rows);
+                job->w = dsv4__back_panel(c, i, m, k);
+                job->w_bf16 = c->w_bf16[m];
+                job->pairs = dsv4__padded(dsv4__min(c->columns - k, DSV4__KBLOCK)) / 2;
+                job->first = m == 0 && k == 0;
+                job->sum = back->room->dx_sums + i * DSV4__KBLOCK * DSV4__PANEL;
+                job->next = i + 1 < end ? dsv4__back_panel(c, i + 1, m, k) : job->w;
+                job->next_bytes = job->pairs * 2 * DSV4__PANEL * (job->w_bf16 ? 2 : 4);
+                c->kernels->product(job);
+            }
+    for (int64_t i = first; i < end; i++)
+        dsv4__put_dx(back, back->room->dx_sums + i * DSV4__KBLOCK * DSV4__PANEL, i * DSV4__PANEL,
+                     dsv4__min(c->config.hidden_dim - i * DSV4__PANEL, DSV4__PANEL));
+}
+
+/* The hidden columns of panel i of every part's x, as right operands: terms are tokens. */
+static void dsv4__pack_x_panel(const dsv4__back *back, int64_t i) {
+    const dsv4_batch *batch = &back->call.batch;
+    const dsv4_dtype dtype = back->call.dot ? DSV4_BF16 : DSV4_F32;
+    for (int64_t p = 0; p < back->parts; p++) {
+        const dsv4__part *part = &back->room->parts[p];
+        const int64_t token = part->segment->token + part->t - part->seen;
+        dsv4__terms source;
+        source.kernels = back->call.c->kernels;
+        source.first = dsv4__at(batch->x, batch->x_dtype, token * batch->x_stride + i * DSV4__PANEL);
+        source.dtype = batch->x_dtype;
+        source.stride = batch->x_stride;
+        source.terms = part->count;
+        source.columns = dsv4__min(back->call.c->config.hidden_dim - i * DSV4__PANEL, DSV4__PANEL);
+        dsv4__pack_terms(&source, dtype,
+                         dsv4__at_mutable(back->room->x_panels, dtype, (i * DSV4__KBLOCK + part->row) * DSV4__PANEL));
+    }
+}
+
+/* Where the sums of a weight's gradient live: the caller's fp32 array, or, for bf16, the workspace. */
+static float *dsv4__weight_sums(const dsv4__back *back, int64_t matrix, int64_t *stride) {
+    const dsv4_gradient *target = matrix == 0 ? &back->g.dwkv : &back->g.dwgate;
+    const dsv4_compressor *c = back->call.c;
+    *stride = target->dtype == DSV4_F32 ? c->config.hidden_dim
+                                        : dsv4__ceil_div(c->config.hidden_dim, DSV4__PANEL) * DSV4__PANEL;
+    return target->dtype == DSV4_F32 ? (float *)target->data : back->room->weight_sums + matrix * c->columns * *stride;
+}
+
+/* Copies rows of n numbers from one matrix to another. */
+static void dsv4__copy_rows(float *to, int64_t to_stride, const float *from, int64_t from_stride, int64_t rows,
+                            int64_t n) {
+    for (int64_t r = 0; r < rows; r++) memcpy(to + r * to_stride, from + r * from_stride, (size_t)n * sizeof(float));
+}
+
+/* Rows [row, row + rows) of one weight's gradient over panel i of the hidden columns: every part is a block of the sum. */
+static void dsv4__dw_tile(const dsv4__back *back, int64_t matrix, int64_t row, int64_t i, dsv4__product_job *job,
+                          float *spare) {
+    const dsv4_dtype dtype = back->call.dot ? DSV4_BF16 : DSV4_F32;
+    int64_t stride;
+    float *sums = dsv4__weight_sums(back, matrix, &stride) + row * stride + i * DSV4__PANEL;
+    const int64_t n = dsv4__min(back->call.c->config.hidden_dim - i * DSV4__PANEL, DSV4__PANEL);
+    job->sum = n < DSV4__PANEL ? spare : sums;
+    job->sum_stride = n < DSV4__PANEL ? (int64_t)DSV4__PANEL : stride;
+    if (n < DSV4__PANEL && (back->started || back->g.accumulate))
+        dsv4__copy_rows(spare, DSV4__PANEL, sums, stride, job->rows, n);
+    for (int64_t p = 0; p < back->parts; p++) {
+        const dsv4__part *part = &back->room->parts[p];
+        job->x = dsv4__at(dsv4__d_columns(back, matrix), dtype, row * DSV4__KBLOCK + part->row);
+        job->w = dsv4__at(back->room->x_panels, dtype, (i * DSV4__KBLOCK + part->row) * DSV4__PANEL);
+        job->pairs = dsv4__padded(part->count) / 2;
+        job->first = !back->started && p == 0 && !back->g.accumulate;
+        job->next_bytes = job->pairs * 2 * DSV4__PANEL * (job->w_bf16 ? 2 : 4);
+        job->next = (const char *)job->w + job->next_bytes;
+        back->call.c->kernels->product(job);
+    }
+    if (n < DSV4__PANEL) dsv4__copy_rows(sums, stride, spare, DSV4__PANEL, job->rows, n);
+}
+
+/* A weight's gradient over the panels [first, end): some rows at a time, which stay in the second cache while the panels
+ * of x pass by. */
+static void dsv4__dw_panels(const dsv4__back *back, int64_t matrix, int64_t first, int64_t end, dsv4__product_job *job,
+                            float *spare) {
+    const int64_t columns = back->call.c->columns;
+    job->w_bf16 = back->call.dot;
+    for (int64_t row = 0; row < columns; row += job->rows) {
+        job->rows = dsv4__min(columns - row,
+                              DSV4__BLOCK_ROWS / back->call.c->kernels->tile_rows * back->call.c->kernels->tile_rows);
+        for (int64_t i = first; i < end; i++) dsv4__dw_tile(back, matrix, row, i, job, spare);
+    }
+}
+
+/* Task: dx and the weights' gradients over this thread's hidden columns. */
+static void dsv4__products_task(void *argument, int64_t thread) {
+    const dsv4__back *back = (const dsv4__back *)argument;
+    const int64_t threads = back->call.ws->threads;
+    const int64_t panels = dsv4__ceil_div(back->call.c->config.hidden_dim, DSV4__PANEL);
+    const int64_t first = panels * thread / threads, end = panels * (thread + 1) / threads;
+    const dsv4__scratch scratch = dsv4__scratch_of(back->call.ws, thread);
+    dsv4__product_job job;
+    memset(&job, 0, sizeof job);
+    job.dot = back->call.dot;
+    job.swap = back->round;
+    job.wide = scratch.wide;
+    if (back->g.dx.data != NULL) dsv4__dx_panels(back, first, end, &job);
+    if (back->g.dwkv.data == NULL && back->g.dwgate.data == NULL) return;
+    for (int64_t i = first; i < end; i++) dsv4__pack_x_panel(back, i);
+    if (back->g.dwkv.data != NULL) dsv4__dw_panels(back, 0, first, end, &job, scratch.spare);
+    if (back->g.dwgate.data != NULL) dsv4__dw_panels(back, 1, first, end, &job, scratch.spare);
+}
+
+static void dsv4__run_chunk(dsv4__back *back) {
+    const dsv4_compressor *c = back->call.c;
+    const int64_t rows = dsv4__max(back->rows, back->context), work = rows * c->columns;
+    dsv4__call *call = &back->call;
+    if (back->recompute) dsv4__recompute(back);
+    dsv4__for_threads(call, dsv4__repool_task, back, work * 16);
+    dsv4__for_threads(call, dsv4__entries_back_task, back, back->windows * c->config.head_dim * 16);
+    dsv4__for_threads(call, dsv4__windows_back_task, back, work * 16);
+    if (back->g.dx.data == NULL && back->g.dwkv.data == NULL && back->g.dwgate.data == NULL) return;
+    dsv4__for_threads(call, dsv4__pack_back_task, back, work * 4);
+    dsv4__for_threads(call, dsv4__products_task, back, work * c->config.hidden_dim);
+    back->started = 1;
+}
+
+/* The gradient of the state before a segment: rows whose window closes later still are those of the state after it; the
+ * others are written with the windows. */
+static void dsv4__begin_previous(const dsv4__back *back, int64_t index) {
+    const dsv4_compressor *c = back->call.c;
+    const dsv4_segment *segment = &back->call.batch.segments[index];
+    const dsv4_segment_gradient *gradient = &back->g.segments[index];
+    const int64_t seen = dsv4_state_tokens(segment->state), closed = (seen + segment->count) / c->config.ratio;
+    dsv4_state *previous = gradient->previous;
+    previous->origin = segment->state->origin;
+    previous->tokens = previous->floor = seen;
+    for (int64_t s = 0; s < c->series; s++)
+        for (int64_t t = dsv4__state_first(previous, s, seen); t < seen; t++) {
+            float *row = dsv4__state_row(previous, s, t);
+            if (t / c->config.ratio + dsv4__lag(previous, s) < closed) continue;
+            dsv4__copy_or_clear(row, gradient->next != NULL ? dsv4__state_row(gradient->next, s, t) : NULL,
+                                (size_t)previous->row * sizeof(float));
+        }
+}
+
+/* dx of the tokens that drop_tail left out. */
+static void dsv4__clear_tails(const dsv4__back *back) {
+    const dsv4_gradient *dx = &back->g.dx;
+    const size_t bytes = (size_t)back->call.c->config.hidden_dim * dsv4_dtype_size(dx->dtype);
+    for (int64_t i = 0; i < back->call.batch.segment_count && dx->data != NULL; i++) {
+        const dsv4_segment *segment = &back->call.batch.segments[i];
+        int64_t t = dsv4__tokens_used(&back->call.batch, segment, back->call.c->config.ratio);
+        for (; t < segment->count; t++)
+            memset(dsv4__at_mutable(dx->data, dx->dtype, (segment->token + t) * back->g.dx_stride), 0, bytes);
+    }
+}
+
+/* Where a sum starts: at what its array holds, or at 0. */
+static void dsv4__begin_sum(const dsv4__back *back, const dsv4_gradient *target, float *sum, int64_t count) {
+    const dsv4_array old = {target->data, target->dtype};
+    for (int64_t i = 0; i < count && target->data != NULL; i++) sum[i] = back->g.accumulate ? dsv4__get(old, i) : 0;
+}
+
+static void dsv4__end_sum(const dsv4_gradient *target, const float *sum, int64_t count) {
+    for (int64_t i = 0; i < count && target->data != NULL; i++) dsv4__put(target->data, target->dtype, i, sum[i]);
+}
+
+/* Where the weights' sums start: bf16 ones go on in the workspace, fp32 ones where they are. Sums that start anew do so
+ * with their first block, or here where there was none. */
+static void dsv4__begin_weights(const dsv4__back *back, int64_t matrix) {
+    const dsv4_gradient *target = matrix == 0 ? &back->g.dwkv : &back->g.dwgate;
+    const int64_t width = back->call.c->config.hidden_dim;
+    int64_t stride;
+    if (target->data == NULL || (target->dtype == DSV4_F32 && back->g.accumulate)) return;
+    float *sums = dsv4__weight_sums(back, matrix, &stride);
+    for (int64_t row = 0; row < back->call.c->columns; row++) {
+        const dsv4_gradient part = {dsv4__at_mutable(target->data, target->dtype, row * width), target->dtype};
+        dsv4__begin_sum(back, &part, sums + row * stride, width);
+    }
+}
+
+static void dsv4__end_weights(const dsv4__back *back, int64_t matrix) {
+    const dsv4_gradient *target = matrix == 0 ? &back->g.dwkv : &back->g.dwgate;
+    const int64_t width = back->call.c->config.hidden_dim;
+    int64_t stride;
+    if (target->data == NULL || target->dtype == DSV4_F32) return;
+    const float *sums = dsv4__weight_sums(back, matrix, &stride);
+    for (int64_t row = 0; row < back->call.c->columns; row++) {
+        const dsv4_gradient part = {dsv4__at_mutable(target->data, target->dtype, row * width), target->dtype};
+        dsv4__end_sum(&part, sums + row * stride, width);
+    }
+}
+
+static dsv4_status dsv4__check_gradient(const dsv4_gradient *target, const char *name, int possible, int sums_bf16,
+                                        dsv4_error *error) {
+    if (target->data == NULL) return DSV4_OK;
+    if (!possible) return dsv4__fail(error, DSV4_ERROR_ARGUMENT, "%s is wanted, but the configuration has none", name);
+    DSV4__TRY(dsv4__need_array(target->data, target->dtype, name, error));
+    if (target->dtype == DSV4_F32 || sums_bf16) return DSV4_OK;
+    return dsv4__fail(error, DSV4_ERROR_ARGUMENT,
+                      "%s is BF16, but the compressor was made without options.bf16_gradients", name);
+}
+
+/* The states that carry gradients from part to part of a sequence. */
+static dsv4_status dsv4__check_carried(const dsv4_compressor *c, const dsv4_segment *segment,
+                                       const dsv4_segment_gradient *gradient, int64_t index, dsv4_error *error) {
+    const dsv4_state *next = gradient->next, *previous = gradient->previous;
+    if (next == NULL && previous == NULL) return DSV4_OK;
+    if (segment->state == NULL || previous == segment->state || next == segment->state || next == previous)
+        return dsv4__fail(error, DSV4_ERROR_STATE,
+                          "segment %lld: next and previous need a state, and to be others than it", (long long)index);
+    if ((next != NULL && next->fingerprint != c->fingerprint) ||
+        (previous != NULL && previous->fingerprint != c->fingerprint))
+        return dsv4__fail(error, DSV4_ERROR_STATE, "segment %lld: next or previous is of another configuration",
+                          (long long)index);
+    if (next != NULL && dsv4_state_tokens(next) != dsv4_state_tokens(segment->state) + segment->count)
+        return dsv4__fail(error, DSV4_ERROR_STATE, "segment %lld: next is of a state after %lld tokens, not %lld",
+                          (long long)index, (long long)dsv4_state_tokens(next),
+                          (long long)(dsv4_state_tokens(segment->state) + segment->count));
+    if (previous != NULL && previous->listed)
+        return dsv4__fail(error, DSV4_ERROR_STATE, "segment %lld: its previous stands in an earlier segment too",
+                          (long long)index);
+    return DSV4_OK;
+}
+
+static dsv4_status dsv4__check_all_carried(const dsv4__back *back, dsv4_error *error) {
+    const dsv4_batch *batch = &back->call.batch;
+    dsv4_status status = DSV4_OK;
+    int64_t checked = 0;
+    if (back->g.segments == NULL) return DSV4_OK;
+    for (; checked < batch->segment_count && status == DSV4_OK; checked++) {
+        const dsv4_segment_gradient *gradient = &back->g.segments[checked];
+        status = dsv4__check_carried(back->call.c, &batch->segments[checked], gradient, checked, error);
+        if (status == DSV4_OK && gradient->previous != NULL) gradient->previous->listed = 1;
+    }
+    for (int64_t i = 0; i < batch->segment_count && status == DSV4_OK; i++) {
+        const dsv4_state *state = batch->segments[i].state, *next = back->g.segments[i].next;
+        if ((state != NULL && state->listed) || (next != NULL && next->listed))
+            status = dsv4__fail(error, DSV4_ERROR_STATE, "segment %lld: its state or next is a previous of this call",
+                                (long long)i);
+    }
+    for (int64_t i = 0; i < checked; i++)
+        if (back->g.segments[i].previous != NULL) back->g.segments[i].previous->listed = 0;
+    return status;
+}
+
+static dsv4_status dsv4__check_gradients(dsv4__back *back, dsv4_error *error) {
+    const dsv4_compressor *c = back->call.c;
+    const dsv4_batch *batch = &back->call.batch;
+    dsv4_gradients *g = &back->g;
+    if (!c->training) return dsv4__fail(error, DSV4_ERROR_ARGUMENT, "the compressor was made without options.training");
+    if (batch->tokens > 0) DSV4__TRY(dsv4__need_array(batch->x, batch->x_dtype, "x", error));
+    if (batch->entries < 0) return dsv4__fail(error, DSV4_ERROR_ARGUMENT, "entries is %lld", (long long)batch->entries);
+    if (batch->entries > 0) DSV4__TRY(dsv4__need_array(g->dout, g->dout_dtype, "dout", error));
+    DSV4__TRY(dsv4__check_stride(&g->dout_stride, c->config.head_dim, batch->entries, "dout_stride", error));
+    DSV4__TRY(dsv4__check_stride(&g->dx_stride, c->config.hidden_dim, batch->tokens, "dx_stride", error));
+    DSV4__TRY(dsv4__check_gradient(&g->dx, "dx", 1, 1, error));
+    DSV4__TRY(dsv4__check_gradient(&g->dwkv, "dwkv", 1, c->training & DSV4__BF16_SUMS, error));
+    DSV4__TRY(dsv4__check_gradient(&g->dwgate, "dwgate", !c->config.no_gate, c->training & DSV4__BF16_SUMS, error));
+    DSV4__TRY(dsv4__check_gradient(&g->dape, "dape", !c->config.no_ape, 1, error));
+    DSV4__TRY(dsv4__check_gradient(&g->dnorm, "dnorm", 1, 1, error));
+    DSV4__TRY(dsv4__check_segments(c, batch, error));
+    return dsv4__check_all_carried(back, error);
+}
+
+DSV4_API dsv4_status dsv4_backward(const dsv4_compressor *compressor, const dsv4_batch *batch,
+                                   const dsv4_gradients *gradients, dsv4_workspace *workspace, dsv4_error *error) {
+    dsv4__back back;
+    memset(&back, 0, sizeof back);
+    DSV4__TRY(dsv4__begin_call(compressor, batch, workspace, &back.call, error));
+    DSV4__TRY(dsv4__need(gradients, "gradients", error));
+    back.g = *gradients;
+    DSV4__TRY(dsv4__check_gradients(&back, error));
+    const dsv4_compressor *c = compressor;
+    back.room = &workspace->training;
+    back.recompute = batch->kv == NULL;
+    back.round = back.call.x_bf16 && c->w_bf16[0] && (c->config.no_gate || c->w_bf16[1]);
+    memset(&back.call.batch.stages, 0, sizeof back.call.batch.stages);
+    if (back.recompute) {
+        back.call.batch.kv = back.call.batch.stages.kv = back.room->kv;
+        back.call.batch.gate = back.call.batch.stages.gate = back.room->gate;
+    }
+    for (int64_t i = 0; i < batch->segment_count && back.g.segments != NULL; i++)
+        if (back.g.segments[i].previous != NULL) dsv4__begin_previous(&back, i);
+    dsv4__begin_sum(&back, &back.g.dape, back.room->dape, c->config.no_ape ? 0 : c->config.ratio * c->columns);
+    dsv4__begin_sum(&back, &back.g.dnorm, back.room->dnorm, c->config.head_dim);
+    for (int64_t m = 0; m < c->matrices && back.g.accumulate; m++) dsv4__begin_weights(&back, m);
+    while (dsv4__next_chunk(&back)) dsv4__run_chunk(&back);
+    for (int64_t m = 0; m < c->matrices && !back.g.accumulate && !back.started; m++) dsv4__begin_weights(&back, m);
+    dsv4__clear_tails(&back);
+    dsv4__end_sum(&back.g.dape, back.room->dape, c->config.no_ape ? 0 : c->config.ratio * c->columns);
+    dsv4__end_sum(&back.g.dnorm, back.room->dnorm, c->config.head_dim);
+    for (int64_t m = 0; m < c->matrices; m++) dsv4__end_weights(&back, m);
+    return DSV4_OK;
+}
+
+#ifdef __cplusplus
+}
+#endif
+#define DSV4__IMPLEMENTED 1
+#endif /* DSV4_COMPRESSOR_IMPLEMENTATION */
+
+/* ============================================================================================================
+ * 4. Licence: MIT
+ *
+ * Copyright (c) 2026 the dsv4_compressor.h authors
+ *
+ * Permission is hereby granted, free of charge, to any person obtaining a copy of this software and associated
+ * documentation files (the "Software"), to deal in the Software without restriction, including without limitation the
+ * rights to use, copy, modify, merge, publish, distribute, sublicense, and/or sell copies of the Software, and to permit
+ * persons to whom the Software is furnished to do so, subject to the following conditions:
+ *
+ * The above copyright notice and this permission notice shall be included in all copies or substantial portions of the
+ * Software.
+ *
+ * THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR IMPLIED, INCLUDING BUT NOT LIMITED TO THE
+ * WARRANTIES OF MERCHANTABILITY, FITNESS FOR A PARTICULAR PURPOSE AND NONINFRINGEMENT. IN NO EVENT SHALL THE AUTHORS OR
+ * COPYRIGHT HOLDERS BE LIABLE FOR ANY CLAIM, DAMAGES OR OTHER LIABILITY, WHETHER IN AN ACTION OF CONTRACT, TORT OR
+ * OTHERWISE, ARISING FROM, OUT OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE SOFTWARE.
+ * ============================================================================================================ */

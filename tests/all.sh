@@ -1,0 +1,59 @@
+#!/bin/sh
+# all.sh DIRECTORY: every check there is, one after another; the last line is `N passed, N failed`. FUZZ_SECONDS (60) each
+# for the fuzzers, ALL_SKIP="name name" leaves steps out.
+. tests/lib.sh
+out=${1:-$BUILD/all}
+seconds=${FUZZ_SECONDS:-60}
+mkdir -p "$out"
+: >"$out/sums"
+
+# step NAME COMMAND...: counts its last `N passed, N failed` line, or, without one, its exit status.
+step() {
+    name=$1
+    shift
+    case " ${ALL_SKIP:-} " in *" $name "*) echo "=== $name: left out"; return ;; esac
+    echo "=== $name"
+    begun=$(date +%s)
+    "$@" >"$out/$name.log" 2>&1
+    status=$?
+    sum=$(grep -E '^[0-9]+ passed, [0-9]+ failed$' "$out/$name.log" | tail -1)
+    [ -n "$sum" ] || { [ $status -eq 0 ] && sum='1 passed, 0 failed' || sum='0 passed, 1 failed'; }
+    [ $status -eq 0 ] || case $sum in *' 0 failed') sum='0 passed, 1 failed' ;; esac
+    if [ $status -eq 0 ]; then tail -3 "$out/$name.log"; else tail -60 "$out/$name.log"; fi
+    echo "$sum" >>"$out/sums"
+    echo "=== $name: exit status $status, $(($(date +%s) - begun)) s"
+}
+make_() { ${MAKE:-make} -s "$@"; }
+
+installs() {
+    make_ install DESTDIR="$tmp/root" PREFIX=/usr &&
+        printf '#define DSV4_COMPRESSOR_IMPLEMENTATION\n#include <dsv4_compressor.h>\n' >"$tmp/user.c" &&
+        $CC -c -I"$tmp/root/usr/include" "$tmp/user.c" -o "$tmp/user.o" &&
+        grep -q '^Version: [0-9]' "$tmp/root/usr/share/pkgconfig/dsv4_compressor.pc"
+}
+under_valgrind() {
+    make_ tests BUILD="$out/valgrind" CFLAGS='-O1 -g' || return 1
+    for test in tests/test_*.c; do
+        name=$(basename "$test" .c)
+        # The extremes are large, and guard pages do to them what valgrind would.
+        [ "$name" = test_extremes ] || spawn "$name" valgrind --quiet --error-exitcode=9 --leak-check=full "$out/valgrind/tests/$name"
+    done
+    finish
+}
+
+step check make_ check
+step check-clang make_ check CC=clang BUILD="$out/clang"
+step check-own-runner make_ check BUILD="$out/own" CPPFLAGS=-DTESTS_OWN_RUNNER SIMDE= SCRIPTS=
+step check-slow env TESTS_SLOW=1 ${MAKE:-make} -s check SCRIPTS=
+step examples make_ examples
+step install installs
+step run make_ run
+step run-train make_ run-train
+step run-mpi make_ run-mpi
+step lint make_ lint
+step coverage make_ coverage
+step check-san make_ check-san
+step check-cross make_ check-cross
+step fuzz make_ fuzz FUZZ_SECONDS="$seconds"
+! have valgrind || step valgrind under_valgrind
+awk '{ passed += $1; failed += $3 } END { print passed + 0 " passed, " failed + 0 " failed"; exit failed > 0 }' "$out/sums"

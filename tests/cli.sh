@@ -1,0 +1,139 @@
+#!/bin/sh
+# build/compress: its output's bytes do not depend on kernels, threads or chunks, and no bad file or option gets through.
+. tests/lib.sh
+compress=$BUILD/compress
+isas=$("$compress" --list-isa) || exit 1
+
+# ---- Equal bytes ------------------------------------------------------------------------------------------------
+
+# The rows of the table are threads and tokens a call; 0 means: all at once.
+ways='1 0
+2 1
+3 7
+2 64'
+
+same_bytes() { # same_bytes FILE OPTIONS...: over every kernel set and way
+    golden=$1 name=$tmp/$(basename "$1" .safetensors)
+    shift
+    "$compress" --weights "$golden" --input "$golden" --output "$name.ref" --isa scalar --threads 1 "$@" || return 1
+    for isa in $isas; do
+        echo "$ways" | while read -r threads chunk; do
+            [ "$chunk" = 0 ] && chunk= || chunk="--chunk $chunk"
+            "$compress" --weights "$golden" --input "$golden" --output "$name.out" --isa "$isa" --threads "$threads" \
+                $chunk "$@" && cmp "$name.ref" "$name.out" || exit 1
+        done || return 1
+    done
+}
+same_gradients() { # kernel sets and threads; sums over tokens are not promised for cuts at any token
+    golden=$1 ways='1 0
+2 0'
+    same_bytes "$golden" --backward dout
+}
+
+for golden in tests/golden/*.safetensors; do
+    case $golden in
+    */grad_*) spawn "$golden: the same gradients from every kernel set, any threads" same_gradients "$golden" ;;
+    *) spawn "$golden: the same bytes from every kernel set, any threads, any chunks" same_bytes "$golden" --stages ;;
+    esac
+done
+wait
+
+# ---- Refusals ---------------------------------------------------------------------------------------------------
+
+good=tests/golden/csa_none.safetensors
+mkdir "$tmp/files" "$tmp/place"
+
+refuses() { # refuses STATUS PATTERN OPTIONS...: that exit status, one line matching the pattern, and no file
+    wanted=$1 pattern=$2
+    shift 2
+    "$compress" --output "$tmp/place/out" "$@" >"$tmp/stdout" 2>"$tmp/stderr"
+    status=$?
+    echo "exit status $status: $(cat "$tmp/stderr")"
+    ls "$tmp/place"
+    [ $status -eq "$wanted" ] && [ ! -s "$tmp/stdout" ] && [ "$(wc -l <"$tmp/stderr")" -eq 1 ] &&
+        grep -q -e "$pattern" "$tmp/stderr" && [ -z "$(ls "$tmp/place")" ]
+}
+bad_file() { # bad_file NAME PATTERN: the file of that name, as weights and as input
+    file=$tmp/files/$1
+    try "as weights: $1" refuses 1 "$2" --weights "$file" --input $good
+    try "as input: $1" refuses 1 "$2" --weights $good --input "$file"
+}
+written() { # written NAME HEADER: a safetensors file of that header (under 256 bytes) and 64 bytes of zeros
+    printf "\\$(printf %o ${#2})\\0\\0\\0\\0\\0\\0\\0%s" "$2" >"$tmp/files/$1"
+    head -c 64 /dev/zero >>"$tmp/files/$1"
+}
+
+: >"$tmp/files/empty"
+echo 'not a safetensors file at all' >"$tmp/files/text"
+head -c 5 $good >"$tmp/files/five-bytes"
+head -c 900 $good >"$tmp/files/cut-in-the-header"
+head -c 20000 $good >"$tmp/files/cut-in-the-numbers"
+{ cat $good; echo; } >"$tmp/files/one-byte-more"
+printf '\377\377\377\377\377\377\377\177{}' >"$tmp/files/endless-header"
+written broken-json '{"x":{"dtype":"F32","shape":[16],"data_offsets":[0,64}}'
+written beyond-the-end '{"x":{"dtype":"F32","shape":[17],"data_offsets":[0,68]}}'
+written shape-overflow '{"x":{"dtype":"F32","shape":[4294967296,4294967296],"data_offsets":[0,64]}}'
+written negative-shape '{"x":{"dtype":"F32","shape":[-4,-4],"data_offsets":[0,64]}}'
+written overlapping '{"x":{"dtype":"F32","shape":[16],"data_offsets":[0,64]},"y":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
+written other-type '{"x":{"dtype":"F64","shape":[8],"data_offsets":[0,64]},"wkv":{"dtype":"I8","shape":[0],"data_offsets":[64,64]}}'
+written other-shape '{"x":{"dtype":"F32","shape":[16],"data_offsets":[0,64]}}'
+mkdir "$tmp/files/folder"
+for name in $(ls "$tmp/files"); do
+    bad_file "$name" "$name"
+done
+bad_file none-there none-there
+
+try 'output to a folder that is not there' refuses 1 nowhere --weights $good --input $good --output "$tmp/nowhere/out"
+try 'output onto a folder' refuses 1 files --weights $good --input $good --output "$tmp/files"
+try 'output to a full disk' refuses 1 /dev/full --weights $good --input $good --output /dev/full
+try 'a picture in a folder that is not there' refuses 1 nowhere --weights $good --input $good --plot "$tmp/nowhere/plot.svg"
+
+# An option, its value (- for none), the exit status; the message names the option.
+while read -r option value status; do
+    [ "$value" = - ] && value=
+    try "$option $value" refuses "$status" "$option" --weights $good --input $good "$option" $value
+done <<END
+--no-such-option - 2
+--threads - 2
+--threads none 1
+--threads 0 1
+--threads 9999999999 1
+--chunk -1 1
+--chunk 99999999999999999999 1
+--ratio 0 1
+--ratio 4x 1
+--rope-dim -2 1
+--rope-theta nan 1
+--rope-theta 0.5 1
+--yarn-factor x 1
+--eps -1 1
+--pad-gate 3 1
+--start -1 1
+--start 1.5 1
+--preset best 1
+END
+try 'a kernel set of no machine' refuses 1 pdp11 --weights $good --input $good --isa pdp11
+try 'a ratio other than the ape has' refuses 1 ratio --weights $good --input $good --ratio 5
+try 'a rope_dim beyond head_dim' refuses 1 rope_dim --weights $good --input $good --rope-dim 4096
+try 'an odd rope_dim' refuses 1 rope_dim --weights $good --input $good --rope-dim 3
+try 'a tensor that is not there' refuses 1 absent --weights $good --input $good --tensor absent
+try 'a prefix that is not there' refuses 1 layers.7 --weights $good --input $good --prefix layers.7
+try 'a gradient that is not there' refuses 1 absent --weights $good --input $good --backward absent
+try 'no weights' refuses 2 --weights --input $good
+try 'no input' refuses 2 --input --weights $good
+
+keeps_the_old_file() {
+    echo old >"$tmp/kept"
+    ! "$compress" --weights $good --input $good --tensor absent --output "$tmp/kept" 2>/dev/null && [ "$(cat "$tmp/kept")" = old ]
+}
+helps() { "$compress" --help >"$tmp/help" && grep -q -e --weights "$tmp/help"; }
+lists() { [ "$(echo "$isas" | tail -1)" = scalar ]; }
+draws() {
+    "$compress" --weights $good --input $good --output "$tmp/drawn" --plot "$tmp/plot.svg" && grep -q '^<svg\|^<?xml' "$tmp/plot.svg" &&
+        [ "$(tail -1 "$tmp/plot.svg")" = '</svg>' ]
+}
+try 'what stood at the output stays after a failure' keeps_the_old_file
+try '--help' helps
+try '--list-isa ends in scalar' lists
+try '--plot' draws
+finish

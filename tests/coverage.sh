@@ -1,0 +1,20 @@
+#!/bin/sh
+# coverage.sh DIRECTORY: lines and branches of the header that the tests reach (gcc, gcov, python3), over all kernel sets
+# of this machine: a branch of a kernel counts as taken where one set takes it. The last line is `branch coverage NN.N %`.
+. tests/lib.sh
+out=${1:-$BUILD/coverage}
+mkdir -p "$out/header"
+find "$out" -name '*.gc??' -exec rm -f {} +
+
+# Asserts state what cannot happen, so they are no branches. Nor are copies of a function for constant arguments: nothing
+# is inlined, so that a line of the source is one line of the count.
+sed 's/__attribute__((always_inline)) //' dsv4_compressor.h >"$out/header/dsv4_compressor.h"
+${MAKE:-make} -s check BUILD="$out" CC="${GCC:-gcc}" SCRIPTS= HEADER="$out/header/dsv4_compressor.h" \
+    HEADER_FLAGS='-O0 -DNDEBUG --coverage' LDFLAGS=--coverage
+status=$?
+# How lesser CPUs choose their kernels.
+for cpu in Nehalem Haswell; do
+    ! have qemu-x86_64-static || qemu-x86_64-static -cpu $cpu "$out/tests/test_seed" >"$out/$cpu.log" 2>&1 || status=1
+done
+"${GCOV:-gcov}" --json-format --branch-probabilities --stdout "$out/dsv4.gcda" >"$out/coverage.json" 2>"$out/gcov.err" &&
+    python3 tests/coverage.py "$out/coverage.json" "$out/header/dsv4_compressor.h" && exit $status

@@ -1,0 +1,134 @@
+#!/bin/sh
+# The header compiles alone and without a warning in every language it promises, links from many files, and leaks nothing.
+. tests/lib.sh
+
+C=$(compilers cc gcc clang clang-19 "$CC")
+CXX=$(compilers c++ g++ clang++)
+header=dsv4_compressor.h
+implement=-DDSV4_COMPRESSOR_IMPLEMENTATION
+
+compiles() { # compiles COMPILER FLAGS...: the header as a translation unit of its own
+    compiler=$1
+    shift
+    echo '#include "dsv4_compressor.h"' | "$compiler" $WARN -I. "$@" -fsyntax-only -
+}
+
+for compiler in $C; do
+    for std in c99 c11 c17 c2x; do
+        spawn "$compiler -std=$std, declarations" compiles "$compiler" -std=$std -x c
+        spawn "$compiler -std=$std, implementation" compiles "$compiler" -std=$std -x c $implement
+    done
+    spawn "$compiler, every option" compiles "$compiler" -std=c99 -x c $implement -DDSV4_COMPRESSOR_SCALAR \
+        -DDSV4_COMPRESSOR_NO_HEAP -DDSV4_COMPRESSOR_STATIC '-DDSV4_ASSERT(condition)=((void)0)'
+    spawn "$compiler -std=gnu99 -DNDEBUG" compiles "$compiler" -std=gnu99 -x c -DNDEBUG $implement
+    [ -z "$(simde_flag)" ] || spawn "$compiler, simde" compiles "$compiler" -std=c99 -x c $implement $(simde_flag)
+done
+for compiler in $CXX; do
+    for std in c++11 c++20; do
+        spawn "$compiler -std=$std, declarations" compiles "$compiler" -std=$std -x c++
+        spawn "$compiler -std=$std, implementation" compiles "$compiler" -std=$std -x c++ $implement
+    done
+done
+
+# A compiler that knows neither vector extensions nor builtins still gets the scalar kernels.
+echo '#include "dsv4_compressor.h"' >"$tmp/alone.c"
+! have tcc || spawn 'tcc, implementation' tcc -I. $implement -c -o "$tmp/tcc.o" "$tmp/alone.c"
+
+fast_math_is_refused() {
+    ! compiles $CC -x c -ffast-math $implement 2>"$tmp/fast.txt" && grep -q 'DSV4_COMPRESSOR_FAST_MATH' "$tmp/fast.txt"
+}
+try '-ffast-math is refused, naming the way out' fast_math_is_refused
+try '-ffast-math with DSV4_COMPRESSOR_FAST_MATH' compiles $CC -x c -ffast-math $implement -DDSV4_COMPRESSOR_FAST_MATH
+
+# A program of three files: one implements, one includes it twice, one is C++ where there is a compiler for that.
+cat >"$tmp/user.c" <<'END'
+#include "dsv4_compressor.h"
+#include "dsv4_compressor.h"
+const char *user_text(void);
+const char *user_text(void) { return dsv4_status_text(DSV4_OK); }
+END
+cat >"$tmp/main.c" <<'END'
+#include "dsv4_compressor.h"
+#include <string.h>
+#ifdef __cplusplus
+extern "C"
+#endif
+const char *user_text(void);
+int main(void) {
+    dsv4_config config = dsv4_preset_config(DSV4_V4_FLASH_CSA);
+    return strcmp(user_text(), dsv4_status_text(DSV4_OK)) != 0 || dsv4_config_check(&config, NULL) != DSV4_OK;
+}
+END
+echo "#ifndef DSV4_COMPRESSOR_IMPLEMENTATION
+#define DSV4_COMPRESSOR_IMPLEMENTATION
+#endif
+#include \"$header\"
+#include \"$header\"" >"$tmp/implementation.c"
+
+builds() { # builds NAME FLAGS...: objects and program NAME from the three files, then runs it
+    program=$tmp/$1
+    shift
+    for file in user implementation; do
+        $CC -I. "$@" -c "$tmp/$file.c" -o "$program.$file.o" || return 1
+    done
+    $CC -I. "$@" "$tmp/main.c" "$program.user.o" "$program.implementation.o" -lm -o "$program" && "$program"
+}
+builds_for_cpp() {
+    $1 -I. -c -x c++ "$tmp/main.c" -o "$tmp/cpp.main.o" &&
+        $1 "$tmp/cpp.main.o" "$tmp/shared.user.o" "$tmp/shared.implementation.o" -lm -o "$tmp/cpp" && "$tmp/cpp"
+}
+renamed_builds() {
+    cp $header "$tmp/other_name.h"
+    printf '#define DSV4_COMPRESSOR_IMPLEMENTATION\n#include "other_name.h"\n' >"$tmp/renamed.c"
+    $CC -DDSV4_COMPRESSOR_HEADER='"other_name.h"' -c "$tmp/renamed.c" -o "$tmp/renamed.o"
+}
+try 'three files, one implements' builds shared
+for compiler in $(echo $CXX | cut -d' ' -f1); do
+    spawn "a C++ program with the C implementation" builds_for_cpp "$compiler"
+done
+spawn 'three files, each with a static copy' builds static -DDSV4_COMPRESSOR_STATIC -DDSV4_COMPRESSOR_IMPLEMENTATION
+spawn 'under another name' renamed_builds
+wait
+
+# What the object shows to the linker, keeps to itself, and asks for.
+symbols() { nm "$tmp/shared.implementation.o" | awk "$1"; }
+nothing() { # nothing FILE: fails, showing it, unless the file is empty
+    cat "$1"
+    [ ! -s "$1" ]
+}
+public_names_have_the_prefix() {
+    symbols 'NF == 3 && $2 ~ /^[A-Z]$/ && $3 !~ /^dsv4_[^_]/ { print }' >"$tmp/public.txt"
+    nothing "$tmp/public.txt"
+}
+# clang gives the constants of a function the name function.constant.
+private_names_have_the_prefix() {
+    symbols 'NF == 3 && $2 ~ /^[a-z]$/ && $3 !~ /^(dsv4__|simde_|\.|__get_cpuid|dsv4_[a-z0-9_]+\.)|\.[0-9]+$/ { print }' >"$tmp/private.txt"
+    nothing "$tmp/private.txt"
+}
+every_declared_function_exists() {
+    sed -n 's/^DSV4_API [^(]*[ *]\(dsv4_[a-z0-9_]*\)(.*/\1/p' $header | sort -u >"$tmp/declared.txt"
+    symbols '$2 == "T" { print $3 }' | sort -u >"$tmp/defined.txt"
+    [ -s "$tmp/declared.txt" ] && diff "$tmp/declared.txt" "$tmp/defined.txt"
+}
+# No files, threads, clocks, environment or locale: memory, text, arithmetic that some CPUs lack, and assert.
+asks_for_little() {
+    symbols '$1 == "U" && $2 !~ /^(malloc|free|mem(cpy|set|move|cmp)|str(cmp|len)|v?snprintf|(sqrt|fma)f?)$/ &&
+        $2 !~ /^_?_(assert|cpu_|stack_chk|GLOBAL_OFFSET_TABLE_)/ { print }' >"$tmp/asked.txt"
+    nothing "$tmp/asked.txt"
+}
+# Macros by the file that defines them: the preprocessor's output marks where each line comes from.
+macros_have_the_prefix() {
+    $CC -I. "$@" -E -dD "$tmp/alone.c" | awk '
+        /^# [0-9]+ "/ { inside = $3 ~ /dsv4_compressor\.h"$/ }
+        inside && /^#define / { split($2, name, "("); defined[name[1]] = 1 }
+        inside && /^#undef / { delete defined[$2] }
+        END { for (macro in defined) if (macro !~ /^DSV4_/) print macro }' >"$tmp/macros.txt"
+    nothing "$tmp/macros.txt"
+}
+try 'public symbols begin with dsv4_' public_names_have_the_prefix
+try 'private symbols begin with dsv4__' private_names_have_the_prefix
+try 'every declared function is defined, and no other' every_declared_function_exists
+try 'nothing is asked of the system but memory, text and arithmetic' asks_for_little
+try 'macros of the declarations begin with DSV4_' macros_have_the_prefix
+try 'macros of the implementation begin with DSV4_' macros_have_the_prefix $implement
+finish

@@ -1,0 +1,57 @@
+# lib.sh: what the shell tests share. To be sourced from the top directory; $tmp is a directory that goes away.
+#
+#   try NAME COMMAND...       runs it; success counts as passed, failure prints NAME and the output
+#   spawn NAME COMMAND...     the same beside others, $JOBS at a time; `finish` waits for all
+#   finish                    prints `N passed, N failed`; its status is the script's
+set -u
+CC=${CC:-cc}
+BUILD=${BUILD:-build}
+JOBS=${JOBS:-2}
+WARN='-Wall -Wextra -Wpedantic -Wconversion -Wshadow -Werror'
+tmp=$(mktemp -d) || exit 1
+trap 'rm -rf "$tmp"' EXIT
+trap 'exit 1' INT TERM
+running=0
+serial=0
+: >"$tmp/verdicts"
+
+try() {
+    try_name=$1
+    try_log=$tmp/log.$serial
+    shift
+    if "$@" >"$try_log" 2>&1; then
+        echo passed >>"$tmp/verdicts"
+    else
+        { echo "FAILED: $try_name"; sed 's/^/    /' "$try_log" | head -30; }
+        echo failed >>"$tmp/verdicts"
+    fi
+}
+
+spawn() {
+    serial=$((serial + 1))
+    running=$((running + 1))
+    try "$@" &
+    [ $((running % JOBS)) -ne 0 ] || wait
+}
+
+finish() {
+    wait
+    passed=$(grep -c passed "$tmp/verdicts")
+    failed=$(grep -c failed "$tmp/verdicts")
+    echo "$passed passed, $failed failed"
+    [ "$failed" -eq 0 ] && [ "$passed" -gt 0 ]
+}
+
+have() { command -v "$1" >/dev/null 2>&1; }
+
+# The first of the given commands' names that exist, without repetition of one compiler under two names.
+compilers() {
+    for name in "$@"; do
+        have "$name" && readlink -f "$(command -v "$name")" | sed "s|^|$name |"
+    done | awk '!seen[$2]++ { print $1 }'
+}
+
+simde_flag() {
+    printf '#if !__has_include(<simde/x86/sse4.1.h>)\n#error\n#endif\n' | $CC -E - >/dev/null 2>&1 &&
+        echo -DDSV4_COMPRESSOR_SIMDE=1
+}

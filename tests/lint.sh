@@ -1,0 +1,46 @@
+#!/bin/sh
+# lint.sh DIRECTORY: the header, examples and tests through gcc -fanalyzer, clang-tidy and cppcheck. No finding is left:
+# what an analyser gets wrong is switched off in .clang-tidy or here, with the reason.
+. tests/lib.sh
+out=${1:-$BUILD/lint}
+mkdir -p "$out"
+flags='-std=c99 -I. -Iexamples -Itests -pthread'
+implement=-DDSV4_COMPRESSOR_IMPLEMENTATION
+
+silent() { # silent COMMAND...: no output but success
+    "$@" >"$out/silent.$serial" 2>&1
+    silent_status=$?
+    cat "$out/silent.$serial"
+    [ $silent_status -eq 0 ] && [ ! -s "$out/silent.$serial" ]
+}
+analyses() { silent gcc $flags -O1 -fanalyzer -c "$@" -o "$out/object.$serial.o"; }
+tidies() { # tidies FILE FLAGS...
+    file=$1
+    shift
+    clang-tidy --config-file=.clang-tidy --quiet "$file" -- $flags "$@" 2>"$out/tidy.$serial.err"
+}
+# pointerSize: the heap allocator stores the pointer itself before its block.
+checks() {
+    silent cppcheck --quiet --std=c99 --error-exitcode=1 --inline-suppr --enable=warning,performance,portability \
+        --suppress=missingIncludeSystem --suppress=pointerSize -I. -Iexamples -Itests "$@"
+}
+
+# The header as a file of its own. Cppcheck does not follow a header that includes itself, and gets it in one piece.
+cp dsv4_compressor.h "$out/implementation.c"
+if have gcc; then
+    gcc $flags $implement -DDSV4_COMPRESSOR_SCALAR -E "$out/implementation.c" -o "$out/implementation.i"
+    spawn 'gcc -fanalyzer dsv4_compressor.h' analyses $implement "$out/implementation.c"
+    ! have cppcheck || spawn 'cppcheck dsv4_compressor.h' checks "$out/implementation.i"
+fi
+! have clang-tidy || spawn 'clang-tidy dsv4_compressor.h' tidies "$out/implementation.c" $implement
+
+# Programs: clang-tidy without the implementation that they include, gcc with its scalar kernels.
+programs="$(ls examples/*.c tests/*.c tests/fuzz/*.c | grep -v examples/mpi.c)"
+for program in $programs; do
+    case $program in
+    examples/*) ! have gcc || spawn "gcc -fanalyzer $program" analyses "$program" -DDSV4_COMPRESSOR_SCALAR ;;
+    esac
+    ! have clang-tidy || spawn "clang-tidy $program" tidies "$program" -DDSV4__IMPLEMENTED=1
+done
+! have cppcheck || spawn 'cppcheck, programs' checks -DDSV4__IMPLEMENTED=1 $programs
+finish

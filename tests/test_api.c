@@ -1,0 +1,1166 @@
+/* The contract of each public function: what its results are, and what every kind of bad argument gets: its status, a
+ * message with the numbers, and nothing written. */
+
+#include <float.h>
+
+#include "runner.h"
+#include "oracle_support.h"
+#include "shapes.h"
+
+/* A failure as promised: that status, in the error too, with a text that names each of the given words. */
+static const char *failure(dsv4_status wanted, dsv4_status got, const dsv4_error *error, const char *words) {
+    char word[64];
+    if (got != wanted)
+        return note("status %d (%s), not %d: %.200s", (int)got, dsv4_status_text(got), (int)wanted, error->text);
+    if (error->status != wanted) return note("error.status is %d", (int)error->status);
+    if (error->text[0] == 0 || !memchr(error->text, 0, sizeof error->text)) return note("no message");
+    for (int used = 0; sscanf(words, "%63s%n", word, &used) == 1; words += used)
+        if (!strstr(error->text, word)) return note("\"%s\" is not in \"%.200s\"", word, error->text);
+    return NULL;
+}
+
+#define ASSERT_FAILS(status, words, call)                                                 \
+    do {                                                                                  \
+        dsv4_error error;                                                                 \
+        memset(&error, 0, sizeof error);                                                  \
+        const dsv4_status got_status = (call);                                            \
+        const char *wrong = failure(status, got_status, &error, words);                   \
+        ASSERTm(wrong, !wrong);                                                           \
+    } while (0)
+
+/* An address that no number of `size` bytes may have. */
+static void *crooked(void *pointer, size_t size) { return (char *)pointer + size / 2; }
+
+/* ---- Status ------------------------------------------------------------------------------------------------ */
+
+TEST every_status_has_a_text_of_its_own(void) {
+    for (int i = 0; i < DSV4_STATUS_COUNT; i++) {
+        const char *text = dsv4_status_text((dsv4_status)i);
+        ASSERT(text && strlen(text) > 3 && strcmp(text, "unknown status") != 0);
+        for (int k = 0; k < i; k++) ASSERT(strcmp(text, dsv4_status_text((dsv4_status)k)) != 0);
+    }
+    ASSERT_STR_EQ("success", dsv4_status_text(DSV4_OK));
+    ASSERT_STR_EQ("a buffer is too small", dsv4_status_text(DSV4_ERROR_BUFFER));
+    ASSERT_STR_EQ("unknown status", dsv4_status_text(DSV4_STATUS_COUNT));
+    ASSERT_STR_EQ("unknown status", dsv4_status_text((dsv4_status)-1));
+    ASSERT_STR_EQ("unknown status", dsv4_status_text((dsv4_status)1000));
+    PASS();
+}
+
+TEST success_writes_no_error(void) {
+    workbench w = workbench_new(&shapes[1], 2, 1);
+    dsv4_error error, before;
+    memset(&error, POISON, sizeof error);
+    before = error;
+    results r = workbench_results(&w);
+    ASSERT_EQ(DSV4_OK, dsv4_config_check(&w.config, &error));
+    ASSERT_EQ(DSV4_OK, compress_whole(&w.e, &w.s, &r, &error));
+    ASSERT_MEM_EQ(&before, &error, sizeof error);
+    results_free(&r);
+    workbench_free(&w);
+    PASS();
+}
+
+/* ---- bf16 -------------------------------------------------------------------------------------------------- */
+
+TEST dtypes_have_their_size(void) {
+    ASSERT_EQ_FMT(4u, (unsigned)dsv4_dtype_size(DSV4_F32), "%u");
+    ASSERT_EQ_FMT(2u, (unsigned)dsv4_dtype_size(DSV4_BF16), "%u");
+    ASSERT_EQ_FMT(0u, (unsigned)dsv4_dtype_size((dsv4_dtype)2), "%u");
+    ASSERT_EQ_FMT(0u, (unsigned)dsv4_dtype_size((dsv4_dtype)-1), "%u");
+    PASS();
+}
+
+TEST all_65536_bf16_numbers_are_widened_exactly_and_come_back(void) {
+    for (uint32_t i = 0; i < 65536; i++) {
+        float wide = dsv4_bf16_to_f32((dsv4_bf16)i);
+        ASSERT_EQ_FMT((unsigned)(i << 16), (unsigned)bits_of_float(wide), "%#x");
+        if (!isnan(wide)) ASSERT_EQ_FMT((unsigned)i, (unsigned)dsv4_bf16_from_f32(wide), "%#x");
+    }
+    PASS();
+}
+
+/* Around every bf16 number: just above it, just below, on, and just above the middle of its step, just below the next. */
+static const uint32_t lower_halves[] = {0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF};
+
+TEST rounding_is_to_nearest_with_ties_to_even(void) {
+    for (uint32_t i = 0; i < 65536; i++) {
+        for (int k = 0; k < 6; k++) {
+            float value = float_of_bits(i << 16 | lower_halves[k]);
+            dsv4_bf16 rounded = dsv4_bf16_from_f32(value);
+            if (isnan(value)) {
+                ASSERTm(note("%#x", (unsigned)bits_of_float(value)), (rounded & 0x7FC0) == 0x7FC0);
+                ASSERT_EQ_FMT((unsigned)(i & 0x8000), (unsigned)(rounded & 0x8000), "%#x");
+            } else {
+                float expected = (float)oracle_bf16((double)value);
+                ASSERT_EQ_FMT((unsigned)bits_of_float(expected), (unsigned)rounded << 16, "%#x");
+            }
+        }
+    }
+    PASS();
+}
+
+TEST numbers_beyond_the_largest_bf16_become_infinite(void) {
+    static const struct {
+        uint32_t value, rounded;
+    } cases[] = {{0x7F7F0000, 0x7F7F}, {0x7F7F7FFF, 0x7F7F}, {0x7F7F8000, 0x7F80}, {0x7F7FFFFF, 0x7F80},
+                 {0xFF7F7FFF, 0xFF7F}, {0xFF7F8000, 0xFF80}, {0x7F800000, 0x7F80}, {0xFF800000, 0xFF80},
+                 {0x00000000, 0x0000}, {0x80000000, 0x8000}, {0x00008000, 0x0000}, {0x00018000, 0x0002},
+                 {0x80000001, 0x8000}, {0x007FFFFF, 0x0080}, {0x7F800001, 0x7FC0}, {0xFFFFFFFF, 0xFFFF}};
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++)
+        ASSERT_EQ_FMT((unsigned)cases[i].rounded, (unsigned)dsv4_bf16_from_f32(float_of_bits(cases[i].value)), "%#x");
+    PASS();
+}
+
+TEST arrays_are_converted_as_single_numbers_are(void) {
+    enum { COUNT = 65536 * 6 };
+    float *wide = reserve(COUNT * sizeof *wide), *back = reserve(COUNT * sizeof *back);
+    dsv4_bf16 *narrow = reserve(COUNT * sizeof *narrow);
+    for (uint32_t i = 0; i < COUNT; i++) wide[i] = float_of_bits(i / 6 << 16 | lower_halves[i % 6]);
+    dsv4_bf16_from_f32_array(narrow, wide, COUNT);
+    dsv4_bf16_to_f32_array(back, narrow, COUNT);
+    for (uint32_t i = 0; i < COUNT; i++) {
+        ASSERT_EQ_FMT((unsigned)dsv4_bf16_from_f32(wide[i]), (unsigned)narrow[i], "%#x");
+        ASSERT_EQ_FMT((unsigned)narrow[i] << 16, (unsigned)bits_of_float(back[i]), "%#x");
+    }
+    free(narrow);
+    free(back);
+    free(wide);
+    PASS();
+}
+
+/* Every length up to several vectors, every offset: exactly that many numbers are written. */
+TEST arrays_of_any_length_at_any_offset_are_converted_within_bounds(void) {
+    enum { MOST = 80, OFFSETS = 17, ROOM = MOST + OFFSETS + 40 };
+    float wide[ROOM], back[ROOM];
+    dsv4_bf16 narrow[ROOM];
+    for (int i = 0; i < ROOM; i++) wide[i] = (float)(i + 1) * 1.00390625f;
+    for (size_t count = 0; count <= MOST; count++) {
+        for (size_t offset = 0; offset < OFFSETS; offset++) {
+            memset(narrow, POISON, sizeof narrow);
+            memset(back, POISON, sizeof back);
+            dsv4_bf16_from_f32_array(narrow + offset, wide + offset, count);
+            dsv4_bf16_to_f32_array(back + offset, narrow + offset, count);
+            for (size_t i = 0; i < count; i++) {
+                ASSERT_EQ(dsv4_bf16_from_f32(wide[offset + i]), narrow[offset + i]);
+                ASSERT_EQ(dsv4_bf16_to_f32(narrow[offset + i]), back[offset + i]);
+            }
+            ASSERT(memory_untouched(narrow, offset * 2) && memory_untouched(back, offset * 4));
+            ASSERT(memory_untouched(narrow + offset + count, (ROOM - offset - count) * 2));
+            ASSERT(memory_untouched(back + offset + count, (ROOM - offset - count) * 4));
+        }
+    }
+    PASS();
+}
+
+/* ---- Configuration ----------------------------------------------------------------------------------------- */
+
+TEST presets_are_the_published_models(void) {
+    static const struct {
+        dsv4_preset preset;
+        const char *name;
+        int64_t hidden_dim, head_dim, ratio;
+        int overlap, no_ape, no_gate;
+        float eps;
+    } rows[] = {
+        {DSV4_V4_FLASH_CSA, "v4-flash-csa", 4096, 512, 4, 1, 0, 0, 1e-6f},
+        {DSV4_V4_FLASH_HCA, "v4-flash-hca", 4096, 512, 128, 0, 0, 0, 1e-6f},
+        {DSV4_V4_FLASH_INDEXER, "v4-flash-indexer", 4096, 128, 4, 1, 0, 0, 1e-6f},
+        {DSV4_V4_PRO_CSA, "v4-pro-csa", 7168, 512, 4, 1, 0, 0, 1e-6f},
+        {DSV4_V4_PRO_HCA, "v4-pro-hca", 7168, 512, 128, 0, 0, 0, 1e-6f},
+        {DSV4_V4_PRO_INDEXER, "v4-pro-indexer", 7168, 128, 4, 1, 0, 0, 1e-6f},
+        {DSV4_V41_FLASH_RATIO2, "v4.1-flash-ratio2", 5120, 512, 2, 0, 1, 0, 1e-20f},
+        {DSV4_V41_FLASH_RATIO1, "v4.1-flash-ratio1", 5120, 512, 1, 0, 1, 1, 1e-20f},
+    };
+    ASSERT_EQ_FMT((int)(sizeof rows / sizeof *rows), (int)DSV4_PRESET_COUNT, "%d");
+    for (size_t i = 0; i < sizeof rows / sizeof *rows; i++) {
+        dsv4_config c = dsv4_preset_config(rows[i].preset);
+        ASSERT_STR_EQ(rows[i].name, dsv4_preset_name(rows[i].preset));
+        ASSERT_EQ_FMT((int)rows[i].hidden_dim, (int)c.hidden_dim, "%d");
+        ASSERT_EQ_FMT((int)rows[i].head_dim, (int)c.head_dim, "%d");
+        ASSERT_EQ_FMT((int)rows[i].ratio, (int)c.ratio, "%d");
+        ASSERT_EQ_FMT(64, (int)c.rope_dim, "%d");
+        ASSERT_EQ_FMT(rows[i].overlap, c.overlap, "%d");
+        ASSERT_EQ_FMT(rows[i].no_ape, c.no_ape, "%d");
+        ASSERT_EQ_FMT(rows[i].no_gate, c.no_gate, "%d");
+        ASSERT_EQ_FMT((unsigned)DSV4_ROUNDING_DEEPSEEK, (unsigned)c.rounding, "%#x");
+        ASSERT_EQ_FMT((double)rows[i].eps, (double)c.eps, "%g");
+        ASSERT_EQ_FMT(16.0, c.yarn_factor, "%g");
+        ASSERT(c.rope_theta == 0 || c.rope_theta == 160000);
+        ASSERT(c.yarn_orig_ctx == 0 || c.yarn_orig_ctx == 65536);
+        ASSERT_EQ(DSV4_OK, dsv4_config_check(&c, NULL));
+    }
+    PASS();
+}
+
+TEST no_preset_is_a_zeroed_configuration_that_is_refused(void) {
+    static const int values[] = {-1, DSV4_PRESET_COUNT, 1000};
+    dsv4_config zero;
+    memset(&zero, 0, sizeof zero);
+    for (int i = 0; i < 3; i++) {
+        dsv4_config c = dsv4_preset_config((dsv4_preset)values[i]);
+        ASSERT_MEM_EQ(&zero, &c, sizeof c);
+        ASSERT_EQ(NULL, dsv4_preset_name((dsv4_preset)values[i]));
+        ASSERT_FAILS(DSV4_ERROR_CONFIG, "hidden_dim 0", dsv4_config_check(&c, &error));
+    }
+    PASS();
+}
+
+TEST rounding_presets_are_made_of_their_points(void) {
+    ASSERT_EQ_FMT(0u, (unsigned)DSV4_ROUNDING_NONE, "%#x");
+    ASSERT_EQ_FMT((unsigned)ORACLE_DEEPSEEK, (unsigned)DSV4_ROUNDING_DEEPSEEK, "%#x");
+    ASSERT_EQ_FMT((unsigned)ORACLE_MAXTEXT, (unsigned)DSV4_ROUNDING_MAXTEXT, "%#x");
+    ASSERT_EQ_FMT((unsigned)ORACLE_TRANSFORMERS, (unsigned)DSV4_ROUNDING_TRANSFORMERS, "%#x");
+    ASSERT_EQ_FMT((unsigned)ORACLE_SCORE, (unsigned)DSV4_ROUND_SCORE, "%#x");
+    ASSERT_EQ_FMT((unsigned)ORACLE_TRIG, (unsigned)DSV4_ROUND_TRIG, "%#x");
+    PASS();
+}
+
+/* name, what is set, the words its message must hold */
+#define BAD_CONFIGS(X)                                                     \
+    X(no_hidden_dim, c->hidden_dim = 0, "hidden_dim 0")                    \
+    X(negative_hidden_dim, c->hidden_dim = -7, "hidden_dim -7")            \
+    X(huge_hidden_dim, c->hidden_dim = INT64_MAX, "9223372036854775807")   \
+    X(no_head_dim, c->head_dim = 0, "head_dim 0")                          \
+    X(negative_head_dim, c->head_dim = -1, "head_dim -1")                  \
+    X(huge_head_dim, c->head_dim = (int64_t)1 << 31, "2147483648")         \
+    X(no_ratio, c->ratio = 0, "ratio 0")                                   \
+    X(negative_ratio, c->ratio = -4, "ratio -4")                           \
+    X(huge_ratio, c->ratio = (int64_t)1 << 40, "1099511627776")            \
+    X(odd_rope_dim, c->rope_dim = 7, "rope_dim 7")                         \
+    X(negative_rope_dim, c->rope_dim = -2, "rope_dim -2")                  \
+    X(rope_dim_beyond_head_dim, c->rope_dim = 26, "rope_dim 26 24")        \
+    X(no_gate_with_a_window, c->no_gate = 1, "no_gate 8")                  \
+    X(no_gate_with_overlap, (c->no_gate = 1, c->ratio = 1), "no_gate 2")   \
+    X(no_gate_ratio_2, (c->no_gate = 1, c->ratio = 2, c->overlap = 0), "no_gate 2") \
+    X(unknown_rounding, c->rounding = 256, "rounding 0x100")               \
+    X(negative_eps, c->eps = -1e-6f, "eps -1e-06")                         \
+    X(nan_eps, c->eps = NAN, "eps nan")                                    \
+    X(infinite_eps, c->eps = INFINITY, "eps inf")                          \
+    X(positive_pad_gate, c->pad_gate = 1, "pad_gate 1")                    \
+    X(pad_gate_just_above_nought, c->pad_gate = 0.5f, "pad_gate 0.5")      \
+    X(nan_pad_gate, c->pad_gate = NAN, "pad_gate nan")                     \
+    X(theta_one, c->rope_theta = 1, "rope_theta 1")                        \
+    X(negative_theta, c->rope_theta = -5, "rope_theta -5")                 \
+    X(theta_beyond_range, c->rope_theta = 2e30, "rope_theta 2e+30")        \
+    X(nan_theta, c->rope_theta = NAN, "rope_theta nan")                    \
+    X(infinite_theta, c->rope_theta = INFINITY, "rope_theta inf")          \
+    X(yarn_factor_below_1, c->yarn_factor = 0.5, "yarn_factor 0.5")        \
+    X(nan_yarn_factor, c->yarn_factor = NAN, "yarn_factor nan")            \
+    X(yarn_ctx_below_1, c->yarn_orig_ctx = 0.5, "yarn_orig_ctx 0.5")       \
+    X(negative_yarn_ctx, c->yarn_orig_ctx = -1, "yarn_orig_ctx -1")        \
+    X(negative_beta_fast, c->yarn_beta_fast = -1, "yarn_beta_fast -1")     \
+    X(nan_beta_slow, c->yarn_beta_slow = NAN, "yarn_beta_slow nan")        \
+    X(negative_beta_slow, c->yarn_beta_slow = -3, "yarn_beta_slow -3")
+
+#define SPOIL_CONFIG(name, code, words) \
+    static void spoil_##name(dsv4_config *c) { (void)(code); }
+BAD_CONFIGS(SPOIL_CONFIG)
+
+static const struct bad_config {
+    const char *name;
+    void (*spoil)(dsv4_config *c);
+    const char *words;
+} bad_configs[] = {
+#define BAD_CONFIG_ROW(name, code, words) {#name, spoil_##name, words},
+    BAD_CONFIGS(BAD_CONFIG_ROW)};
+enum { BAD_CONFIG_COUNT = sizeof bad_configs / sizeof *bad_configs };
+
+/* ... by every function that takes one. */
+TEST a_bad_configuration_is_refused_everywhere(const struct bad_config *bad) {
+    workbench w = workbench_new(&shapes[1], 1, 2);
+    dsv4_config c = w.config;
+    bad->spoil(&c);
+    dsv4_allocator heap = dsv4_heap();
+    dsv4_compressor *compressor = (dsv4_compressor *)&heap;
+    dsv4_param_info info[DSV4_PARAM_COUNT];
+    float numbers[16];
+    size_t bytes = 12345;
+    memset(info, POISON, sizeof info);
+    memset(numbers, POISON, sizeof numbers);
+    ASSERT_FAILS(DSV4_ERROR_CONFIG, bad->words, dsv4_config_check(&c, &error));
+    ASSERT_FAILS(DSV4_ERROR_CONFIG, bad->words, dsv4_config_params(&c, info, &error));
+    ASSERT_FAILS(DSV4_ERROR_CONFIG, bad->words, dsv4_param_init(&c, DSV4_NORM, 1, DSV4_F32, numbers, &error));
+    ASSERT_FAILS(DSV4_ERROR_CONFIG, bad->words, dsv4_rope_frequencies(&c, numbers, 16, &error));
+    ASSERT_FAILS(DSV4_ERROR_CONFIG, bad->words, dsv4_compressor_size(&c, &w.m.params, NULL, &bytes, &error));
+    ASSERT_FAILS(DSV4_ERROR_CONFIG, bad->words,
+                 dsv4_compressor_create(&c, &w.m.params, NULL, &heap, &compressor, &error));
+    ASSERT_EQ(DSV4_ERROR_CONFIG, dsv4_config_check(&c, NULL));
+    ASSERT(memory_untouched(info, sizeof info) && memory_untouched(numbers, sizeof numbers));
+    ASSERT_EQ_FMT(12345u, (unsigned)bytes, "%u");
+    ASSERT_EQ((void *)&heap, (void *)compressor);
+    workbench_free(&w);
+    PASS();
+}
+
+/* Values on the allowed side of each bound. */
+#define BORDER_CONFIGS(X)                                                                         \
+    X(theta_above_one, c->rope_theta = 1.0000001)                                                 \
+    X(largest_theta, c->rope_theta = 1e30)                                                        \
+    X(yarn_factor_one, c->yarn_factor = 1)                                                        \
+    X(yarn_ctx_one, c->yarn_orig_ctx = 1)                                                         \
+    X(small_beta, c->yarn_beta_slow = 1e-30)                                                      \
+    X(smallest_eps, c->eps = FLT_MIN)                                                             \
+    X(pad_just_below_nought, c->pad_gate = -FLT_MIN)                                              \
+    X(infinite_pad, c->pad_gate = -INFINITY)                                                      \
+    X(rope_over_all, c->rope_dim = c->head_dim)                                                   \
+    X(all_rounding, c->rounding = 255)                                                            \
+    X(largest_ratio, c->ratio = INT32_MAX)                                                        \
+    X(largest_hidden_dim, c->hidden_dim = INT32_MAX)                                              \
+    X(largest_head_dim, c->head_dim = INT32_MAX)                                                  \
+    X(smallest, (c->hidden_dim = 1, c->head_dim = 1, c->ratio = 1, c->rope_dim = 0))              \
+    X(no_gate_alone, (c->no_gate = 1, c->ratio = 1, c->overlap = 0))
+#define BORDER_CONFIG(name, code) \
+    static void border_##name(dsv4_config *c) { (void)(code); }
+BORDER_CONFIGS(BORDER_CONFIG)
+
+TEST configurations_on_the_border_are_accepted(void) {
+    static const struct {
+        const char *name;
+        void (*set)(dsv4_config *c);
+    } borders[] = {
+#define BORDER_CONFIG_ROW(name, code) {#name, border_##name},
+        BORDER_CONFIGS(BORDER_CONFIG_ROW)};
+    for (size_t i = 0; i < sizeof borders / sizeof *borders; i++) {
+        dsv4_config c = shape_config(&shapes[1]);
+        dsv4_error error = {0};
+        borders[i].set(&c);
+        ASSERTm(note("%s: %.200s", borders[i].name, error.text), dsv4_config_check(&c, &error) == DSV4_OK);
+    }
+    PASS();
+}
+
+TEST a_zero_field_takes_its_default(void) {
+    dsv4_config c = shape_config(&shapes[1]), full = c;
+    c.yarn_factor = 0;
+    full.eps = 1e-6f;
+    full.pad_gate = -1e4f;
+    full.rope_theta = 160000;
+    full.yarn_factor = 1;
+    full.yarn_orig_ctx = 65536;
+    full.yarn_beta_fast = 32;
+    full.yarn_beta_slow = 1;
+    model m = model_of(&c, DSV4_F32, 1);
+    engine e = engine_new(&m, NULL, NULL);
+    ASSERT_MEM_EQ(&full, dsv4_compressor_config(e.compressor), sizeof full);
+    engine_free(&e);
+    model_free(&m);
+    PASS();
+}
+
+TEST parameters_are_listed_by_configuration(void) {
+    for (int i = 0; i < SHAPE_COUNT; i++) {
+        dsv4_config c = shape_config(&shapes[i]);
+        dsv4_param_info info[DSV4_PARAM_COUNT];
+        int64_t columns = c.head_dim * (c.overlap ? 2 : 1);
+        ASSERT_EQ(DSV4_OK, dsv4_config_params(&c, info, NULL));
+        const int64_t expected[DSV4_PARAM_COUNT][2] = {{columns, c.hidden_dim},
+                                                       {c.no_gate ? 0 : columns, c.no_gate ? 0 : c.hidden_dim},
+                                                       {c.no_ape ? 0 : c.ratio, c.no_ape ? 0 : columns},
+                                                       {1, c.head_dim}};
+        static const char *const names[] = {"wkv", "wgate", "ape", "norm"};
+        for (int p = 0; p < DSV4_PARAM_COUNT; p++) {
+            ASSERT_STR_EQ(names[p], info[p].name);
+            ASSERT_EQ_FMT((int)expected[p][0], (int)info[p].rows, "%d");
+            ASSERT_EQ_FMT((int)expected[p][1], (int)info[p].columns, "%d");
+            ASSERT_EQ_FMT((int)(expected[p][0] * expected[p][1]), (int)info[p].count, "%d");
+        }
+    }
+    PASS();
+}
+
+TEST parameter_functions_check_their_arguments(void) {
+    dsv4_config c = shape_config(&shapes[1]), v41 = shape_config(&shapes[11]);
+    dsv4_param_info info[DSV4_PARAM_COUNT];
+    float data[64];
+    memset(data, POISON, sizeof data);
+    ASSERT_FAILS(DSV4_ERROR_NULL, "config", dsv4_config_check(NULL, &error));
+    ASSERT_FAILS(DSV4_ERROR_NULL, "config", dsv4_config_params(NULL, info, &error));
+    ASSERT_FAILS(DSV4_ERROR_NULL, "info", dsv4_config_params(&c, NULL, &error));
+    ASSERT_FAILS(DSV4_ERROR_NULL, "config", dsv4_param_init(NULL, DSV4_NORM, 1, DSV4_F32, data, &error));
+    ASSERT_FAILS(DSV4_ERROR_NULL, "norm", dsv4_param_init(&c, DSV4_NORM, 1, DSV4_F32, NULL, &error));
+    ASSERT_FAILS(DSV4_ERROR_ALIGNMENT, "norm 4", dsv4_param_init(&c, DSV4_NORM, 1, DSV4_F32, crooked(data, 4), &error));
+    ASSERT_FAILS(DSV4_ERROR_ALIGNMENT, "norm 2", dsv4_param_init(&c, DSV4_NORM, 1, DSV4_BF16, crooked(data, 2), &error));
+    ASSERT_FAILS(DSV4_ERROR_ARGUMENT, "dtype 9", dsv4_param_init(&c, DSV4_NORM, 1, (dsv4_dtype)9, data, &error));
+    ASSERT_FAILS(DSV4_ERROR_ARGUMENT, "4", dsv4_param_init(&c, DSV4_PARAM_COUNT, 1, DSV4_F32, data, &error));
+    ASSERT_FAILS(DSV4_ERROR_ARGUMENT, "-1", dsv4_param_init(&c, (dsv4_param)-1, 1, DSV4_F32, data, &error));
+    ASSERT_FAILS(DSV4_ERROR_ARGUMENT, "2", dsv4_param_init(&v41, DSV4_APE, 1, DSV4_F32, data, &error));
+    ASSERT_FAILS(DSV4_ERROR_ARGUMENT, "1", dsv4_param_init(&v41, DSV4_WGATE, 1, DSV4_F32, data, &error));
+    ASSERT(memory_untouched(data, sizeof data));
+    PASS();
+}
+
+/* ---- RoPE's numbers ---------------------------------------------------------------------------------------- */
+
+/* Both the power and its reciprocal correctly rounded, and YaRN's mixture operation by operation in fp32. */
+TEST frequencies_are_correctly_rounded(void) {
+    dice d = {1};
+    for (int i = 0; i < 400; i++) {
+        dsv4_config c = {0};
+        c.hidden_dim = 1;
+        c.ratio = 1;
+        c.rope_dim = i < 4 ? 64 : 2 * (1 + dice_below(&d, 128));
+        c.head_dim = c.rope_dim;
+        c.rope_theta = i < 4 ? 0 : (double)(2 + dice_below(&d, 2000000)) + (double)dice_below(&d, 8) / 8;
+        if (i % 2) {
+            c.yarn_factor = i < 4 ? 16 : (double)(1 + dice_below(&d, 200)) / 4 + 1;
+            c.yarn_orig_ctx = i < 4 ? 0 : (double)(1 << dice_below(&d, 18));
+        }
+        oracle_config oc = oracle_config_of(&c);
+        double expected[128];
+        float got[129];
+        memset(got, POISON, sizeof got);
+        oracle_frequencies(&oc, expected);
+        ASSERT_EQ(DSV4_OK, dsv4_rope_frequencies(&c, got, c.rope_dim / 2, NULL));
+        for (int64_t k = 0; k < c.rope_dim / 2; k++)
+            ASSERTm(note("R %d theta %g yarn %g ctx %g pair %d: %.9g, not %.9g", (int)c.rope_dim, c.rope_theta,
+                         c.yarn_factor, c.yarn_orig_ctx, (int)k, (double)got[k], expected[k]),
+                    (double)got[k] == expected[k]);
+        ASSERT(memory_untouched(got + c.rope_dim / 2, sizeof *got));
+    }
+    PASS();
+}
+
+/* Settings far from any model's: the ramp lies beyond all pairs, or before them. Where the base is next to 1 the ramp
+ * begins and ends at numbers of no meaning: there each frequency must still lie between the plain one and its 16th. */
+TEST frequencies_of_wild_settings_are_those_of_the_formula(void) {
+    static const double thetas[] = {1 + 1e-12, 1.5, 1e30}, contexts[] = {1, 1e30}, betas[] = {1e-30, 1, 1e30};
+    for (int i = 0; i < 3 * 2 * 3 * 3; i++) {
+        dsv4_config c = {0};
+        c.hidden_dim = c.ratio = 1;
+        c.head_dim = c.rope_dim = 16;
+        c.rope_theta = thetas[i % 3];
+        c.yarn_factor = 16;
+        c.yarn_orig_ctx = contexts[i / 3 % 2];
+        c.yarn_beta_fast = betas[i / 6 % 3];
+        c.yarn_beta_slow = betas[i / 18];
+        oracle_config oc = oracle_config_of(&c);
+        double expected[8];
+        float got[8];
+        oracle_frequencies(&oc, expected);
+        ASSERT_EQ(DSV4_OK, dsv4_rope_frequencies(&c, got, 8, NULL));
+        for (int k = 0; k < 8; k++) {
+            if (c.rope_theta < 1.1) ASSERT(got[k] <= 1 && got[k] >= 0.0624f);
+            else ASSERTm(note("theta %g ctx %g betas %g %g pair %d: %.9g, not %.9g", c.rope_theta, c.yarn_orig_ctx,
+                         c.yarn_beta_fast, c.yarn_beta_slow, k, (double)got[k], expected[k]),
+                    (double)got[k] == expected[k]);
+        }
+    }
+    PASS();
+}
+
+TEST frequencies_check_their_arguments(void) {
+    dsv4_config c = shape_config(&shapes[1]), no_rope = c;
+    float got[8];
+    no_rope.rope_dim = 0;
+    memset(got, POISON, sizeof got);
+    ASSERT_FAILS(DSV4_ERROR_NULL, "config", dsv4_rope_frequencies(NULL, got, 8, &error));
+    ASSERT_FAILS(DSV4_ERROR_NULL, "inv_freq", dsv4_rope_frequencies(&c, NULL, 8, &error));
+    ASSERT_FAILS(DSV4_ERROR_ALIGNMENT, "inv_freq 4", dsv4_rope_frequencies(&c, crooked(got, 4), 7, &error));
+    ASSERT_FAILS(DSV4_ERROR_BUFFER, "3 4", dsv4_rope_frequencies(&c, got, 3, &error));
+    ASSERT_FAILS(DSV4_ERROR_BUFFER, "-1 4", dsv4_rope_frequencies(&c, got, -1, &error));
+    ASSERT(memory_untouched(got, sizeof got));
+    ASSERT_EQ(DSV4_OK, dsv4_rope_frequencies(&c, got, 4, NULL));
+    ASSERT_EQ(DSV4_OK, dsv4_rope_frequencies(&no_rope, NULL, 0, NULL));
+    PASS();
+}
+
+/* Steps of fp32 between a result and the exact value. */
+static double steps_off(float got, double exact) {
+    int exponent;
+    frexp(exact, &exponent);
+    return fabs((double)got - exact) / ldexp(1, exponent - 24);
+}
+
+TEST cos_and_sin_are_within_one_step(void) {
+    static const double turns[] = {1, 2, 3, 4, 5, 7, 100, 1001, 65536, 1048576};
+    dice d = {2};
+    double worst = 0;
+    for (int i = 0; i < 300000; i++) {
+        float angle, cosine, sine;
+        if (i < 100000) angle = float_of_bits((uint32_t)dice_next(&d) & 0x7FFFFFFF);        /* any magnitude */
+        else if (i < 200000) angle = (float)(dice_below(&d, 1048576) * (1 + dice_below(&d, 2048))); /* up to 2^31 */
+        else angle = (float)(turns[i % 10] * 1.5707963267948966 * (double)(1 + dice_below(&d, 64))); /* next to a zero */
+        if (!isfinite(angle)) continue;
+        dsv4_cos_sin(angle, &cosine, &sine);
+        worst = fmax(worst, fmax(steps_off(cosine, cos((double)angle)), steps_off(sine, sin((double)angle))));
+        ASSERTm(note("cos, sin of %.9g are %.9g, %.9g, off by %.3g steps", (double)angle, (double)cosine, (double)sine,
+                     worst),
+                worst <= 1);
+    }
+    PASS();
+}
+
+TEST cos_and_sin_of_special_angles(void) {
+    static const float none[] = {-1e-9f, -1, -INFINITY, INFINITY, NAN};
+    float cosine, sine;
+    dsv4_cos_sin(0, &cosine, &sine);
+    ASSERT_EQ_FMT(1.0f, cosine, "%g");
+    ASSERT_EQ_FMT(0x00000000u, (unsigned)bits_of_float(sine), "%#x");
+    dsv4_cos_sin(FLT_MAX, &cosine, &sine);
+    ASSERT_IN_RANGE(cos((double)FLT_MAX), (double)cosine, 1e-7);
+    ASSERT_IN_RANGE(sin((double)FLT_MAX), (double)sine, 1e-7);
+    for (int i = 0; i < 5; i++) {
+        dsv4_cos_sin(none[i], &cosine, &sine);
+        ASSERT(isnan(cosine) && isnan(sine));
+    }
+    PASS();
+}
+
+/* Entries at positions where fp32 counts in twos, in thousands, and not at all. */
+TEST rope_is_right_at_any_position(void) {
+    static const int64_t positions[] = {0, 1048575, 1048576, 16777216, 16777219, 2147483647, 2147483648, 4294967297,
+                                        (int64_t)1 << 40, ((int64_t)1 << 50) + 3};
+    for (size_t i = 0; i < sizeof positions / sizeof *positions; i++) {
+        for (int of = 0; of < 3; of++) {
+            workbench w = workbench_new(&shapes[of == 0 ? 1 : of == 1 ? 5 : 8], 3, 3);
+            results r = results_new(&w.config, DSV4_F32, w.s.tokens, 3);
+            w.s.position = positions[i];
+            ASSERT_EQ(DSV4_OK, compress_whole(&w.e, &w.s, &r, NULL));
+            stray v = oracle_judge(&w.m, &w.s, &r);
+            ASSERTm(note("position %lld: %s[%d] is %.9g", (long long)positions[i], stage_name(v.stage), (int)v.index, v.got),
+                    v.stage == STAGE_COUNT);
+            results_free(&r);
+            workbench_free(&w);
+        }
+    }
+    PASS();
+}
+
+/* ---- Memory ------------------------------------------------------------------------------------------------ */
+
+TEST the_heap_aligns_and_frees(void) {
+    dsv4_allocator heap = dsv4_heap();
+    for (size_t alignment = 1; alignment <= 4096; alignment *= 2) {
+        unsigned char *block = heap.alloc(heap.context, alignment + 3, alignment);
+        ASSERT(block && (uintptr_t)block % alignment == 0);
+        memset(block, POISON, alignment + 3);
+        heap.free(heap.context, block, alignment + 3);
+    }
+    ASSERT_EQ(NULL, heap.alloc(heap.context, SIZE_MAX - 8, 64));
+#ifndef TESTS_SANITIZED
+    ASSERT_EQ(NULL, heap.alloc(heap.context, SIZE_MAX / 2, 64));
+#endif
+    PASS();
+}
+
+TEST an_arena_lays_blocks_one_after_another(void) {
+    static unsigned char buffer[1024];
+    unsigned char *base = buffer + (64 - (uintptr_t)buffer % 64) % 64;
+    dsv4_arena arena = dsv4_arena_init(base, 192);
+    dsv4_allocator a = dsv4_arena_allocator(&arena);
+    unsigned char *first = a.alloc(a.context, 10, 64), *second = a.alloc(a.context, 64, 64);
+    ASSERT_EQ((void *)base, (void *)first);
+    ASSERT_EQ((void *)(base + 64), (void *)second);
+    ASSERT_EQ(NULL, a.alloc(a.context, 65, 64));
+    unsigned char *third = a.alloc(a.context, 64, 64);
+    ASSERT_EQ((void *)(base + 128), (void *)third);
+    ASSERT_EQ(NULL, a.alloc(a.context, 1, 1));
+    a.free(a.context, first, 10); /* not the last: its room stays taken */
+    ASSERT_EQ(NULL, a.alloc(a.context, 1, 1));
+    a.free(a.context, third, 64);
+    ASSERT_EQ((void *)(base + 128), a.alloc(a.context, 3, 1));
+    ASSERT_EQ((void *)(base + 131), a.alloc(a.context, 1, 1));
+    ASSERT_EQ((void *)(base + 136), a.alloc(a.context, 1, 8));
+    ASSERT_EQ(NULL, a.alloc(a.context, SIZE_MAX, 1));
+    ASSERT_EQ(NULL, a.alloc(a.context, SIZE_MAX - 60, 64));
+
+    dsv4_arena crooked_arena = dsv4_arena_init(base + 1, 191);
+    a = dsv4_arena_allocator(&crooked_arena);
+    ASSERT_EQ((void *)(base + 64), a.alloc(a.context, 128, 64));
+    dsv4_arena small = dsv4_arena_init(base + 1, 62); /* too small to reach an aligned address */
+    a = dsv4_arena_allocator(&small);
+    ASSERT_EQ(NULL, a.alloc(a.context, 1, 64));
+    dsv4_arena none = dsv4_arena_init(NULL, 0);
+    a = dsv4_arena_allocator(&none);
+    ASSERT_EQ(NULL, a.alloc(a.context, 1, 1));
+    PASS();
+}
+
+/* A compressor, workspace and state in one buffer of exactly the sizes that were named; one byte less does not do. */
+TEST an_arena_of_exactly_the_sizes_named_holds_everything(const shape *of) {
+    workbench w = workbench_new(of, 3, 4);
+    size_t sizes[3], sum = 0;
+    ASSERT_EQ(DSV4_OK, dsv4_compressor_size(&w.config, &w.m.params, NULL, &sizes[0], NULL));
+    ASSERT_EQ(DSV4_OK, dsv4_workspace_size(w.e.compressor, 1, &sizes[1], NULL));
+    ASSERT_EQ(DSV4_OK, dsv4_state_size(w.e.compressor, 2, &sizes[2], NULL));
+    for (int i = 0; i < 3; i++) sum += (sizes[i] + 63) / 64 * 64;
+    unsigned char *memory = reserve(sum + 128), *base = memory + (64 - (uintptr_t)memory % 64) % 64;
+    for (size_t missing = 0; missing <= 64 - (64 - sizes[2] % 64) % 64; missing++) {
+        dsv4_arena arena = dsv4_arena_init(base, sum - missing - (64 - sizes[2] % 64) % 64);
+        dsv4_allocator a = dsv4_arena_allocator(&arena);
+        engine e = {0};
+        dsv4_state *state = NULL;
+        memset(base, POISON, sum);
+        ASSERT_EQ(DSV4_OK, dsv4_compressor_create(&w.config, &w.m.params, NULL, &a, &e.compressor, NULL));
+        ASSERT_EQ(DSV4_OK, dsv4_workspace_create(e.compressor, NULL, &a, &e.workspace, NULL));
+        if (missing) {
+            char bytes[32];
+            snprintf(bytes, sizeof bytes, "%u", (unsigned)sizes[2]);
+            ASSERT_FAILS(DSV4_ERROR_MEMORY, bytes, dsv4_state_create(e.compressor, 2, &a, &state, &error));
+            ASSERT_EQ(NULL, state);
+        } else {
+            results r = workbench_results(&w);
+            ASSERT_EQ(DSV4_OK, dsv4_state_create(e.compressor, 2, &a, &state, NULL));
+            ASSERT_EQ(DSV4_OK, compress_part(&e, &w.s, &r, state, 0, w.s.tokens, NULL));
+            ASSERT_EQ(STAGE_COUNT, results_difference(&w.whole, &r));
+            results_free(&r);
+            dsv4_state_destroy(state);
+        }
+        engine_free(&e);
+        ASSERT_EQ_FMT(0u, (unsigned)arena.used, "%u");
+    }
+    free(memory);
+    workbench_free(&w);
+    PASS();
+}
+
+/* ---- Creating and destroying ------------------------------------------------------------------------------- */
+
+#define BAD_PARAMS(X)                                                                              \
+    X(no_wkv, p->wkv.data = NULL, DSV4_ERROR_NULL, "wkv")                                          \
+    X(no_wgate, p->wgate.data = NULL, DSV4_ERROR_NULL, "wgate")                                    \
+    X(no_ape, p->ape.data = NULL, DSV4_ERROR_NULL, "ape")                                          \
+    X(no_norm, p->norm.data = NULL, DSV4_ERROR_NULL, "norm")                                       \
+    X(crooked_wkv, p->wkv.data = (const char *)p->wkv.data + 2, DSV4_ERROR_ALIGNMENT, "wkv 4")     \
+    X(crooked_wgate, p->wgate.data = (const char *)p->wgate.data + 1, DSV4_ERROR_ALIGNMENT, "wgate 4") \
+    X(crooked_ape, p->ape.data = (const char *)p->ape.data + 3, DSV4_ERROR_ALIGNMENT, "ape 4")     \
+    X(crooked_norm, p->norm.data = (const char *)p->norm.data + 2, DSV4_ERROR_ALIGNMENT, "norm 4") \
+    X(dtype_of_wkv, p->wkv.dtype = (dsv4_dtype)5, DSV4_ERROR_ARGUMENT, "wkv 5")                    \
+    X(dtype_of_wgate, p->wgate.dtype = (dsv4_dtype)-3, DSV4_ERROR_ARGUMENT, "wgate -3")            \
+    X(dtype_of_ape, p->ape.dtype = (dsv4_dtype)2, DSV4_ERROR_ARGUMENT, "ape 2")                    \
+    X(dtype_of_norm, p->norm.dtype = (dsv4_dtype)7, DSV4_ERROR_ARGUMENT, "norm 7")
+#define SPOIL_PARAMS(name, code, status, words) \
+    static void params_##name(dsv4_params *p) { (void)(code); }
+BAD_PARAMS(SPOIL_PARAMS)
+
+static const struct bad_params {
+    const char *name;
+    void (*spoil)(dsv4_params *p);
+    dsv4_status status;
+    const char *words;
+} bad_params[] = {
+#define BAD_PARAMS_ROW(name, code, status, words) {#name, params_##name, status, words},
+    BAD_PARAMS(BAD_PARAMS_ROW)};
+enum { BAD_PARAMS_COUNT = sizeof bad_params / sizeof *bad_params };
+
+TEST bad_parameters_are_refused(const struct bad_params *bad) {
+    workbench w = workbench_new(&shapes[1], 1, 5);
+    ledger l = {0};
+    dsv4_allocator a = ledger_allocator(&l);
+    dsv4_params params = w.m.params;
+    dsv4_compressor *compressor = NULL;
+    size_t bytes = 12345;
+    bad->spoil(&params);
+    ASSERT_FAILS(bad->status, bad->words, dsv4_compressor_size(&w.config, &params, NULL, &bytes, &error));
+    ASSERT_FAILS(bad->status, bad->words, dsv4_compressor_create(&w.config, &params, NULL, &a, &compressor, &error));
+    ASSERT_EQ_FMT(12345u, (unsigned)bytes, "%u");
+    ASSERT_EQ(NULL, compressor);
+    ASSERT_EQ_FMT(0, (int)l.calls, "%d");
+    workbench_free(&w);
+    PASS();
+}
+
+TEST parameters_the_configuration_lacks_must_not_be_given(void) {
+    workbench w = workbench_new(&shapes[11], 1, 6); /* neither ape nor gate */
+    dsv4_params params = w.m.params;
+    size_t bytes = 0;
+    params.ape = params.norm;
+    ASSERT_FAILS(DSV4_ERROR_ARGUMENT, "ape", dsv4_compressor_size(&w.config, &params, NULL, &bytes, &error));
+    params = w.m.params;
+    params.wgate = params.wkv;
+    ASSERT_FAILS(DSV4_ERROR_ARGUMENT, "wgate", dsv4_compressor_size(&w.config, &params, NULL, &bytes, &error));
+    workbench_free(&w);
+    PASS();
+}
+
+static void *crooked_alloc(void *context, size_t size, size_t alignment) {
+    unsigned char *block = ledger_alloc(context, size + alignment, alignment);
+    return block + 8;
+}
+static void crooked_free(void *context, void *pointer, size_t size) {
+    ledger_free(context, (unsigned char *)pointer - 8, size + DSV4_ALIGNMENT);
+}
+
+TEST creating_checks_its_arguments(void) {
+    workbench w = workbench_new(&shapes[1], 1, 7);
+    ledger l = {0};
+    const dsv4_allocator good = ledger_allocator(&l), no_alloc = {NULL, ledger_free, &l};
+    const dsv4_allocator no_free = {ledger_alloc, NULL, &l}, bent = {crooked_alloc, crooked_free, &l};
+    dsv4_options unknown = {0};
+    unknown.isa = "avx1024";
+    const dsv4_config *c = &w.config;
+    const dsv4_params *p = &w.m.params;
+    dsv4_compressor *compressor = NULL, *of = w.e.compressor;
+    dsv4_workspace *workspace = NULL;
+    dsv4_state *state = NULL;
+    size_t bytes = 12345;
+
+    ASSERT_FAILS(DSV4_ERROR_NULL, "config", dsv4_compressor_size(NULL, p, NULL, &bytes, &error));
+    ASSERT_FAILS(DSV4_ERROR_NULL, "params", dsv4_compressor_size(c, NULL, NULL, &bytes, &error));
+    ASSERT_FAILS(DSV4_ERROR_NULL, "bytes", dsv4_compressor_size(c, p, NULL, NULL, &error));
+    ASSERT_FAILS(DSV4_ERROR_ISA, "avx1024", dsv4_compressor_size(c, p, &unknown, &bytes, &error));
+    ASSERT_FAILS(DSV4_ERROR_NULL, "config", dsv4_compressor_create(NULL, p, NULL, &good, &compressor, &error));
+    ASSERT_FAILS(DSV4_ERROR_NULL, "params", dsv4_compressor_create(c, NULL, NULL, &good, &compressor, &error));
+    ASSERT_FAILS(DSV4_ERROR_ISA, "avx1024", dsv4_compressor_create(c, p, &unknown, &good, &compressor, &error));
+    ASSERT_FAILS(DSV4_ERROR_NULL, "compressor", dsv4_compressor_create(c, p, NULL, &good, NULL, &error));
+    ASSERT_FAILS(DSV4_ERROR_NULL, "allocator", dsv4_compressor_create(c, p, NULL, NULL, &compressor, &error));
+    ASSERT_FAILS(DSV4_ERROR_NULL, "alloc", dsv4_compressor_create(c, p, NULL, &no_alloc, &compressor, &error));
+    ASSERT_FAILS(DSV4_ERROR_NULL, "free", dsv4_compressor_create(c, p, NULL, &no_free, &compressor, &error));
+
+    ASSERT_FAILS(DSV4_ERROR_NULL, "compressor", dsv4_workspace_size(NULL, 1, &bytes, &error));
+    ASSERT_FAILS(DSV4_ERROR_NULL, "bytes", dsv4_workspace_size(of, 1, NULL, &error));
+    ASSERT_FAILS(DSV4_ERROR_NULL, "compressor", dsv4_workspace_create(NULL, NULL, &good, &workspace, &error));
+    ASSERT_FAILS(DSV4_ERROR_NULL, "workspace", dsv4_workspace_create(of, NULL, &good, NULL, &error));
+    ASSERT_FAILS(DSV4_ERROR_NULL, "allocator", dsv4_workspace_create(of, NULL, NULL, &workspace, &error));
+    ASSERT_FAILS(DSV4_ERROR_NULL, "alloc", dsv4_workspace_create(of, NULL, &no_alloc, &workspace, &error));
+    ASSERT_FAILS(DSV4_ERROR_NULL, "free", dsv4_workspace_create(of, NULL, &no_free, &workspace, &error));
+
+    ASSERT_FAILS(DSV4_ERROR_NULL, "compressor", dsv4_state_size(NULL, 0, &bytes, &error));
+    ASSERT_FAILS(DSV4_ERROR_NULL, "bytes", dsv4_state_size(of, 0, NULL, &error));
+    ASSERT_FAILS(DSV4_ERROR_ARGUMENT, "depth -1", dsv4_state_size(of, -1, &bytes, &error));
+    ASSERT_FAILS(DSV4_ERROR_OVERFLOW, "", dsv4_state_size(of, INT64_MAX / 8, &bytes, &error));
+    ASSERT_FAILS(DSV4_ERROR_ARGUMENT, "depth 9223372036854775807", dsv4_state_size(of, INT64_MAX, &bytes, &error));
+    ASSERT_FAILS(DSV4_ERROR_NULL, "compressor", dsv4_state_create(NULL, 0, &good, &state, &error));
+    ASSERT_FAILS(DSV4_ERROR_NULL, "state", dsv4_state_create(of, 0, &good, NULL, &error));
+    ASSERT_FAILS(DSV4_ERROR_NULL, "allocator", dsv4_state_create(of, 0, NULL, &state, &error));
+    ASSERT_FAILS(DSV4_ERROR_ARGUMENT, "depth -5", dsv4_state_create(of, -5, &good, &state, &error));
+    ASSERT_FAILS(DSV4_ERROR_NULL, "alloc", dsv4_state_create(of, 0, &no_alloc, &state, &error));
+    ASSERT_EQ_FMT(0, (int)l.calls, "%d");
+
+    ASSERT_FAILS(DSV4_ERROR_ALIGNMENT, "64", dsv4_compressor_create(c, p, NULL, &bent, &compressor, &error));
+    ASSERT_FAILS(DSV4_ERROR_ALIGNMENT, "64", dsv4_workspace_create(of, NULL, &bent, &workspace, &error));
+    ASSERT_FAILS(DSV4_ERROR_ALIGNMENT, "64", dsv4_state_create(of, 0, &bent, &state, &error));
+    ASSERT_EQ_FMT(0, (int)l.live, "%d");
+    ASSERT_FALSE(l.wrong);
+    ASSERT(!compressor && !workspace && !state);
+    ASSERT_EQ_FMT(12345u, (unsigned)bytes, "%u");
+    workbench_free(&w);
+    PASS();
+}
+
+TEST an_allocator_that_fails_leaves_nothing_behind(void) {
+    workbench w = workbench_new(&shapes[0], 1, 8);
+    for (int64_t fail_at = 1; fail_at <= 4; fail_at++) {
+        ledger l = {0};
+        l.fail_at = fail_at;
+        dsv4_allocator a = ledger_allocator(&l);
+        dsv4_compressor *compressor = NULL;
+        dsv4_workspace *workspace = NULL;
+        dsv4_state *state = NULL;
+        dsv4_status expected = fail_at == 1 ? DSV4_ERROR_MEMORY : DSV4_OK;
+        ASSERT_EQ(expected, dsv4_compressor_create(&w.config, &w.m.params, NULL, &a, &compressor, NULL));
+        ASSERT_EQ(fail_at == 1, compressor == NULL);
+        if (compressor) {
+            expected = fail_at == 2 ? DSV4_ERROR_MEMORY : DSV4_OK;
+            ASSERT_EQ(expected, dsv4_workspace_create(compressor, NULL, &a, &workspace, NULL));
+            ASSERT_EQ(fail_at == 2, workspace == NULL);
+            expected = fail_at == 3 ? DSV4_ERROR_MEMORY : DSV4_OK;
+            ASSERT_EQ(expected, dsv4_state_create(compressor, 1, &a, &state, NULL));
+            ASSERT_EQ(fail_at == 3, state == NULL);
+        }
+        dsv4_state_destroy(state);
+        dsv4_workspace_destroy(workspace);
+        dsv4_compressor_destroy(compressor);
+        ASSERT_EQ_FMT(0, (int)l.live, "%d");
+        ASSERT_FALSE(l.wrong);
+    }
+    workbench_free(&w);
+    PASS();
+}
+
+TEST sizes_that_no_machine_has_are_overflows(void) {
+    static const struct {
+        int64_t hidden_dim, head_dim, ratio;
+        int overlap;
+    } cases[] = {{INT32_MAX, INT32_MAX, 1, 0}, {INT32_MAX, INT32_MAX, 1, 1}, {1, INT32_MAX, INT32_MAX, 1}};
+    float number = 1;
+    dsv4_params params = {{&number, DSV4_F32}, {&number, DSV4_F32}, {&number, DSV4_F32}, {&number, DSV4_F32}};
+    for (int i = 0; i < 3; i++) {
+        dsv4_config c = {0};
+        c.hidden_dim = cases[i].hidden_dim;
+        c.head_dim = cases[i].head_dim;
+        c.ratio = cases[i].ratio;
+        c.overlap = cases[i].overlap;
+        size_t bytes = 12345;
+        ledger l = {0};
+        dsv4_allocator a = ledger_allocator(&l);
+        dsv4_compressor *compressor = NULL;
+        ASSERT_EQ(DSV4_OK, dsv4_config_check(&c, NULL));
+        ASSERT_FAILS(DSV4_ERROR_OVERFLOW, "compressor", dsv4_compressor_size(&c, &params, NULL, &bytes, &error));
+        ASSERT_FAILS(DSV4_ERROR_OVERFLOW, "compressor", dsv4_compressor_create(&c, &params, NULL, &a, &compressor, &error));
+        ASSERT_EQ_FMT(12345u, (unsigned)bytes, "%u");
+        ASSERT_EQ_FMT(0, (int)l.calls, "%d");
+    }
+    PASS();
+}
+
+TEST destroying_nothing_is_fine(void) {
+    dsv4_compressor_destroy(NULL);
+    dsv4_workspace_destroy(NULL);
+    dsv4_state_destroy(NULL);
+    PASS();
+}
+
+TEST kernel_sets_are_listed_best_first_and_scalar_last(void) {
+    int count = 0;
+    while (dsv4_isa_name(count)) count++;
+    ASSERT(count >= 1);
+    ASSERT_STR_EQ("scalar", dsv4_isa_name(count - 1));
+    ASSERT_EQ(NULL, dsv4_isa_name(-1));
+    ASSERT_EQ(NULL, dsv4_isa_name(count + 5));
+    workbench w = workbench_new(&shapes[0], 1, 9);
+    ASSERT_STR_EQ(dsv4_isa_name(0), dsv4_compressor_isa(w.e.compressor));
+    for (int i = 0; i < count; i++) {
+        for (int k = 0; k < i; k++) ASSERT(strcmp(dsv4_isa_name(i), dsv4_isa_name(k)) != 0);
+        engine e = engine_new(&w.m, dsv4_isa_name(i), NULL);
+        ASSERT_STR_EQ(dsv4_isa_name(i), dsv4_compressor_isa(e.compressor));
+        engine_free(&e);
+    }
+    workbench_free(&w);
+    PASS();
+}
+
+/* ---- Compressing ------------------------------------------------------------------------------------------- */
+
+/* A good call of two segments, to be spoilt: 4 tokens without a state, 4 for a state that has seen 2 (positions from
+ * 1000). Ratio 4, H 48, D 24, overlap, fp32. Segments 0 and 1 are s[0] and s[1]. */
+typedef struct spoilt {
+    dsv4_batch *b;
+    dsv4_segment *s;
+    engine *e;
+    const engine *other;
+} spoilt;
+
+#define BAD_CALLS(X)                                                                                        \
+    X(no_compressor, c->e->compressor = NULL, DSV4_ERROR_NULL, "compressor")                                \
+    X(no_batch, c->b = NULL, DSV4_ERROR_NULL, "batch")                                                      \
+    X(no_workspace, c->e->workspace = NULL, DSV4_ERROR_NULL, "workspace")                                   \
+    X(workspace_of_another, c->e->workspace = c->other->workspace, DSV4_ERROR_ARGUMENT, "workspace")        \
+    X(negative_tokens, c->b->tokens = -3, DSV4_ERROR_ARGUMENT, "tokens -3")                                 \
+    X(negative_segment_count, c->b->segment_count = -2, DSV4_ERROR_ARGUMENT, "segment_count -2")            \
+    X(negative_entries, c->b->entries = -9, DSV4_ERROR_ARGUMENT, "entries -9")                              \
+    X(no_segments, c->b->segments = NULL, DSV4_ERROR_NULL, "segments")                                      \
+    X(no_x, c->b->x = NULL, DSV4_ERROR_NULL, "x")                                                           \
+    X(crooked_x, c->b->x = (const char *)c->b->x + 2, DSV4_ERROR_ALIGNMENT, "x 2 4")                        \
+    X(crooked_bf16_x, (c->b->x_dtype = DSV4_BF16, c->b->x = (const char *)c->b->x + 1),                     \
+      DSV4_ERROR_ALIGNMENT, "x 1 2")                                                                        \
+    X(dtype_of_x, c->b->x_dtype = (dsv4_dtype)6, DSV4_ERROR_ARGUMENT, "x 6")                                \
+    X(short_x_stride, c->b->x_stride = 47, DSV4_ERROR_ARGUMENT, "x_stride 47 48")                           \
+    X(negative_x_stride, c->b->x_stride = -48, DSV4_ERROR_ARGUMENT, "x_stride -48")                         \
+    X(huge_x_stride, c->b->x_stride = INT64_MAX / 4, DSV4_ERROR_OVERFLOW, "x_stride")                       \
+    X(kv_without_gate, c->b->kv = c->b->x, DSV4_ERROR_NULL, "gate")                                         \
+    X(crooked_kv, (c->b->kv = (const float *)(const void *)((const char *)c->b->x + 2), c->b->gate = c->b->x), \
+      DSV4_ERROR_ALIGNMENT, "kv 2 4")                                                                       \
+    X(crooked_gate, (c->b->kv = c->b->x, c->b->gate = (const float *)(const void *)((const char *)c->b->x + 1)), \
+      DSV4_ERROR_ALIGNMENT, "gate 1 4")                                                                     \
+    X(no_out, c->b->out = NULL, DSV4_ERROR_NULL, "out")                                                     \
+    X(crooked_out, c->b->out = (char *)c->b->out + 2, DSV4_ERROR_ALIGNMENT, "out 2 4")                      \
+    X(crooked_bf16_out, (c->b->out_dtype = DSV4_BF16, c->b->out = (char *)c->b->out + 1),                   \
+      DSV4_ERROR_ALIGNMENT, "out 1 2")                                                                      \
+    X(dtype_of_out, c->b->out_dtype = (dsv4_dtype)-1, DSV4_ERROR_ARGUMENT, "out -1")                        \
+    X(short_out_stride, c->b->out_stride = 23, DSV4_ERROR_ARGUMENT, "out_stride 23 24")                     \
+    X(huge_out_stride, c->b->out_stride = INT64_MAX, DSV4_ERROR_OVERFLOW, "out_stride")                     \
+    X(crooked_kv_stage, c->b->stages.kv = crooked(c->b->stages.kv, 4), DSV4_ERROR_ALIGNMENT, "stages.kv 2") \
+    X(crooked_gate_stage, c->b->stages.gate = crooked(c->b->stages.gate, 4), DSV4_ERROR_ALIGNMENT, "stages.gate") \
+    X(crooked_weights, c->b->stages.weights = crooked(c->b->stages.weights, 4), DSV4_ERROR_ALIGNMENT, "stages.weights") \
+    X(crooked_pooled, c->b->stages.pooled = crooked(c->b->stages.pooled, 4), DSV4_ERROR_ALIGNMENT, "stages.pooled") \
+    X(crooked_latent, c->b->stages.latent = crooked(c->b->stages.latent, 4), DSV4_ERROR_ALIGNMENT, "stages.latent") \
+    X(token_before_x, c->s[0].token = -1, DSV4_ERROR_BOUNDS, "segment 0 -1")                                \
+    X(token_past_x, c->s[0].token = 5, DSV4_ERROR_BOUNDS, "segment 0 5 4 8")                                \
+    X(token_far_past_x, c->s[1].token = INT64_MAX, DSV4_ERROR_BOUNDS, "segment 1 9223372036854775807")      \
+    X(negative_count, c->s[1].count = -4, DSV4_ERROR_BOUNDS, "segment 1 -4")                                \
+    X(count_past_x, c->s[1].count = 5, DSV4_ERROR_BOUNDS, "segment 1 4 5 8")                                \
+    X(huge_count, c->s[1].count = INT64_MAX, DSV4_ERROR_BOUNDS, "segment 1 9223372036854775807")            \
+    X(negative_position, c->s[0].position = -1, DSV4_ERROR_BOUNDS, "segment 0 position -1")                 \
+    X(huge_position, c->s[0].position = (int64_t)1 << 62, DSV4_ERROR_BOUNDS, "segment 0 4611686018427387904") \
+    X(position_that_ends_too_far, c->s[0].position = ((int64_t)1 << 62) - 4, DSV4_ERROR_BOUNDS, "segment 0") \
+    X(entry_before_out, c->s[0].entry = -1, DSV4_ERROR_BOUNDS, "segment 0 entries -1")                      \
+    X(entry_past_out, c->s[1].entry = 2, DSV4_ERROR_BOUNDS, "segment 1 entries 2")                          \
+    X(entry_far_past_out, c->s[1].entry = INT64_MAX, DSV4_ERROR_BOUNDS, "segment 1 9223372036854775807")    \
+    X(too_few_entries, c->b->entries = 1, DSV4_ERROR_BOUNDS, "segment 1 entries 1")                         \
+    X(too_few_tokens, c->b->tokens = 7, DSV4_ERROR_BOUNDS, "segment 1 tokens 7")                            \
+    X(length_not_divided, c->s[0].count = 3, DSV4_ERROR_LENGTH, "segment 0 3 4")                            \
+    X(position_too_low, c->s[1].position = 1001, DSV4_ERROR_STATE, "segment 1 1001 1002")                   \
+    X(position_too_high, c->s[1].position = 1003, DSV4_ERROR_STATE, "segment 1 1003 1002")                  \
+    X(state_twice, (c->s[0].state = c->s[1].state, c->s[0].position = 1002), DSV4_ERROR_STATE, "segment 1")
+#define SPOIL_CALL(name, code, status, words) \
+    static void call_##name(spoilt *c) { (void)(code); }
+BAD_CALLS(SPOIL_CALL)
+
+static const struct bad_call {
+    const char *name;
+    void (*spoil)(spoilt *c);
+    dsv4_status status;
+    const char *words;
+} bad_calls[] = {
+#define BAD_CALL_ROW(name, code, status, words) {#name, call_##name, status, words},
+    BAD_CALLS(BAD_CALL_ROW)};
+enum { BAD_CALL_COUNT = sizeof bad_calls / sizeof *bad_calls };
+
+TEST a_bad_call_is_refused_and_changes_nothing(const struct bad_call *bad) {
+    workbench w = workbench_new(&shapes[1], 2, 10);
+    model strange = w.m; /* the same arrays under another configuration */
+    strange.config.eps = 0.5f;
+    engine other = engine_new(&strange, NULL, NULL), e = w.e;
+    dsv4_state *state = state_new(&w.e, 1);
+    results r = workbench_results(&w), before = workbench_results(&w);
+    ASSERT_EQ(DSV4_OK, compress_part(&w.e, &w.s, &before, state, 0, 2, NULL));
+    size_t size = dsv4_state_save_size(state);
+    unsigned char *saved = reserve(size), *after = reserve(size);
+    ASSERT_EQ(DSV4_OK, dsv4_state_save(state, saved, size, NULL, NULL));
+
+    dsv4_segment segments[2] = {segment_new(0, 4, 0, 0, NULL), segment_new(4, 4, w.s.position + 2, 1, state)};
+    dsv4_batch b = batch_new(&w.s, &r, segments, 2), good = b;
+    spoilt c = {&b, segments, &e, &other};
+    bad->spoil(&c);
+    ASSERT_FAILS(bad->status, bad->words, dsv4_compress(e.compressor, c.b, e.workspace, &error));
+    ASSERT_EQ(bad->status, dsv4_compress(e.compressor, c.b, e.workspace, NULL));
+    ASSERT(results_untouched(&r));
+    ASSERT_EQ_FMT((unsigned)size, (unsigned)dsv4_state_save_size(state), "%u");
+    ASSERT_EQ(DSV4_OK, dsv4_state_save(state, after, size, NULL, NULL));
+    ASSERT_MEM_EQ(saved, after, size);
+
+    /* and the next call works */
+    segments[0] = segment_new(0, 4, 0, 0, NULL);
+    segments[1] = segment_new(4, 4, w.s.position + 2, 1, state);
+    ASSERT_EQ(DSV4_OK, dsv4_compress(w.e.compressor, &good, w.e.workspace, NULL));
+    ASSERT_EQ_FMT(6, (int)dsv4_state_tokens(state), "%d");
+
+    free(after);
+    free(saved);
+    results_free(&before);
+    results_free(&r);
+    dsv4_state_destroy(state);
+    engine_free(&other);
+    workbench_free(&w);
+    PASS();
+}
+
+/* Positions up to the very end of the range. */
+TEST the_last_positions_are_accepted(void) {
+    workbench w = workbench_new(&shapes[1], 2, 11);
+    results r = workbench_results(&w);
+    w.s.position = ((int64_t)1 << 62) - 9;
+    ASSERT_EQ(DSV4_OK, compress_whole(&w.e, &w.s, &r, NULL));
+    results_free(&r);
+    workbench_free(&w);
+    PASS();
+}
+
+TEST no_tokens_need_no_arrays(void) {
+    workbench w = workbench_new(&shapes[1], 1, 12);
+    dsv4_batch nothing = {0};
+    dsv4_segment empty = {0};
+    ASSERT_EQ(DSV4_OK, dsv4_compress(w.e.compressor, &nothing, w.e.workspace, NULL));
+    nothing.segments = &empty;
+    nothing.segment_count = 1;
+    ASSERT_EQ(DSV4_OK, dsv4_compress(w.e.compressor, &nothing, w.e.workspace, NULL));
+    workbench_free(&w);
+    PASS();
+}
+
+/* Ten thousand segments of nought to five tokens in one call. */
+TEST thousands_of_short_segments_share_a_call(void) {
+    enum { COUNT = 10000, MOST = 5 };
+    workbench w = workbench_new(&shapes[10], 1, 13); /* ratio 2 */
+    sequence s = shape_sequence(&shapes[10], COUNT * MOST, 14);
+    results r = results_new(&w.config, w.out_dtype, s.tokens, COUNT * MOST / 2), one = results_new(&w.config, w.out_dtype, s.tokens, 2);
+    dsv4_segment *segments = reserve(COUNT * sizeof *segments);
+    dice d = {15};
+    int64_t token = 0, entry = 0;
+    for (int i = 0; i < COUNT; i++) {
+        segments[i] = segment_new(token, dice_below(&d, MOST + 1), i, entry, NULL);
+        token += segments[i].count;
+        entry += segments[i].count / 2;
+    }
+    dsv4_batch b = batch_new(&s, &r, segments, COUNT);
+    b.drop_tail = 1;
+    ASSERT_EQ(DSV4_OK, dsv4_compress(w.e.compressor, &b, w.e.workspace, NULL));
+    size_t row = r.bytes[STAGE_OUT] / (size_t)r.entries;
+    for (int i = 0; i < COUNT; i += 97) {
+        dsv4_segment alone = segments[i];
+        alone.entry = 0;
+        dsv4_batch single = batch_new(&s, &one, &alone, 1);
+        single.drop_tail = 1;
+        ASSERT_EQ(DSV4_OK, dsv4_compress(w.e.compressor, &single, w.e.workspace, NULL));
+        ASSERT_MEM_EQ(one.stage[STAGE_OUT], (char *)r.stage[STAGE_OUT] + (size_t)segments[i].entry * row,
+                      (size_t)(alone.count / 2) * row);
+    }
+    free(segments);
+    results_free(&one);
+    results_free(&r);
+    sequence_free(&s);
+    workbench_free(&w);
+    PASS();
+}
+
+/* ---- States ------------------------------------------------------------------------------------------------ */
+
+TEST state_functions_check_their_arguments(void) {
+    workbench w = workbench_new(&shapes[1], 2, 16);
+    dsv4_state *state = state_new(&w.e, 0);
+    results r = workbench_results(&w);
+    ASSERT_EQ(DSV4_OK, compress_part(&w.e, &w.s, &r, state, 0, 3, NULL));
+    size_t size = dsv4_state_save_size(state), written = 77;
+    unsigned char *bytes = reserve(size);
+    char sizes[64];
+    memset(bytes, POISON, size);
+    snprintf(sizes, sizeof sizes, "%u %u", (unsigned)size, (unsigned)size - 1);
+
+    ASSERT_FAILS(DSV4_ERROR_NULL, "state", dsv4_state_reset(NULL, &error));
+    ASSERT_FAILS(DSV4_ERROR_NULL, "state", dsv4_state_roll_back(NULL, 0, &error));
+    ASSERT_FAILS(DSV4_ERROR_NULL, "destination", dsv4_state_copy(NULL, state, &error));
+    ASSERT_FAILS(DSV4_ERROR_NULL, "source", dsv4_state_copy(state, NULL, &error));
+    ASSERT_FAILS(DSV4_ERROR_NULL, "state", dsv4_state_save(NULL, bytes, size, &written, &error));
+    ASSERT_FAILS(DSV4_ERROR_NULL, "bytes", dsv4_state_save(state, NULL, size, &written, &error));
+    ASSERT_FAILS(DSV4_ERROR_BUFFER, sizes, dsv4_state_save(state, bytes, size - 1, &written, &error));
+    ASSERT_FAILS(DSV4_ERROR_BUFFER, "0", dsv4_state_save(state, bytes, 0, &written, &error));
+    ASSERT_FAILS(DSV4_ERROR_NULL, "state", dsv4_state_restore(NULL, bytes, size, &error));
+    ASSERT_FAILS(DSV4_ERROR_NULL, "bytes", dsv4_state_restore(state, NULL, size, &error));
+    ASSERT(memory_untouched(bytes, size));
+    ASSERT_EQ_FMT(77u, (unsigned)written, "%u");
+    ASSERT_EQ_FMT(0u, (unsigned)dsv4_state_save_size(NULL), "%u");
+    ASSERT_EQ_FMT(0, (int)dsv4_state_tokens(NULL), "%d");
+    ASSERT_EQ_FMT(0, (int)dsv4_state_position(NULL), "%d");
+    ASSERT_EQ_FMT(0, (int)dsv4_state_reach(NULL), "%d");
+    ASSERT_EQ_FMT(3, (int)dsv4_state_tokens(state), "%d");
+    ASSERT_EQ(DSV4_OK, dsv4_state_save(state, bytes, size, &written, NULL));
+    ASSERT_EQ_FMT((unsigned)size, (unsigned)written, "%u");
+
+    free(bytes);
+    results_free(&r);
+    dsv4_state_destroy(state);
+    workbench_free(&w);
+    PASS();
+}
+
+/* ---- Helpers ----------------------------------------------------------------------------------------------- */
+
+TEST a_query_sees_the_entries_of_closed_windows(void) {
+    for (int64_t ratio = 1; ratio <= 130; ratio += 43) {
+        int64_t closed = 0;
+        for (int64_t t = 0; t < 600; t++) {
+            closed += t % ratio == ratio - 1;
+            ASSERT_EQ_FMT((int)closed, (int)dsv4_visible_entries(t, ratio), "%d");
+        }
+    }
+    ASSERT_EQ_FMT(0, (int)dsv4_visible_entries(-1, 4), "%d");
+    ASSERT_EQ_FMT(0, (int)dsv4_visible_entries(INT64_MIN, 4), "%d");
+    ASSERT_EQ_FMT(0, (int)dsv4_visible_entries(10, 0), "%d");
+    ASSERT_EQ_FMT(0, (int)dsv4_visible_entries(10, -4), "%d");
+    ASSERT(dsv4_visible_entries(INT64_MAX, 2) == (int64_t)1 << 62);
+    ASSERT(dsv4_visible_entries(INT64_MAX, INT64_MAX) == 1);
+    PASS();
+}
+
+TEST entries_of_a_call_are_counted_without_overflow(void) {
+    dsv4_config c = {0};
+    c.ratio = 4;
+    for (int64_t count = 0; count < 50; count++)
+        ASSERT_EQ_FMT((int)(count / 4), (int)dsv4_entry_count(&c, NULL, count), "%d");
+    ASSERT(dsv4_entry_count(&c, NULL, INT64_MAX) == INT64_MAX / 4);
+    ASSERT_EQ_FMT(0, (int)dsv4_entry_count(&c, NULL, -1), "%d");
+    c.ratio = 0;
+    ASSERT_EQ_FMT(0, (int)dsv4_entry_count(&c, NULL, 10), "%d");
+    ASSERT_EQ_FMT(0, (int)dsv4_entry_count(NULL, NULL, 10), "%d");
+    PASS();
+}
+
+TEST the_mask_hides_what_a_query_does_not_see(void) {
+    static const int64_t ratios[] = {1, 3, 4, 128}, firsts[] = {0, 1, 3, 126, 1000};
+    static const float hidden[] = {-INFINITY, -1e4f, -1.0f};
+    enum { QUERIES = 9, ENTRIES = 11 };
+    for (int i = 0; i < 4 * 5 * 3; i++) {
+        int64_t ratio = ratios[i % 4], first = firsts[i / 4 % 5];
+        float value = hidden[i / 20], wide[QUERIES * ENTRIES + 1];
+        uint16_t narrow[QUERIES * ENTRIES + 1];
+        memset(wide, POISON, sizeof wide);
+        memset(narrow, POISON, sizeof narrow);
+        ASSERT_EQ(DSV4_OK, dsv4_mask(ratio, first, QUERIES, ENTRIES, value, DSV4_F32, wide, NULL));
+        ASSERT_EQ(DSV4_OK, dsv4_mask(ratio, first, QUERIES, ENTRIES, value, DSV4_BF16, narrow, NULL));
+        for (int64_t k = 0; k < QUERIES * ENTRIES; k++) {
+            float expected = k % ENTRIES < (first + k / ENTRIES + 1) / ratio ? 0 : value;
+            ASSERT_EQ_FMT((double)expected, (double)wide[k], "%g");
+            ASSERT_EQ_FMT(oracle_bf16((double)expected), number(narrow, DSV4_BF16, k), "%g");
+        }
+        ASSERT(memory_untouched(wide + QUERIES * ENTRIES, 4) && memory_untouched(narrow + QUERIES * ENTRIES, 2));
+    }
+    PASS();
+}
+
+TEST the_mask_checks_its_arguments(void) {
+    float mask[16];
+    const float h = -1;
+    memset(mask, POISON, sizeof mask);
+    ASSERT_FAILS(DSV4_ERROR_ARGUMENT, "ratio 0", dsv4_mask(0, 0, 4, 4, h, DSV4_F32, mask, &error));
+    ASSERT_FAILS(DSV4_ERROR_ARGUMENT, "ratio -1", dsv4_mask(-1, 0, 4, 4, h, DSV4_F32, mask, &error));
+    ASSERT_FAILS(DSV4_ERROR_ARGUMENT, "first -1", dsv4_mask(4, -1, 4, 4, h, DSV4_F32, mask, &error));
+    ASSERT_FAILS(DSV4_ERROR_ARGUMENT, "queries -4", dsv4_mask(4, 0, -4, 4, h, DSV4_F32, mask, &error));
+    ASSERT_FAILS(DSV4_ERROR_ARGUMENT, "entries -4", dsv4_mask(4, 0, 4, -4, h, DSV4_F32, mask, &error));
+    ASSERT_FAILS(DSV4_ERROR_ARGUMENT, "9223372036854775807", dsv4_mask(4, INT64_MAX, 4, 4, h, DSV4_F32, mask, &error));
+    ASSERT_FAILS(DSV4_ERROR_ARGUMENT, "queries 9223372036854775807",
+                 dsv4_mask(4, 0, INT64_MAX, 0, h, DSV4_F32, mask, &error));
+    ASSERT_FAILS(DSV4_ERROR_OVERFLOW, "mask", dsv4_mask(4, 0, INT64_MAX / 8, INT64_MAX / 8, h, DSV4_F32, mask, &error));
+    ASSERT_FAILS(DSV4_ERROR_ARGUMENT, "dtype 3", dsv4_mask(4, 0, 4, 4, h, (dsv4_dtype)3, mask, &error));
+    ASSERT_FAILS(DSV4_ERROR_NULL, "mask", dsv4_mask(4, 0, 4, 4, h, DSV4_F32, NULL, &error));
+    ASSERT_EQ(DSV4_OK, dsv4_mask(4, 0, 4, 0, h, DSV4_F32, mask, NULL)); /* nothing to write is fine */
+    ASSERT_EQ(DSV4_OK, dsv4_mask(4, 0, 0, 4, h, DSV4_F32, mask, NULL));
+    ASSERT_FAILS(DSV4_ERROR_ALIGNMENT, "mask 4", dsv4_mask(4, 0, 3, 4, h, DSV4_F32, crooked(mask, 4), &error));
+    ASSERT(memory_untouched(mask, sizeof mask));
+    PASS();
+}
+
+/* ---- The suite --------------------------------------------------------------------------------------------- */
+
+#define FOR_EVERY(table, count, test)                    \
+    for (int i = 0; i < (int)(count); i++) {             \
+        greatest_set_test_suffix(table[i].name);         \
+        RUN_TESTp(test, &table[i]);                      \
+    }
+
+SUITE(api) {
+    RUN_TEST(every_status_has_a_text_of_its_own);
+    RUN_TEST(success_writes_no_error);
+    RUN_TEST(dtypes_have_their_size);
+    RUN_TEST(all_65536_bf16_numbers_are_widened_exactly_and_come_back);
+    RUN_TEST(rounding_is_to_nearest_with_ties_to_even);
+    RUN_TEST(numbers_beyond_the_largest_bf16_become_infinite);
+    RUN_TEST(arrays_are_converted_as_single_numbers_are);
+    RUN_TEST(arrays_of_any_length_at_any_offset_are_converted_within_bounds);
+    RUN_TEST(presets_are_the_published_models);
+    RUN_TEST(no_preset_is_a_zeroed_configuration_that_is_refused);
+    RUN_TEST(rounding_presets_are_made_of_their_points);
+    FOR_EVERY(bad_configs, BAD_CONFIG_COUNT, a_bad_configuration_is_refused_everywhere);
+    RUN_TEST(configurations_on_the_border_are_accepted);
+    RUN_TEST(a_zero_field_takes_its_default);
+    RUN_TEST(parameters_are_listed_by_configuration);
+    RUN_TEST(parameter_functions_check_their_arguments);
+    RUN_TEST(frequencies_are_correctly_rounded);
+    RUN_TEST(frequencies_of_wild_settings_are_those_of_the_formula);
+    RUN_TEST(frequencies_check_their_arguments);
+    RUN_TEST(cos_and_sin_are_within_one_step);
+    RUN_TEST(cos_and_sin_of_special_angles);
+    RUN_TEST(rope_is_right_at_any_position);
+    RUN_TEST(the_heap_aligns_and_frees);
+    RUN_TEST(an_arena_lays_blocks_one_after_another);
+    FOR_EVERY(shapes, SHAPE_COUNT, an_arena_of_exactly_the_sizes_named_holds_everything);
+    FOR_EVERY(bad_params, BAD_PARAMS_COUNT, bad_parameters_are_refused);
+    RUN_TEST(parameters_the_configuration_lacks_must_not_be_given);
+    RUN_TEST(creating_checks_its_arguments);
+    RUN_TEST(an_allocator_that_fails_leaves_nothing_behind);
+    RUN_TEST(sizes_that_no_machine_has_are_overflows);
+    RUN_TEST(destroying_nothing_is_fine);
+    RUN_TEST(kernel_sets_are_listed_best_first_and_scalar_last);
+    FOR_EVERY(bad_calls, BAD_CALL_COUNT, a_bad_call_is_refused_and_changes_nothing);
+    RUN_TEST(the_last_positions_are_accepted);
+    RUN_TEST(no_tokens_need_no_arrays);
+    RUN_TEST(thousands_of_short_segments_share_a_call);
+    RUN_TEST(state_functions_check_their_arguments);
+    RUN_TEST(a_query_sees_the_entries_of_closed_windows);
+    RUN_TEST(entries_of_a_call_are_counted_without_overflow);
+    RUN_TEST(the_mask_hides_what_a_query_does_not_see);
+    RUN_TEST(the_mask_checks_its_arguments);
+}
+
+TESTS_MAIN(api);

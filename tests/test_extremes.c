@@ -1,0 +1,296 @@
+/* At the edges: arrays that end where memory ends, numbers that are none, the longest streams, the oddest sizes. */
+
+#define _DEFAULT_SOURCE /* MAP_ANONYMOUS */
+#define _POSIX_C_SOURCE 200809L
+
+#include <float.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include "runner.h"
+#include "shapes.h"
+
+/* ---- Guard pages ------------------------------------------------------------------------------------------- */
+
+/* Memory whose last byte is followed by a page that may not be touched, and whose page before may not either. */
+typedef struct fenced {
+    char *mapping;
+    size_t mapped;
+    void *data;
+} fenced;
+
+static fenced fenced_new(size_t bytes) {
+    size_t page = (size_t)sysconf(_SC_PAGESIZE), pages = (bytes + page - 1) / page;
+    fenced f = {NULL, (pages + 2) * page, NULL};
+    f.mapping = mmap(NULL, f.mapped, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (f.mapping == MAP_FAILED || mprotect(f.mapping, page, PROT_NONE) != 0 ||
+        mprotect(f.mapping + (pages + 1) * page, page, PROT_NONE) != 0) {
+        perror("tests: guard pages");
+        exit(1);
+    }
+    f.data = f.mapping + (pages + 1) * page - bytes;
+    return f;
+}
+
+static fenced fenced_copy(const void *data, size_t bytes) {
+    fenced f = fenced_new(bytes);
+    if (bytes) memcpy(f.data, data, bytes);
+    return f;
+}
+
+static void fenced_free(fenced *f) { munmap(f->mapping, f->mapped); }
+
+/* Moves an array that malloc gave into fenced memory; what it leaves is to be freed. */
+static void fence(fenced *f, void **array, size_t bytes) {
+    *f = fenced_copy(*array, bytes);
+    free(*array);
+    *array = f->data;
+}
+
+/* Every width from one vector to three, every mix of types: parameters, tokens and results end at a guard page. */
+TEST nothing_is_read_or_written_past_the_end(const char *isa, int narrow) {
+    for (int tail = 0; tail <= 34; tail++) {
+        shape of = {"", 16 + tail, 17 + tail, 2, (17 + tail) / 2 * 2, tail % 2, 0, 0, 0, {DSV4_F32}, DSV4_F32, DSV4_F32};
+        for (int i = 0; i < DSV4_PARAM_COUNT; i++) of.param[i] = (narrow + tail) % 3 ? DSV4_BF16 : DSV4_F32;
+        of.x = narrow ? DSV4_BF16 : DSV4_F32;
+        of.out = narrow ? DSV4_BF16 : DSV4_F32;
+        dsv4_config config = shape_config(&of);
+        model m = shape_model(&of, 1);
+        sequence s = shape_sequence(&of, 10, 2);
+        results plain = results_new(&config, of.out, 10, 5), r = results_new(&config, of.out, 10, 5);
+        engine e = engine_new(&m, isa, NULL);
+        ASSERT_EQ(DSV4_OK, compress_whole(&e, &s, &plain, NULL));
+        engine_free(&e);
+
+        fenced params[DSV4_PARAM_COUNT], stages[STAGE_COUNT], x;
+        for (int i = 0; i < DSV4_PARAM_COUNT; i++) {
+            fence(&params[i], &m.data[i], (size_t)m.info[i].count * dsv4_dtype_size(of.param[i]));
+            model_array(&m.params, i)->data = m.data[i];
+        }
+        fence(&x, &s.x, (size_t)(10 * config.hidden_dim) * dsv4_dtype_size(of.x));
+        for (int i = 0; i < STAGE_COUNT; i++) fence(&stages[i], &r.stage[i], r.bytes[i]);
+        e = engine_new(&m, isa, NULL);
+        for (int i = 0; i < DSV4_PARAM_COUNT; i++) fenced_free(&params[i]); /* not needed any more */
+        static const int64_t one_call[] = {10}, calls[] = {3};
+        ASSERT_EQ(DSV4_OK, compress_cut(&e, &s, &r, one_call, 1, NULL));
+        ASSERT_EQ(STAGE_COUNT, results_difference(&plain, &r));
+        ASSERT_EQ(DSV4_OK, compress_cut(&e, &s, &r, calls, 1, NULL));
+        ASSERT_EQ(STAGE_COUNT, results_difference(&plain, &r));
+        engine_free(&e);
+
+        for (int i = 0; i < STAGE_COUNT; i++) fenced_free(&stages[i]);
+        fenced_free(&x);
+        results_free(&plain);
+    }
+    PASS();
+}
+
+TEST conversions_do_not_pass_the_end(void) {
+    for (size_t count = 0; count <= 70; count++) {
+        fenced wide = fenced_new(count * 4), narrow = fenced_new(count * 2);
+        memset(wide.data, 0x3F, count * 4);
+        dsv4_bf16_from_f32_array(narrow.data, wide.data, count);
+        dsv4_bf16_to_f32_array(wide.data, narrow.data, count);
+        fenced_free(&narrow);
+        fenced_free(&wide);
+    }
+    PASS();
+}
+
+/* A saved state, read and written to its last byte. */
+TEST saved_states_do_not_pass_the_end(void) {
+    workbench w = workbench_new(&shapes[4], 4, 3);
+    results r = workbench_results(&w);
+    dsv4_state *state = state_new(&w.e, 2), *other = state_new(&w.e, 1);
+    for (int64_t t = 0; t < w.s.tokens; t++) {
+        ASSERT_EQ(DSV4_OK, compress_part(&w.e, &w.s, &r, state, t, t + 1, NULL));
+        size_t size = dsv4_state_save_size(state);
+        fenced bytes = fenced_new(size);
+        ASSERT_EQ(DSV4_OK, dsv4_state_save(state, bytes.data, size, NULL, NULL));
+        ASSERT_EQ(DSV4_OK, dsv4_state_restore(other, bytes.data, size, NULL));
+        fenced_free(&bytes);
+    }
+    dsv4_state_destroy(other);
+    dsv4_state_destroy(state);
+    results_free(&r);
+    workbench_free(&w);
+    PASS();
+}
+
+/* ---- Numbers that are none, and the largest ------------------------------------------------------------------ */
+
+static const struct {
+    const char *name;
+    uint32_t bits;
+} specials[] = {{"nan", 0x7FC00000},     {"negative_nan", 0xFFC10000}, {"infinity", 0x7F800000},
+                {"minus_infinity", 0xFF800000}, {"largest", 0x7F7F0000}, {"lowest", 0xFF7F0000},
+                {"subnormal", 0x00010000}, {"minus_zero", 0x80000000}};
+enum { SPECIAL_COUNT = sizeof specials / sizeof *specials };
+
+/* Equal bits, or both NaN: payloads are nobody's promise. */
+static int same_number(const results *a, const results *b, int stage, int64_t i) {
+    double x = result(a, stage, i), y = result(b, stage, i);
+    return (isnan(x) && isnan(y)) || (x == y && signbit(x) == signbit(y));
+}
+
+/* A special number in one token reaches the windows that pool the token, and no others. */
+TEST a_special_token_touches_its_own_windows_alone(const shape *of, int special) {
+    enum { WINDOWS = 6 };
+    workbench w = workbench_new(of, WINDOWS, 4);
+    for (int64_t window = 0; window < WINDOWS; window++) {
+        int64_t token = window * w.config.ratio + w.config.ratio / 2, at = token * w.config.hidden_dim;
+        float kept = (float)number(w.s.x, w.s.dtype, at);
+        results r = workbench_results(&w);
+        set_number(w.s.x, w.s.dtype, at, float_of_bits(specials[special].bits));
+        ASSERT_EQ(DSV4_OK, compress_whole(&w.e, &w.s, &r, NULL));
+        set_number(w.s.x, w.s.dtype, at, kept);
+        for (int64_t i = 0; i < r.count[STAGE_OUT]; i++) {
+            int64_t entry = i / w.config.head_dim;
+            int touched = entry == window || (w.config.overlap && entry == window + 1);
+            if (!touched) ASSERT(result(&w.whole, STAGE_OUT, i) == result(&r, STAGE_OUT, i));
+            if (entry == window && special < 2) ASSERT(isnan(result(&r, STAGE_OUT, i)));
+            if (special >= 6) ASSERT(isfinite(result(&r, STAGE_OUT, i)));
+        }
+        results_free(&r);
+    }
+    workbench_free(&w);
+    PASS();
+}
+
+/* A special number anywhere in the parameters: no kernel set crashes, all agree on what is NaN and on every other bit. */
+TEST special_parameters_give_one_answer(const shape *of, int special) {
+    for (int p = 0; p < DSV4_PARAM_COUNT; p++) {
+        workbench w = workbench_new(of, 3, 5);
+        const char *isa;
+        if (w.m.info[p].count > 0) {
+            set_number(w.m.data[p], of->param[p], w.m.info[p].count / 2, float_of_bits(specials[special].bits));
+            engine scalar = engine_new(&w.m, "scalar", NULL);
+            results expected = workbench_results(&w);
+            ASSERT_EQ(DSV4_OK, compress_whole(&scalar, &w.s, &expected, NULL));
+            for (int k = 0; (isa = dsv4_isa_name(k)) != NULL && specials[special].bits != 0x00010000; k++) {
+                engine e = engine_new(&w.m, isa, NULL);
+                results r = workbench_results(&w);
+                ASSERT_EQ(DSV4_OK, compress_whole(&e, &w.s, &r, NULL));
+                for (int stage = 0; stage < STAGE_COUNT; stage++)
+                    for (int64_t i = 0; i < r.count[stage]; i++)
+                        ASSERTm(note("%s, %s[%d]: %g, not %g", isa, stage_name(stage), (int)i, result(&r, stage, i),
+                                     result(&expected, stage, i)),
+                                same_number(&expected, &r, stage, i));
+                results_free(&r);
+                engine_free(&e);
+            }
+            results_free(&expected);
+            engine_free(&scalar);
+        }
+        workbench_free(&w);
+    }
+    PASS();
+}
+
+/* A NaN in norm makes NaN of its channel, and of the one that RoPE turns with it. */
+TEST a_nan_in_norm_stays_in_its_channel(void) {
+    workbench w = workbench_new(&shapes[1], 3, 6); /* D 24, R 8 */
+    for (int64_t channel = 0; channel < w.config.head_dim; channel++) {
+        float *norm = w.m.data[DSV4_NORM], kept = norm[channel];
+        norm[channel] = NAN;
+        engine e = engine_new(&w.m, NULL, NULL);
+        results r = workbench_results(&w);
+        ASSERT_EQ(DSV4_OK, compress_whole(&e, &w.s, &r, NULL));
+        int64_t plain = w.config.head_dim - w.config.rope_dim, partner = channel < plain ? channel : channel ^ 1;
+        for (int64_t i = 0; i < r.count[STAGE_OUT]; i++) {
+            int64_t at = i % w.config.head_dim;
+            if (at == channel || at == partner) ASSERT(isnan(result(&r, STAGE_OUT, i)));
+            else ASSERT(result(&w.whole, STAGE_OUT, i) == result(&r, STAGE_OUT, i));
+        }
+        norm[channel] = kept;
+        results_free(&r);
+        engine_free(&e);
+    }
+    workbench_free(&w);
+    PASS();
+}
+
+/* ---- Sizes ------------------------------------------------------------------------------------------------- */
+
+TEST the_oddest_sizes_stream_as_they_compress_whole(void) {
+    static const shape odd[] = {
+        {"ratio_4096", 1, 1, 4096, 0, 0, 0, 0, 0, {DSV4_F32, DSV4_F32, DSV4_F32, DSV4_F32}, DSV4_F32, DSV4_F32},
+        {"overlap_4096", 2, 3, 4096, 2, 1, 0, 0, DSV4_ROUNDING_MAXTEXT, {DSV4_BF16, DSV4_F32, DSV4_F32, DSV4_F32},
+         DSV4_F32, DSV4_BF16},
+        {"head_dim_1", 5, 1, 4, 0, 1, 0, 0, 0, {DSV4_F32, DSV4_F32, DSV4_F32, DSV4_F32}, DSV4_BF16, DSV4_F32},
+        {"wide", 3, 1030, 2, 1030, 1, 0, 0, DSV4_ROUNDING_DEEPSEEK, {DSV4_BF16, DSV4_BF16, DSV4_F32, DSV4_BF16},
+         DSV4_BF16, DSV4_BF16},
+        {"tall", 9001, 2, 3, 2, 0, 0, 0, 0, {DSV4_F32, DSV4_F32, DSV4_F32, DSV4_F32}, DSV4_F32, DSV4_F32},
+    };
+    static const int64_t cuts[][3] = {{1000, 1, 3000}, {4095, 2, 4097}, {223, 225, 1}};
+    for (size_t i = 0; i < sizeof odd / sizeof *odd; i++) {
+        workbench w = workbench_new(&odd[i], odd[i].ratio > 1000 ? 3 : 40, 7);
+        for (int k = 0; k < 3; k++) {
+            results cut = workbench_results(&w);
+            ASSERT_EQ(DSV4_OK, compress_cut(&w.e, &w.s, &cut, cuts[k], 3, NULL));
+            int stage = results_difference(&w.whole, &cut);
+            ASSERTm(note("%s: %s differs", odd[i].name, stage_name(stage)), stage == STAGE_COUNT);
+            results_free(&cut);
+        }
+        workbench_free(&w);
+    }
+    PASS();
+}
+
+/* 1,048,576 tokens through one state, a thousand a call. The tokens repeat, so that each entry is known from a short
+ * sequence at its position. TESTS_SLOW in the environment: at the head_dim of V4. */
+TEST a_stream_of_a_million_tokens_keeps_its_bits(void) {
+    enum { TOKENS = 1 << 20, PERIOD = 1000 };
+    shape of = {"", 2, 32, 4, 16, 1, 0, 0, DSV4_ROUNDING_DEEPSEEK, {DSV4_BF16, DSV4_BF16, DSV4_F32, DSV4_BF16},
+                DSV4_BF16, DSV4_BF16};
+    if (getenv("TESTS_SLOW")) of.head_dim = 512, of.rope_dim = 64;
+    workbench w = workbench_new(&of, PERIOD / 4, 8);
+    results chunk = workbench_results(&w), alone = workbench_results(&w);
+    dsv4_state *state = state_new(&w.e, 0);
+    size_t row = chunk.bytes[STAGE_OUT] / (size_t)chunk.entries;
+    for (int64_t t = 0; t < TOKENS; t += PERIOD) {
+        int64_t count = TOKENS - t < PERIOD ? TOKENS - t : PERIOD, probe = t / PERIOD % (count / 4 - 1);
+        dsv4_segment part = segment_new(0, count, t, 0, state);
+        dsv4_batch b = batch_new(&w.s, &chunk, &part, 1);
+        ASSERT_EQ(DSV4_OK, dsv4_compress(w.e.compressor, &b, w.e.workspace, NULL));
+        dsv4_segment two = segment_new(4 * probe, 8, t + 4 * probe, 0, NULL); /* window probe + 1, and the one before */
+        b = batch_new(&w.s, &alone, &two, 1);
+        ASSERT_EQ(DSV4_OK, dsv4_compress(w.e.compressor, &b, w.e.workspace, NULL));
+        ASSERT_MEM_EQ((char *)alone.stage[STAGE_OUT] + row,
+                      (char *)chunk.stage[STAGE_OUT] + (size_t)(probe + 1) * row, row);
+    }
+    ASSERT_EQ_FMT((int)TOKENS, (int)dsv4_state_tokens(state), "%d");
+    dsv4_state_destroy(state);
+    results_free(&alone);
+    results_free(&chunk);
+    workbench_free(&w);
+    PASS();
+}
+
+SUITE(extremes) {
+    static char suffix[64];
+    const char *isa;
+    for (int i = 0; (isa = dsv4_isa_name(i)) != NULL; i++) {
+        for (int narrow = 0; narrow <= 1; narrow++) {
+            snprintf(suffix, sizeof suffix, "%s_%s", isa, narrow ? "bf16" : "f32");
+            greatest_set_test_suffix(suffix);
+            RUN_TESTp(nothing_is_read_or_written_past_the_end, isa, narrow);
+        }
+    }
+    RUN_TEST(conversions_do_not_pass_the_end);
+    RUN_TEST(saved_states_do_not_pass_the_end);
+    for (int special = 0; special < SPECIAL_COUNT; special++) {
+        for (int i = 0; i < SHAPE_COUNT; i++) {
+            snprintf(suffix, sizeof suffix, "%s_%s", specials[special].name, shapes[i].name);
+            greatest_set_test_suffix(suffix);
+            RUN_TESTp(a_special_token_touches_its_own_windows_alone, &shapes[i], special);
+            greatest_set_test_suffix(suffix);
+            RUN_TESTp(special_parameters_give_one_answer, &shapes[i], special);
+        }
+    }
+    RUN_TEST(a_nan_in_norm_stays_in_its_channel);
+    RUN_TEST(the_oddest_sizes_stream_as_they_compress_whole);
+    RUN_TEST(a_stream_of_a_million_tokens_keeps_its_bits);
+}
+
+TESTS_MAIN(extremes);

@@ -1,0 +1,928 @@
+/* The backward pass: right against PyTorch, central differences and the chain rule in double precision; the same bits
+ * for any kernel set, thread count and cut; in order where numbers are extreme; refusing what makes no sense. */
+
+#define _POSIX_C_SOURCE 200809L
+
+#include "runner.h"
+#include "golden_file.h"
+#include "gradient_support.h"
+#include "threads.h"
+
+static const shape *const tables[2] = {shapes, long_shapes};
+static const int table_size[2] = {SHAPE_COUNT, LONG_SHAPE_COUNT};
+
+/* Seven windows and a bit, or many hundred tokens. */
+static lesson lesson_in(int table, int i) {
+    const shape *of = &tables[table][i];
+    return lesson_of(of, table ? 900 : 7 * of->ratio + of->ratio / 2, 51);
+}
+
+/* How near a gradient has to come, as a share of its tensor's largest magnitude. */
+static const double near_enough = 5e-6;
+
+/* What central differences in double are off by, where the loss is about 10 and the step 1/2048. */
+static const double difference_error = 1e-10;
+
+#define ASSERT_SAME_GRADIENTS(expected, got, first, what)                                            \
+    do {                                                                                             \
+        int found = gradient_difference(expected, got, first);                                       \
+        ASSERTm(note("%s differs: %s", gradient_name(found), what), found == GRADIENTS);             \
+    } while (0)
+
+/* ---- Right ------------------------------------------------------------------------------------------------- */
+
+TEST agrees_with_pytorch(const char *file, const char *isa) {
+    golden g = golden_open(file);
+    model m = {0};
+    m.config = g.config;
+    m.params = g.params;
+    engine e = trainer_new(&m, isa, NULL);
+    gradient_set got = gradient_set_new(&g.config, DSV4_F32, g.rows * g.tokens);
+    dsv4_gradients to = gradients_into(&got, st_find(&g.file, "dout")->data, DSV4_F32);
+    dsv4_segment rows[2];
+    dsv4_batch b = {0};
+    for (int64_t i = 0; i < g.rows; i++) rows[i] = segment_new(i * g.tokens, g.tokens, g.start, i * g.entries, NULL);
+    b.x = g.x;
+    b.x_dtype = g.x_dtype;
+    b.tokens = g.rows * g.tokens;
+    b.entries = g.rows * g.entries;
+    b.segments = rows;
+    b.segment_count = g.rows;
+    ASSERT_EQ(DSV4_OK, dsv4_backward(e.compressor, &b, &to, e.workspace, NULL));
+    for (int i = 0; i < GRADIENTS; i++) {
+        const st_tensor *expected = st_find(&g.file, gradient_name(i));
+        double largest = 0;
+        ASSERT_EQ(expected->count, got.count[i]);
+        for (int64_t k = 0; k < got.count[i]; k++) largest = fmax(largest, fabs(number(expected->data, DSV4_F32, k)));
+        for (int64_t k = 0; k < got.count[i]; k++)
+            ASSERT_IN_RANGE(number(expected->data, DSV4_F32, k), number(got.data[i], DSV4_F32, k),
+                            near_enough * largest);
+    }
+    gradient_set_free(&got);
+    engine_free(&e);
+    golden_close(&g);
+    PASS();
+}
+
+/* A small compressor of random odd sizes. One matrix at least is fp32, so that dkv and dgate are not rounded. */
+static lesson random_lesson(uint64_t seed) {
+    dice d = {seed};
+    dsv4_config c = {0};
+    dsv4_dtype type[DSV4_PARAM_COUNT];
+    static const int64_t ratios[] = {1, 2, 3, 4, 5, 7, 9, 11};
+    static const float pads[] = {0, -0.5f, -3, -INFINITY};
+    c.hidden_dim = 1 + dice_below(&d, 23);
+    c.head_dim = 2 + dice_below(&d, 19);
+    c.rope_dim = 2 * dice_below(&d, c.head_dim / 2 + 1);
+    c.ratio = ratios[dice_below(&d, 8)];
+    c.overlap = (int)dice_below(&d, 2);
+    c.no_ape = dice_below(&d, 4) == 0;
+    c.no_gate = c.ratio == 1 && !c.overlap && dice_below(&d, 2);
+    c.pad_gate = pads[dice_below(&d, 4)];
+    c.yarn_factor = dice_below(&d, 2) ? 16 : 0;
+    for (int i = 0; i < DSV4_PARAM_COUNT; i++) type[i] = dice_below(&d, 2) ? DSV4_BF16 : DSV4_F32;
+    type[DSV4_WKV] = DSV4_F32;
+    const dsv4_dtype x = dice_below(&d, 2) ? DSV4_BF16 : DSV4_F32;
+    const int64_t tokens = c.ratio * (2 + dice_below(&d, 4)) + dice_below(&d, c.ratio);
+    sequence s = sequence_new(&c, x, tokens, seed + 1);
+    s.position = dice_below(&d, 100000);
+    return lesson_new(model_new(&c, type, seed + 2), s, dice_below(&d, 2) ? DSV4_BF16 : DSV4_F32, seed + 3);
+}
+
+/* The header's gradient against differences of the forward oracle, at some elements of every array. */
+TEST agrees_with_central_differences(uint64_t seed) {
+    enum { SAMPLES = 50 };
+    lesson l = random_lesson(seed);
+    oracle_task t = oracle_task_of(&l);
+    for (int which = 0; which < GRADIENTS; which++) {
+        const int64_t count = l.whole.count[which], samples = count < SAMPLES ? count : SAMPLES;
+        double largest = 0;
+        for (int64_t i = 0; i < count; i++) largest = fmax(largest, fabs(number(l.whole.data[which], DSV4_F32, i)));
+        for (int64_t k = 0; k < samples; k++) {
+            const int64_t i = k * count / samples;
+            const double expected = oracle_difference(&t.config, &t.params, &t.lesson, which, i);
+            ASSERT_IN_RANGE(expected, number(l.whole.data[which], DSV4_F32, i),
+                            near_enough * largest + difference_error);
+        }
+    }
+    oracle_task_free(&t);
+    lesson_free(&l);
+    PASS();
+}
+
+/* The chain rule in double is the derivative of the forward oracle: what the next test builds on. */
+TEST the_oracle_agrees_with_itself(uint64_t seed) {
+    lesson l = random_lesson(seed);
+    oracle_task t = oracle_task_of(&l);
+    oracle_stages s = oracle_stages_new(&t.config, t.lesson.tokens);
+    oracle_forward(&t.config, &t.params, t.lesson.x, t.lesson.start, &s);
+    oracle_gradients g = oracle_backward(&t.config, &t.params, &t.lesson, &s);
+    for (int which = 0; which < GRADIENTS; which++) {
+        const double largest = largest_of(g.value[which], g.count[which]);
+        for (int64_t i = 0; i < g.count[which]; i += g.count[which] / 20 + 1) {
+            const double expected = oracle_difference(&t.config, &t.params, &t.lesson, which, i);
+            ASSERT_IN_RANGE(expected, g.value[which][i], 1e-8 * largest + difference_error);
+        }
+    }
+    oracle_gradients_free(&g);
+    oracle_stages_free(&s);
+    oracle_task_free(&t);
+    lesson_free(&l);
+    PASS();
+}
+
+/* Every element of every gradient, every rounding preset and mix of types: rounding counts as the identity. */
+TEST agrees_with_the_chain_rule_in_double(int table, int i) {
+    lesson l = lesson_in(table, i);
+    oracle_gradients expected = oracle_gradients_of(&l);
+    for (int which = 0; which < GRADIENTS; which++) {
+        ASSERT_EQ(expected.count[which], l.whole.count[which]);
+        const double far = gradient_stray(&l.whole, &expected, which);
+        ASSERTm(note("%s strays by %.3g of its largest", gradient_name(which), far), far <= near_enough);
+    }
+    oracle_gradients_free(&expected);
+    lesson_free(&l);
+    PASS();
+}
+
+/* ---- The same bits ----------------------------------------------------------------------------------------- */
+
+/* The lesson's gradients through a compressor made for the occasion; in one call, or in cuts. */
+static gradient_set gradients_with(const lesson *l, const char *isa, const temper *t, const int64_t *cuts) {
+    crew c;
+    dsv4_parallel parallel = temper_parallel(t, &c);
+    engine e = trainer_new(&l->m, isa, &parallel);
+    gradient_set got = gradient_set_new(&l->config, DSV4_F32, l->s.tokens);
+    dsv4_status status = cuts ? backward_cut(l, &e, cuts, 3, &got) : backward_whole(l, &e, &got);
+    if (status != DSV4_OK) memset(got.data[ORACLE_DX], POISON, got.bytes[ORACLE_DX]);
+    engine_free(&e);
+    return got;
+}
+
+TEST every_kernel_set_gives_the_same_gradients(int table, int i) {
+    lesson l = lesson_in(table, i);
+    const char *isa;
+    for (int k = 0; (isa = dsv4_isa_name(k)) != NULL; k++) {
+        gradient_set got = gradients_with(&l, isa, &tempers[k % TEMPER_COUNT], NULL);
+        ASSERT_SAME_GRADIENTS(&l.whole, &got, ORACLE_DX, isa);
+        gradient_set_free(&got);
+    }
+    lesson_free(&l);
+    PASS();
+}
+
+TEST every_parallel_for_gives_the_same_gradients(int table, int i) {
+    lesson l = lesson_in(table, i);
+    for (int t = 0; t < TEMPER_COUNT; t++) {
+        gradient_set got = gradients_with(&l, NULL, &tempers[t], NULL);
+        ASSERT_SAME_GRADIENTS(&l.whole, &got, ORACLE_DX, tempers[t].name);
+        gradient_set_free(&got);
+    }
+    lesson_free(&l);
+    PASS();
+}
+
+/* A sequence whose length the ratio divides: cut into parts, it has no tail to drop. */
+static lesson even_lesson(int table, int i) {
+    const shape *of = &tables[table][i];
+    return lesson_of(of, (table ? long_windows(of) : 7) * of->ratio, 52);
+}
+
+/* To the bit; and the sums of any cut are right. A long sequence meets one kernel set a cut. */
+TEST every_cut_gives_the_same_dx(int table, int i) {
+    enum { CUTS = 4 };
+    static const int64_t cuts[CUTS][3] = {{1, 1, 1}, {5, 3, 2}, {230, 1, 97}, {300, 257, 3}};
+    lesson l = even_lesson(table, i);
+    oracle_gradients expected = oracle_gradients_of(&l);
+    const char *isa;
+    for (int k = table; k < CUTS; k++) {
+        for (int set = 0; (isa = dsv4_isa_name(set)) != NULL; set++) {
+            if (table && set != k % 3) continue;
+            gradient_set got = gradients_with(&l, isa, &tempers[(k + set) % TEMPER_COUNT], cuts[k]);
+            ASSERT_MEM_EQ(l.whole.data[ORACLE_DX], got.data[ORACLE_DX], got.bytes[ORACLE_DX]);
+            for (int which = ORACLE_DWKV; which < GRADIENTS; which++)
+                ASSERTm(gradient_name(which), gradient_stray(&got, &expected, which) <= near_enough);
+            gradient_set_free(&got);
+        }
+    }
+    oracle_gradients_free(&expected);
+    lesson_free(&l);
+    PASS();
+}
+
+TEST cuts_at_multiples_of_256_give_the_same_sums(int i) {
+    static const int64_t cuts[][3] = {{256, 256, 256}, {512, 256, 256}, {256, 512, 256}};
+    lesson l = even_lesson(1, i);
+    for (int k = 0; k < 3; k++) {
+        gradient_set got = gradient_set_new(&l.config, DSV4_F32, l.s.tokens);
+        ASSERT_EQ(DSV4_OK, backward_cut(&l, &l.e, cuts[k], 3, &got));
+        ASSERT_SAME_GRADIENTS(&l.whole, &got, ORACLE_DX, note("cut %d", k));
+        gradient_set_free(&got);
+    }
+    lesson_free(&l);
+    PASS();
+}
+
+/* Blocks of 256 are counted from the sequence's first token, wherever a part begins: cutting one up at these changes
+ * nothing. */
+TEST blocks_are_counted_from_the_first_token(int i) {
+    static const int64_t once[] = {100, 100000}, often[] = {100, 156, 256, 256, 256, 256};
+    lesson l = even_lesson(1, i);
+    gradient_set a = gradient_set_new(&l.config, DSV4_F32, l.s.tokens);
+    gradient_set b = gradient_set_new(&l.config, DSV4_F32, l.s.tokens);
+    ASSERT_EQ(DSV4_OK, backward_cut(&l, &l.e, once, 2, &a));
+    ASSERT_EQ(DSV4_OK, backward_cut(&l, &l.e, often, 6, &b));
+    ASSERT_SAME_GRADIENTS(&a, &b, ORACLE_DX, "cut once more");
+    gradient_set_free(&a);
+    gradient_set_free(&b);
+    lesson_free(&l);
+    PASS();
+}
+
+/* Projections that the forward pass wrote down, given beside x. */
+TEST kept_projections_give_the_bits_of_recomputing(int table, int i) {
+    lesson l = lesson_in(table, i);
+    results r = results_new(&l.config, DSV4_F32, l.s.tokens, l.entries);
+    gradient_set got = gradient_set_new(&l.config, DSV4_F32, l.s.tokens);
+    dsv4_segment whole = segment_new(0, l.s.tokens, l.s.position, 0, NULL);
+    dsv4_batch b = lesson_batch(&l, &whole, 1);
+    dsv4_gradients to = gradients_into(&got, l.dout, l.dout_dtype);
+    ASSERT_EQ(DSV4_OK, compress_whole(&l.e, &l.s, &r, NULL));
+    b.kv = r.stage[STAGE_KV];
+    b.gate = l.config.no_gate ? NULL : r.stage[STAGE_GATE];
+    ASSERT_EQ(DSV4_OK, dsv4_backward(l.e.compressor, &b, &to, l.e.workspace, NULL));
+    ASSERT_SAME_GRADIENTS(&l.whole, &got, ORACLE_DX, "kept");
+    gradient_set_free(&got);
+    results_free(&r);
+    lesson_free(&l);
+    PASS();
+}
+
+/* Documents of odd lengths side by side: the call of all of them is the calls of each, accumulated in order. */
+TEST packed_documents_are_separate_calls_in_order(int table, int i) {
+    enum { COUNT = 5 };
+    static const int share[COUNT + 1] = {0, 13, 14, 55, 81, 97}; /* of 97 parts; in the order below */
+    static const int order[COUNT] = {2, 0, 4, 1, 3};
+    lesson l = lesson_in(table, i);
+    dsv4_segment documents[COUNT];
+    int64_t entry = 0;
+    for (int k = 0; k < COUNT; k++) {
+        const int64_t from = l.s.tokens * share[order[k]] / 97, to = l.s.tokens * share[order[k] + 1] / 97;
+        documents[k] = segment_new(from, to - from, 17 * k, entry, NULL);
+        entry += (to - from) / l.config.ratio;
+    }
+    gradient_set together = gradient_set_new(&l.config, DSV4_F32, l.s.tokens);
+    gradient_set apart = gradient_set_new(&l.config, DSV4_F32, l.s.tokens);
+    dsv4_gradients to = gradients_into(&together, l.dout, l.dout_dtype);
+    dsv4_batch b = lesson_batch(&l, documents, COUNT);
+    ASSERT_EQ(DSV4_OK, dsv4_backward(l.e.compressor, &b, &to, l.e.workspace, NULL));
+    to = gradients_into(&apart, l.dout, l.dout_dtype);
+    for (int k = 0; k < COUNT; k++) {
+        b = lesson_batch(&l, &documents[k], 1);
+        to.accumulate = k > 0;
+        ASSERT_EQ(DSV4_OK, dsv4_backward(l.e.compressor, &b, &to, l.e.workspace, NULL));
+    }
+    ASSERT_SAME_GRADIENTS(&together, &apart, ORACLE_DX, "packed");
+    gradient_set_free(&together);
+    gradient_set_free(&apart);
+    lesson_free(&l);
+    PASS();
+}
+
+/* ---- Where gradients go ------------------------------------------------------------------------------------ */
+
+/* Rows further apart than they are wide, and arrays that are not wanted, change no number and touch nothing else. */
+TEST each_gradient_is_optional_and_strides_do_not_matter(const shape *of) {
+    lesson l = lesson_of(of, 5 * of->ratio, 53);
+    dsv4_segment whole = segment_new(0, l.s.tokens, l.s.position, 0, NULL);
+    dsv4_batch b = lesson_batch(&l, &whole, 1);
+    const int64_t dx_stride = l.config.hidden_dim + 5, dout_stride = l.config.head_dim + 3;
+    const size_t row = (size_t)l.config.hidden_dim * 4, number_size = dsv4_dtype_size(l.dout_dtype);
+    char *dout = reserve((size_t)(dout_stride * l.entries) * number_size);
+    memset(dout, 0xFF, (size_t)(dout_stride * l.entries) * number_size);
+    for (int64_t e = 0; e < l.entries; e++)
+        memcpy(dout + (size_t)(e * dout_stride) * number_size,
+               (char *)l.dout + (size_t)(e * l.config.head_dim) * number_size, (size_t)l.config.head_dim * number_size);
+    for (int wanted = 0; wanted < GRADIENTS; wanted++) {
+        gradient_set got = gradient_set_new(&l.config, DSV4_F32, l.s.tokens * dx_stride);
+        gradient_set masked = got;
+        for (int i = 0; i < GRADIENTS; i++) masked.data[i] = i == wanted ? got.data[i] : NULL;
+        dsv4_gradients to = gradients_into(&masked, dout, l.dout_dtype);
+        to.dx_stride = dx_stride;
+        to.dout_stride = dout_stride;
+        ASSERT_EQ(DSV4_OK, dsv4_backward(l.e.compressor, &b, &to, l.e.workspace, NULL));
+        for (int i = ORACLE_DWKV; i < GRADIENTS; i++) {
+            if (i == wanted && got.count[i]) ASSERT_MEM_EQ(l.whole.data[i], got.data[i], got.bytes[i]);
+            else ASSERT(memory_untouched(got.data[i], got.bytes[i]));
+        }
+        for (int64_t t = 0; t < l.s.tokens; t++) {
+            const char *at = (char *)got.data[ORACLE_DX] + (size_t)(t * dx_stride) * 4;
+            if (wanted == ORACLE_DX) ASSERT_MEM_EQ((char *)l.whole.data[ORACLE_DX] + (size_t)t * row, at, row);
+            ASSERT(memory_untouched(wanted == ORACLE_DX ? at + row : at, 5 * 4));
+        }
+        gradient_set_free(&got);
+    }
+    free(dout);
+    lesson_free(&l);
+    PASS();
+}
+
+/* Accumulating begins with what the arrays hold: on zeros it overwrites, on the first half it gives the whole. */
+TEST accumulating_goes_on_from_what_the_arrays_hold(const shape *of) {
+    lesson l = lesson_of(of, 4 * of->ratio, 54);
+    gradient_set got = gradient_set_new(&l.config, DSV4_F32, l.s.tokens);
+    dsv4_segment whole = segment_new(0, l.s.tokens, l.s.position, 0, NULL);
+    dsv4_batch b = lesson_batch(&l, &whole, 1);
+    dsv4_gradients to = gradients_into(&got, l.dout, l.dout_dtype);
+    to.accumulate = 1;
+    for (int i = ORACLE_DWKV; i < GRADIENTS; i++)
+        for (int64_t k = 0; k < got.count[i]; k++) set_number(got.data[i], DSV4_F32, k, (float)(k % 7) - 3);
+    ASSERT_EQ(DSV4_OK, dsv4_backward(l.e.compressor, &b, &to, l.e.workspace, NULL));
+    for (int i = ORACLE_DWKV; i < GRADIENTS; i++)
+        for (int64_t k = 0; k < got.count[i]; k++) {
+            /* one block: what was there, plus the block's sum */
+            const float expected = (float)(k % 7) - 3 + (float)number(l.whole.data[i], DSV4_F32, k);
+            ASSERT_EQ_FMT((double)expected, number(got.data[i], DSV4_F32, k), "%.9g");
+        }
+    ASSERT_MEM_EQ(l.whole.data[ORACLE_DX], got.data[ORACLE_DX], got.bytes[ORACLE_DX]);
+    gradient_set_free(&got);
+    lesson_free(&l);
+    PASS();
+}
+
+/* Sums are made in fp32 and rounded once, at the end of a call. */
+TEST bf16_gradients_are_the_rounded_fp32_ones(int table, int i) {
+    lesson l = lesson_in(table, i);
+    gradient_set got = gradient_set_new(&l.config, DSV4_BF16, l.s.tokens);
+    ASSERT_EQ(DSV4_OK, backward_whole(&l, &l.e, &got));
+    for (int which = 0; which < GRADIENTS; which++)
+        for (int64_t k = 0; k < got.count[which]; k++)
+            ASSERT_EQ(dsv4_bf16_from_f32(((float *)l.whole.data[which])[k]), ((dsv4_bf16 *)got.data[which])[k]);
+    gradient_set_free(&got);
+    lesson_free(&l);
+    PASS();
+}
+
+TEST bf16_gradients_accumulate_too(int i) {
+    lesson l = lesson_in(1, i);
+    gradient_set got = gradient_set_new(&l.config, DSV4_BF16, l.s.tokens);
+    gradient_set wide = gradient_set_new(&l.config, DSV4_F32, l.s.tokens);
+    dsv4_segment whole = segment_new(0, l.s.tokens, l.s.position, 0, NULL);
+    dsv4_batch b = lesson_batch(&l, &whole, 1);
+    for (int which = ORACLE_DWKV; which < GRADIENTS; which++)
+        for (int64_t k = 0; k < got.count[which]; k++) {
+            set_number(got.data[which], DSV4_BF16, k, (float)(k % 5) - 2);
+            set_number(wide.data[which], DSV4_F32, k, (float)(k % 5) - 2);
+        }
+    for (int narrow = 0; narrow < 2; narrow++) {
+        dsv4_gradients to = gradients_into(narrow ? &got : &wide, l.dout, l.dout_dtype);
+        to.accumulate = 1;
+        ASSERT_EQ(DSV4_OK, dsv4_backward(l.e.compressor, &b, &to, l.e.workspace, NULL));
+    }
+    for (int which = ORACLE_DWKV; which < GRADIENTS; which++)
+        for (int64_t k = 0; k < got.count[which]; k++)
+            ASSERT_EQ(dsv4_bf16_from_f32(((float *)wide.data[which])[k]), ((dsv4_bf16 *)got.data[which])[k]);
+    gradient_set_free(&got);
+    gradient_set_free(&wide);
+    lesson_free(&l);
+    PASS();
+}
+
+/* What is carried to the part before comes out the same alone as beside everything else. */
+TEST the_carried_gradient_can_be_had_alone(int table, int i) {
+    lesson l = even_lesson(table, i);
+    const int64_t lengths[] = {l.s.tokens * 3 / 7, l.s.tokens};
+    lesson_parts p = lesson_cut(&l, &l.e, lengths, 2);
+    gradient_set got = gradient_set_new(&l.config, DSV4_F32, l.s.tokens);
+    dsv4_gradients everything = gradients_into(&got, l.dout, l.dout_dtype), nothing = {0};
+    nothing.dout = l.dout;
+    nothing.dout_dtype = l.dout_dtype;
+    unsigned char *saved[2];
+    size_t size = 0;
+    for (int alone = 0; alone < 2; alone++) {
+        ASSERT_EQ(DSV4_OK, backward_part(&l, &l.e, &p, 1, alone ? nothing : everything, p.gradient[1]));
+        ASSERT_EQ(dsv4_state_tokens(p.state[1]), dsv4_state_tokens(p.gradient[1]));
+        size = dsv4_state_save_size(p.gradient[1]);
+        saved[alone] = reserve(size);
+        ASSERT_EQ(DSV4_OK, dsv4_state_save(p.gradient[1], saved[alone], size, NULL, NULL));
+    }
+    ASSERT_MEM_EQ(saved[0], saved[1], size);
+    free(saved[0]);
+    free(saved[1]);
+    gradient_set_free(&got);
+    lesson_parts_free(&p);
+    lesson_free(&l);
+    PASS();
+}
+
+/* A training compressor gives the entries of one that is not, and the backward pass advances no state. */
+TEST training_changes_no_entry_and_advances_no_state(const shape *of) {
+    workbench w = workbench_new(of, 6, 55);
+    engine e = trainer_new(&w.m, NULL, NULL);
+    results r = workbench_results(&w);
+    ASSERT_EQ(DSV4_OK, compress_whole(&e, &w.s, &r, NULL));
+    ASSERT_EQ(STAGE_COUNT, results_difference(&w.whole, &r));
+    results_free(&r);
+    engine_free(&e);
+    workbench_free(&w);
+    lesson l = lesson_of(of, 6 * of->ratio, 55);
+    const int64_t lengths[] = {2 * of->ratio + of->ratio / 2, l.s.tokens};
+    lesson_parts p = lesson_cut(&l, &l.e, lengths, 2);
+    gradient_set got = gradient_set_new(&l.config, DSV4_F32, l.s.tokens);
+    ASSERT_EQ(2, p.count);
+    const size_t size = dsv4_state_save_size(p.state[1]);
+    unsigned char *before = reserve(size), *after = reserve(size);
+    ASSERT_EQ(DSV4_OK, dsv4_state_save(p.state[1], before, size, NULL, NULL));
+    ASSERT_EQ(DSV4_OK, backward_part(&l, &l.e, &p, 1, gradients_into(&got, l.dout, l.dout_dtype), p.gradient[1]));
+    ASSERT_EQ(DSV4_OK, dsv4_state_save(p.state[1], after, size, NULL, NULL));
+    ASSERT_MEM_EQ(before, after, size);
+    free(before);
+    free(after);
+    gradient_set_free(&got);
+    lesson_parts_free(&p);
+    lesson_free(&l);
+    PASS();
+}
+
+/* ---- Extremes ---------------------------------------------------------------------------------------------- */
+
+static int all_zero(const gradient_set *g, int which, int64_t first, int64_t end) {
+    for (int64_t i = first; i < end; i++)
+        if (number(g->data[which], g->dtype, i) != 0) return 0;
+    return 1;
+}
+
+static int all_finite(const gradient_set *g) {
+    for (int which = 0; which < GRADIENTS; which++)
+        for (int64_t i = 0; i < g->count[which]; i++)
+            if (!isfinite(number(g->data[which], g->dtype, i))) return 0;
+    return 1;
+}
+
+static dsv4_config small_csa(void) {
+    dsv4_config c = {0};
+    c.hidden_dim = 21;
+    c.head_dim = 18;
+    c.ratio = 4;
+    c.rope_dim = 6;
+    c.overlap = 1;
+    return c;
+}
+
+static lesson small_lesson(const dsv4_config *c, int64_t tokens) {
+    return lesson_new(model_of(c, DSV4_F32, 56), sequence_new(c, DSV4_F32, tokens, 57), DSV4_F32, 58);
+}
+
+/* A sequence of one window looks back at the pad alone: the first series, which nothing else uses, gets exactly
+ * nothing. */
+TEST the_pad_sends_no_gradient(float pad_gate) {
+    dsv4_config c = small_csa();
+    c.pad_gate = pad_gate;
+    lesson l = small_lesson(&c, c.ratio);
+    const int64_t first = c.head_dim, width = c.hidden_dim;
+    ASSERT(all_zero(&l.whole, ORACLE_DWKV, 0, first * width));
+    ASSERT(all_zero(&l.whole, ORACLE_DWGATE, 0, first * width));
+    for (int64_t row = 0; row < c.ratio; row++)
+        ASSERT(all_zero(&l.whole, ORACLE_DAPE, row * 2 * first, row * 2 * first + first));
+    ASSERT_FALSE(all_zero(&l.whole, ORACLE_DWKV, first * width, l.whole.count[ORACLE_DWKV]));
+    ASSERT_FALSE(all_zero(&l.whole, ORACLE_DX, 0, l.whole.count[ORACLE_DX]));
+    lesson_free(&l);
+    PASS();
+}
+
+/* And its own rows get what they would get without any pad: the same bits for every pad that weighs nothing. */
+TEST a_pad_that_weighs_nothing_may_be_any(void) {
+    static const float pads[] = {-1e4f, -2e5f, -INFINITY};
+    dsv4_config c = small_csa();
+    lesson usual = small_lesson(&c, 3 * c.ratio);
+    for (int i = 0; i < 3; i++) {
+        c.pad_gate = pads[i];
+        lesson l = small_lesson(&c, 3 * c.ratio);
+        ASSERT_SAME_GRADIENTS(&usual.whole, &l.whole, ORACLE_DX, note("pad %g", (double)pads[i]));
+        lesson_free(&l);
+    }
+    lesson_free(&usual);
+    PASS();
+}
+
+/* A small lesson whose gate, ape and tokens were multiplied. */
+static lesson scaled_lesson(const dsv4_config *c, float gate, float ape, float x) {
+    model m = model_of(c, DSV4_F32, 59);
+    sequence s = sequence_new(c, DSV4_F32, 5 * c->ratio, 60);
+    float *const arrays[3] = {m.data[DSV4_WGATE], m.data[DSV4_APE], s.x};
+    const int64_t counts[3] = {m.info[DSV4_WGATE].count, m.info[DSV4_APE].count, s.tokens * c->hidden_dim};
+    const float scales[3] = {gate, ape, x};
+    for (int a = 0; a < 3; a++)
+        for (int64_t i = 0; i < counts[a]; i++) arrays[a][i] *= scales[a];
+    return lesson_new(m, s, DSV4_F32, 61);
+}
+
+TEST saturated_gates_give_finite_gradients(float scale) {
+    dsv4_config c = small_csa();
+    lesson l = scaled_lesson(&c, scale, 1, 1);
+    oracle_gradients expected = oracle_gradients_of(&l);
+    ASSERT(all_finite(&l.whole));
+    ASSERT(gradient_stray(&l.whole, &expected, ORACLE_DWKV) <= near_enough);
+    ASSERT(gradient_stray(&l.whole, &expected, ORACLE_DNORM) <= near_enough);
+    oracle_gradients_free(&expected);
+    lesson_free(&l);
+    PASS();
+}
+
+/* Gates so far apart that one row is all of a window: nothing is left to choose, so the gate gets exactly nothing. */
+TEST a_gate_that_has_chosen_gets_no_gradient(void) {
+    dsv4_config c = small_csa();
+    c.overlap = 0;
+    lesson l = scaled_lesson(&c, 1e9f, 1, 1);
+    ASSERT(all_finite(&l.whole));
+    ASSERT(all_zero(&l.whole, ORACLE_DWGATE, 0, l.whole.count[ORACLE_DWGATE]));
+    ASSERT(all_zero(&l.whole, ORACLE_DAPE, 0, l.whole.count[ORACLE_DAPE]));
+    ASSERT_FALSE(all_zero(&l.whole, ORACLE_DWKV, 0, l.whole.count[ORACLE_DWKV]));
+    lesson_free(&l);
+    PASS();
+}
+
+TEST windows_of_equal_scores_give_finite_gradients(void) {
+    dsv4_config c = small_csa();
+    lesson l = scaled_lesson(&c, 0, 0, 1);
+    oracle_gradients expected = oracle_gradients_of(&l);
+    ASSERT(all_finite(&l.whole));
+    for (int which = 0; which < GRADIENTS; which++)
+        ASSERTm(gradient_name(which), gradient_stray(&l.whole, &expected, which) <= near_enough);
+    oracle_gradients_free(&expected);
+    lesson_free(&l);
+    PASS();
+}
+
+/* Nothing but zeros: pooled rows are 0, and RMSNorm divides by sqrt(eps), even by V4.1's. */
+TEST zeros_give_finite_gradients(float eps) {
+    dsv4_config c = small_csa();
+    c.eps = eps;
+    lesson l = scaled_lesson(&c, 1, 1, 0);
+    ASSERT(all_finite(&l.whole));
+    ASSERT(all_zero(&l.whole, ORACLE_DWKV, 0, l.whole.count[ORACLE_DWKV]));
+    ASSERT(all_zero(&l.whole, ORACLE_DNORM, 0, l.whole.count[ORACLE_DNORM]));
+    ASSERT_FALSE(all_zero(&l.whole, ORACLE_DX, 0, l.whole.count[ORACLE_DX]));
+    lesson_free(&l);
+    PASS();
+}
+
+/* The dropped tail had no part in any entry: its dx is 0, and everything else as if it had never been. */
+TEST the_dropped_tail_gets_no_gradient(const shape *of) {
+    const int64_t tail = of->ratio - 1, tokens = 5 * of->ratio;
+    lesson l = lesson_of(of, tokens + tail, 62);
+    const int64_t width = l.config.hidden_dim;
+    ASSERT(all_zero(&l.whole, ORACLE_DX, tokens * width, (tokens + tail) * width));
+    gradient_set got = gradient_set_new(&l.config, DSV4_F32, l.s.tokens);
+    dsv4_segment whole = segment_new(0, tokens, l.s.position, 0, NULL);
+    dsv4_batch b = lesson_batch(&l, &whole, 1);
+    dsv4_gradients to = gradients_into(&got, l.dout, l.dout_dtype);
+    b.drop_tail = 0;
+    ASSERT_EQ(DSV4_OK, dsv4_backward(l.e.compressor, &b, &to, l.e.workspace, NULL));
+    ASSERT_SAME_GRADIENTS(&l.whole, &got, ORACLE_DWKV, "without the tail");
+    ASSERT_MEM_EQ(l.whole.data[ORACLE_DX], got.data[ORACLE_DX], (size_t)(tokens * width) * 4);
+    ASSERT(memory_untouched((char *)got.data[ORACLE_DX] + (tokens * width) * 4, (size_t)(tail * width) * 4));
+    gradient_set_free(&got);
+    lesson_free(&l);
+    PASS();
+}
+
+/* No window at all: sums that start anew are 0, others stay. */
+TEST a_call_without_windows_gives_zeros(void) {
+    dsv4_config c = small_csa();
+    lesson l = small_lesson(&c, c.ratio - 1);
+    for (int which = 0; which < GRADIENTS; which++) ASSERT(all_zero(&l.whole, which, 0, l.whole.count[which]));
+    gradient_set got = gradient_set_new(&c, DSV4_F32, l.s.tokens);
+    dsv4_batch b = lesson_batch(&l, NULL, 0);
+    dsv4_gradients to = gradients_into(&got, l.dout, l.dout_dtype);
+    to.accumulate = 1;
+    ASSERT_EQ(DSV4_OK, dsv4_backward(l.e.compressor, &b, &to, l.e.workspace, NULL));
+    ASSERT(gradients_untouched(&got));
+    gradient_set_free(&got);
+    lesson_free(&l);
+    PASS();
+}
+
+/* ---- Memory ------------------------------------------------------------------------------------------------ */
+
+/* One workspace of the size announced serves any length and allocates nothing. */
+TEST the_workspace_does_not_grow_with_the_sequence(int i) {
+    lesson l = lesson_in(1, i);
+    ledger book = {0};
+    dsv4_allocator allocator = ledger_allocator(&book);
+    dsv4_options options = {NULL, 1, 0};
+    engine e = {0};
+    size_t compressor_bytes = 0, workspace_bytes = 0, plain_bytes = 0;
+    ASSERT_EQ(DSV4_OK, dsv4_compressor_size(&l.config, &l.m.params, &options, &compressor_bytes, NULL));
+    ASSERT_EQ(DSV4_OK, dsv4_compressor_create(&l.config, &l.m.params, &options, &allocator, &e.compressor, NULL));
+    ASSERT_EQ(compressor_bytes, book.last_size);
+    ASSERT_EQ(DSV4_OK, dsv4_workspace_size(e.compressor, 1, &workspace_bytes, NULL));
+    ASSERT_EQ(DSV4_OK, dsv4_workspace_create(e.compressor, NULL, &allocator, &e.workspace, NULL));
+    ASSERT_EQ(workspace_bytes, book.last_size);
+    ASSERT_EQ(2, book.calls);
+    engine plain = engine_new(&l.m, NULL, NULL);
+    ASSERT_EQ(DSV4_OK, dsv4_workspace_size(plain.compressor, 1, &plain_bytes, NULL));
+    ASSERT(plain_bytes < workspace_bytes);
+    for (int64_t tokens = 0; tokens <= l.s.tokens; tokens += 225) {
+        gradient_set got = gradient_set_new(&l.config, DSV4_F32, l.s.tokens);
+        dsv4_segment part = segment_new(0, tokens, 0, 0, NULL);
+        dsv4_batch b = lesson_batch(&l, &part, 1);
+        dsv4_gradients to = gradients_into(&got, l.dout, l.dout_dtype);
+        ASSERT_EQ(DSV4_OK, dsv4_backward(e.compressor, &b, &to, e.workspace, NULL));
+        gradient_set_free(&got);
+    }
+    ASSERT_EQ(2, book.calls);
+    engine_free(&plain);
+    engine_free(&e);
+    ASSERT_EQ(0, book.live);
+    lesson_free(&l);
+    PASS();
+}
+
+/* ---- Refused ----------------------------------------------------------------------------------------------- */
+
+/* A call that is right, to be made wrong in one place. */
+typedef struct plea {
+    engine e;
+    dsv4_batch batch;
+    dsv4_gradients to;
+    dsv4_segment segments[2];
+    dsv4_segment_gradient carried[2];
+    dsv4_state *other;  /* of another configuration */
+    dsv4_state *fresh;  /* of this one, no token seen */
+    engine untrained;
+} plea;
+
+static void no_training(plea *p) { p->e = p->untrained; }
+static void no_compressor(plea *p) { p->e.compressor = NULL; }
+static void no_workspace(plea *p) { p->e.workspace = NULL; }
+static void foreign_workspace(plea *p) { p->e.workspace = p->untrained.workspace; }
+static void no_dout(plea *p) { p->to.dout = NULL; }
+static void no_x(plea *p) { p->batch.x = NULL; }
+static void odd_dout(plea *p) { p->to.dout = (const char *)p->to.dout + 1; }
+static void odd_dx(plea *p) { p->to.dx.data = (char *)p->to.dx.data + 1; }
+static void odd_dnorm(plea *p) { p->to.dnorm.data = (char *)p->to.dnorm.data + 2; }
+static void strange_type(plea *p) { p->to.dape.dtype = (dsv4_dtype)7; }
+static void strange_dout_type(plea *p) { p->to.dout_dtype = (dsv4_dtype)-1; }
+static void narrow_dwkv(plea *p) { p->to.dwkv.dtype = DSV4_BF16; }
+static void narrow_dwgate(plea *p) { p->to.dwgate.dtype = DSV4_BF16; }
+static void short_dx_stride(plea *p) { p->to.dx_stride = 20; }
+static void short_dout_stride(plea *p) { p->to.dout_stride = -1; }
+static void short_x_stride(plea *p) { p->batch.x_stride = 1; }
+static void vast_dx_stride(plea *p) { p->to.dx_stride = INT64_MAX / 2; }
+static void negative_entries(plea *p) { p->batch.entries = -1; }
+static void few_entries(plea *p) { p->batch.entries = 1; }
+static void beyond_x(plea *p) { p->segments[1].token += 1; }
+static void no_segments(plea *p) { p->batch.segments = NULL; }
+static void odd_length(plea *p) {
+    p->segments[0].state = NULL;
+    p->carried[0].next = p->carried[0].previous = NULL;
+}
+static void wrong_position(plea *p) { p->segments[1].position += 1; }
+static void same_state_twice(plea *p) { p->segments[0].state = p->segments[1].state; }
+static void next_without_state(plea *p) { p->segments[0] = segment_new(0, 4, 0, 0, NULL); }
+static void next_elsewhere(plea *p) { p->carried[1].next = p->fresh; }
+static void next_of_another(plea *p) { p->carried[0].next = p->other; }
+static void previous_of_another(plea *p) { p->carried[1].previous = p->other; }
+static void previous_is_the_state(plea *p) { p->carried[1].previous = p->segments[1].state; }
+static void previous_is_next(plea *p) { p->carried[0].previous = (dsv4_state *)(uintptr_t)p->carried[0].next; }
+static void previous_is_another_state(plea *p) { p->carried[0].previous = p->segments[1].state; }
+static void next_is_another_previous(plea *p) { p->carried[1].previous = (dsv4_state *)(uintptr_t)p->carried[0].next; }
+static void previous_twice(plea *p) { p->carried[0].previous = p->carried[1].previous; }
+
+static const struct {
+    const char *name;
+    void (*spoil)(plea *p);
+    dsv4_status status;
+} pleas[] = {
+    {"no_training", no_training, DSV4_ERROR_ARGUMENT},
+    {"no_compressor", no_compressor, DSV4_ERROR_NULL},
+    {"no_workspace", no_workspace, DSV4_ERROR_NULL},
+    {"foreign_workspace", foreign_workspace, DSV4_ERROR_ARGUMENT},
+    {"no_dout", no_dout, DSV4_ERROR_NULL},
+    {"no_x", no_x, DSV4_ERROR_NULL},
+    {"odd_dout", odd_dout, DSV4_ERROR_ALIGNMENT},
+    {"odd_dx", odd_dx, DSV4_ERROR_ALIGNMENT},
+    {"odd_dnorm", odd_dnorm, DSV4_ERROR_ALIGNMENT},
+    {"strange_type", strange_type, DSV4_ERROR_ARGUMENT},
+    {"strange_dout_type", strange_dout_type, DSV4_ERROR_ARGUMENT},
+    {"narrow_dwkv", narrow_dwkv, DSV4_ERROR_ARGUMENT},
+    {"narrow_dwgate", narrow_dwgate, DSV4_ERROR_ARGUMENT},
+    {"short_dx_stride", short_dx_stride, DSV4_ERROR_ARGUMENT},
+    {"short_dout_stride", short_dout_stride, DSV4_ERROR_ARGUMENT},
+    {"short_x_stride", short_x_stride, DSV4_ERROR_ARGUMENT},
+    {"vast_dx_stride", vast_dx_stride, DSV4_ERROR_OVERFLOW},
+    {"negative_entries", negative_entries, DSV4_ERROR_ARGUMENT},
+    {"few_entries", few_entries, DSV4_ERROR_BOUNDS},
+    {"beyond_x", beyond_x, DSV4_ERROR_BOUNDS},
+    {"no_segments", no_segments, DSV4_ERROR_NULL},
+    {"odd_length", odd_length, DSV4_ERROR_LENGTH},
+    {"wrong_position", wrong_position, DSV4_ERROR_STATE},
+    {"same_state_twice", same_state_twice, DSV4_ERROR_STATE},
+    {"next_without_state", next_without_state, DSV4_ERROR_STATE},
+    {"next_elsewhere", next_elsewhere, DSV4_ERROR_STATE},
+    {"next_of_another", next_of_another, DSV4_ERROR_STATE},
+    {"previous_of_another", previous_of_another, DSV4_ERROR_STATE},
+    {"previous_is_the_state", previous_is_the_state, DSV4_ERROR_STATE},
+    {"previous_is_next", previous_is_next, DSV4_ERROR_STATE},
+    {"previous_is_another_state", previous_is_another_state, DSV4_ERROR_STATE},
+    {"next_is_another_previous", next_is_another_previous, DSV4_ERROR_STATE},
+    {"previous_twice", previous_twice, DSV4_ERROR_STATE},
+};
+enum { PLEA_COUNT = sizeof pleas / sizeof *pleas };
+
+/* The states that a refused call must leave alone. */
+typedef struct witness {
+    unsigned char *bytes[4];
+    size_t size[4];
+} witness;
+
+static witness witness_of(dsv4_state *const states[4]) {
+    witness w;
+    for (int i = 0; i < 4; i++) {
+        w.size[i] = dsv4_state_save_size(states[i]);
+        w.bytes[i] = reserve(w.size[i]);
+        (void)dsv4_state_save(states[i], w.bytes[i], w.size[i], NULL, NULL);
+    }
+    return w;
+}
+
+/* Two parts of a sequence in one call, the last but one and the last; refused, it changes nothing; put right, it
+ * works. */
+TEST is_refused_and_changes_nothing(int i) {
+    static const int64_t lengths[] = {5, 6, 9};
+    dsv4_config c = small_csa(), another = c;
+    another.head_dim += 2;
+    lesson l = small_lesson(&c, 20);
+    lesson stranger = small_lesson(&another, 20);
+    lesson_parts parts = lesson_cut(&l, &l.e, lengths, 3);
+    dsv4_state *last = state_new(&l.e, 0);
+    dsv4_state *const states[4] = {parts.state[1], parts.state[2], parts.gradient[1], last};
+    gradient_set got = gradient_set_new(&c, DSV4_F32, l.s.tokens);
+    dsv4_error error = {0};
+    dsv4_options options = {NULL, 1, 0}; /* without room for bf16 sums */
+    dsv4_allocator heap = dsv4_heap();
+    plea p = {0};
+    ASSERT_EQ(DSV4_OK, backward_part(&l, &l.e, &parts, 2, gradients_into(&got, l.dout, DSV4_F32), parts.gradient[2]));
+    ASSERT_EQ(DSV4_OK, dsv4_compressor_create(&c, &l.m.params, &options, &heap, &p.e.compressor, NULL));
+    ASSERT_EQ(DSV4_OK, dsv4_workspace_create(p.e.compressor, NULL, &heap, &p.e.workspace, NULL));
+    for (int k = 0; k < GRADIENTS; k++) memset(got.data[k], POISON, got.bytes[k]);
+    p.segments[0] = segment_new(5, 6, 5, 1, parts.state[1]);
+    p.segments[1] = segment_new(11, 9, 11, 2, parts.state[2]);
+    p.carried[0] = (dsv4_segment_gradient){parts.gradient[2], parts.gradient[1]};
+    p.carried[1] = (dsv4_segment_gradient){NULL, last};
+    p.batch = lesson_batch(&l, p.segments, 2);
+    p.batch.drop_tail = 0;
+    p.to = gradients_into(&got, l.dout, DSV4_F32);
+    p.to.segments = p.carried;
+    p.other = state_new(&stranger.e, 0);
+    p.fresh = state_new(&l.e, 0);
+    p.untrained = engine_new(&l.m, NULL, NULL);
+    const plea right = p;
+    const witness before = witness_of(states);
+    pleas[i].spoil(&p);
+    const dsv4_status status = dsv4_backward(p.e.compressor, &p.batch, &p.to, p.e.workspace, &error);
+    ASSERT_STR_EQ(dsv4_status_text(pleas[i].status), dsv4_status_text(status));
+    ASSERT_EQ(pleas[i].status, error.status);
+    ASSERT(strlen(error.text) > 0);
+    ASSERT(gradients_untouched(&got));
+    const witness after = witness_of(states);
+    for (int k = 0; k < 4; k++) {
+        ASSERT_EQ(before.size[k], after.size[k]);
+        ASSERT_MEM_EQ(before.bytes[k], after.bytes[k], before.size[k]);
+        free(before.bytes[k]);
+        free(after.bytes[k]);
+    }
+    p = right;
+    p.batch.segments = p.segments;
+    p.to.segments = p.carried;
+    ASSERT_EQ(DSV4_OK, dsv4_backward(p.e.compressor, &p.batch, &p.to, p.e.workspace, &error));
+    engine_free(&p.untrained);
+    engine_free(&p.e);
+    dsv4_state_destroy(p.other);
+    dsv4_state_destroy(p.fresh);
+    dsv4_state_destroy(last);
+    gradient_set_free(&got);
+    lesson_parts_free(&parts);
+    lesson_free(&stranger);
+    lesson_free(&l);
+    PASS();
+}
+
+TEST gradients_of_arrays_that_there_are_not_are_refused(void) {
+    dsv4_config c = small_csa();
+    c.overlap = 0;
+    c.ratio = 1;
+    c.no_ape = c.no_gate = 1;
+    lesson l = small_lesson(&c, 3);
+    float somewhere[64 * 64] = {0};
+    dsv4_segment whole = segment_new(0, 3, 0, 0, NULL);
+    dsv4_batch b = lesson_batch(&l, &whole, 1);
+    for (int which = ORACLE_DWGATE; which <= ORACLE_DAPE; which++) {
+        dsv4_gradients to = gradients_into(&l.whole, l.dout, DSV4_F32);
+        (which == ORACLE_DWGATE ? &to.dwgate : &to.dape)->data = somewhere;
+        ASSERT_EQ(DSV4_ERROR_ARGUMENT, dsv4_backward(l.e.compressor, &b, &to, l.e.workspace, NULL));
+    }
+    for (int i = 0; i < 64 * 64; i++) ASSERT_EQ(0.0f, somewhere[i]);
+    ASSERT_EQ(DSV4_ERROR_NULL, dsv4_backward(l.e.compressor, &b, NULL, l.e.workspace, NULL));
+    ASSERT_EQ(DSV4_ERROR_NULL, dsv4_backward(l.e.compressor, NULL, NULL, l.e.workspace, NULL));
+    lesson_free(&l);
+    PASS();
+}
+
+/* ---- All of them ------------------------------------------------------------------------------------------- */
+
+static void named(const char *format, const char *a, const char *b) {
+    static char suffix[128];
+    snprintf(suffix, sizeof suffix, format, a, b);
+    greatest_set_test_suffix(suffix);
+}
+
+#define FOR_EACH_SHAPE(test)                         \
+    for (int i = 0; i < SHAPE_COUNT; i++) {          \
+        named("%s%s", shapes[i].name, "");           \
+        RUN_TESTp(test, &shapes[i]);                 \
+    }
+
+#define FOR_EVERY_SHAPE(test)                            \
+    for (int table = 0; table < 2; table++)              \
+        for (int i = 0; i < table_size[table]; i++) {    \
+            named("%s%s", tables[table][i].name, "");    \
+            RUN_TESTp(test, table, i);                   \
+        }
+
+#define FOR_EACH_LONG_SHAPE(test)                    \
+    for (int i = 0; i < LONG_SHAPE_COUNT; i++) {     \
+        named("%s%s", long_shapes[i].name, "");      \
+        RUN_TESTp(test, i);                          \
+    }
+
+SUITE(right) {
+    const char *isa;
+    for (int i = 0; (isa = dsv4_isa_name(i)) != NULL; i++) {
+        named("%s_%s", "grad_csa", isa);
+        RUN_TESTp(agrees_with_pytorch, "grad_csa", isa);
+        named("%s_%s", "grad_hca", isa);
+        RUN_TESTp(agrees_with_pytorch, "grad_hca", isa);
+    }
+    for (uint64_t seed = 1; seed <= 24; seed++) {
+        named("%s%s", note("%d", (int)seed), "");
+        RUN_TESTp(agrees_with_central_differences, seed);
+        named("%s%s", note("%d", (int)seed), "");
+        RUN_TESTp(the_oracle_agrees_with_itself, seed);
+    }
+    FOR_EVERY_SHAPE(agrees_with_the_chain_rule_in_double)
+}
+
+SUITE(same_bits) {
+    FOR_EVERY_SHAPE(every_kernel_set_gives_the_same_gradients)
+    FOR_EVERY_SHAPE(every_parallel_for_gives_the_same_gradients)
+    FOR_EVERY_SHAPE(every_cut_gives_the_same_dx)
+    FOR_EACH_LONG_SHAPE(cuts_at_multiples_of_256_give_the_same_sums)
+    FOR_EACH_LONG_SHAPE(blocks_are_counted_from_the_first_token)
+    FOR_EVERY_SHAPE(kept_projections_give_the_bits_of_recomputing)
+    FOR_EVERY_SHAPE(packed_documents_are_separate_calls_in_order)
+}
+
+SUITE(where_gradients_go) {
+    FOR_EACH_SHAPE(each_gradient_is_optional_and_strides_do_not_matter)
+    FOR_EACH_SHAPE(accumulating_goes_on_from_what_the_arrays_hold)
+    FOR_EVERY_SHAPE(bf16_gradients_are_the_rounded_fp32_ones)
+    FOR_EACH_LONG_SHAPE(bf16_gradients_accumulate_too)
+    FOR_EVERY_SHAPE(the_carried_gradient_can_be_had_alone)
+    FOR_EACH_SHAPE(training_changes_no_entry_and_advances_no_state)
+    FOR_EACH_LONG_SHAPE(the_workspace_does_not_grow_with_the_sequence)
+}
+
+SUITE(extremes) {
+    RUN_TESTp(the_pad_sends_no_gradient, 0.0f);
+    RUN_TESTp(the_pad_sends_no_gradient, -INFINITY);
+    RUN_TEST(a_pad_that_weighs_nothing_may_be_any);
+    RUN_TESTp(saturated_gates_give_finite_gradients, 30.0f);
+    RUN_TESTp(saturated_gates_give_finite_gradients, 1e4f);
+    RUN_TESTp(saturated_gates_give_finite_gradients, 1e30f);
+    RUN_TEST(a_gate_that_has_chosen_gets_no_gradient);
+    RUN_TEST(windows_of_equal_scores_give_finite_gradients);
+    RUN_TESTp(zeros_give_finite_gradients, 1e-6f);
+    RUN_TESTp(zeros_give_finite_gradients, 1e-20f);
+    FOR_EACH_SHAPE(the_dropped_tail_gets_no_gradient)
+    RUN_TEST(a_call_without_windows_gives_zeros);
+}
+
+SUITE(refused) {
+    for (int i = 0; i < PLEA_COUNT; i++) {
+        named("%s%s", pleas[i].name, "");
+        RUN_TESTp(is_refused_and_changes_nothing, i);
+    }
+    RUN_TEST(gradients_of_arrays_that_there_are_not_are_refused);
+}
+
+SUITE(gradients) {
+    right();
+    same_bits();
+    where_gradients_go();
+    extremes();
+    refused();
+}
+
+TESTS_MAIN(gradients);

@@ -46,7 +46,7 @@ check: $(LOGS) ## all tests, in under a minute on two cores; the last line is "N
 	@sh tests/summary.sh $^
 
 examples: $(EXAMPLES) ## every program in examples/, into build/
-	$(if $(strip $(SKIPPED)),@echo "left out, no compiler for it here: $(SKIPPED)")
+	$(if $(strip $(SKIPPED)),@echo 'no compiler here for $(SKIPPED)')
 
 install: ## the header and a pkg-config file, below DESTDIR/PREFIX
 	install -d $(DESTDIR)$(PREFIX)/include $(DESTDIR)$(PREFIX)/share/pkgconfig

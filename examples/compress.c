@@ -46,12 +46,15 @@ __attribute__((format(printf, 1, 2)))
 #endif
 static void
 complain(const char *format, ...) {
+    char line[2048];
     va_list arguments;
     va_start(arguments, format);
-    fputs("compress: ", stderr);
-    vfprintf(stderr, format, arguments);
-    fputc('\n', stderr);
+    vsnprintf(line, sizeof line, format, arguments);
     va_end(arguments);
+    for (char *c = line; *c; c++) { /* what a name or a file's metadata holds must not make a second line */
+        *c = (unsigned char)*c < 0x20 || *c == 0x7F ? '?' : *c;
+    }
+    fprintf(stderr, "compress: %s\n", line);
 }
 
 /* The line that a failure owes its user, and the exit status. */
@@ -120,7 +123,7 @@ static const struct {
   flags[] = {
       {"--drop-tail", offsetof(options, drop_tail)}, {"--stages", offsetof(options, stages)},
       {"--json", offsetof(options, json)},           {"--list-isa", offsetof(options, list_isa)},
-      {"--help", offsetof(options, help)},
+      {"--help", offsetof(options, help)},           {"-h", offsetof(options, help)},
 };
 
 static const char **text_option(options *o, const char *name) {
@@ -165,6 +168,7 @@ static int parse_number(int i, const char *text, const char *where, number *valu
     if (s->whole) {
         value->whole = strtoll(text, &end, 10);
         value->real = (double)value->whole;
+        if (end != text && *end == '.') end += 1 + strspn(end + 1, "0"); /* metadata may spell 4 as 4.0 */
     } else {
         value->real = strtod(text, &end);
     }
@@ -337,7 +341,8 @@ static int read_widths(job *j) {
     return 0;
 }
 
-/* The ratio from ape [ratio, coff * D], or from the settings where there is none. */
+/* The ratio from ape [ratio, coff * D], or from the settings where there is none. An option must not contradict ape;
+ * metadata may, as a file can hold compressors of several ratios. */
 static int read_ratio(job *j) {
     const st_tensor *ape = j->param[DSV4_APE];
     const int64_t width = j->param[DSV4_WKV]->shape[0], said = j->values[RATIO].whole;
@@ -347,9 +352,9 @@ static int read_ratio(job *j) {
     if (ape && (ape->ndim != 2 || ape->shape[1] != width || ape->shape[0] < 1)) {
         return wrong_shape(j->o.weights, ape, "[ratio, as many as wkv has rows]");
     }
-    if (ape && said && ape->shape[0] != said) {
-        return fail(TROUBLE, "%s: ape has %" PRId64 " rows, but the ratio is given as %" PRId64, j->o.weights,
-                    ape->shape[0], said);
+    if (ape && j->o.settings[RATIO] && ape->shape[0] != said) {
+        return fail(TROUBLE, "%s: ape has %" PRId64 " rows, but --ratio is %" PRId64, j->o.weights, ape->shape[0],
+                    said);
     }
     j->config.ratio = ape ? ape->shape[0] : said;
     j->config.no_ape = !ape;
@@ -407,6 +412,9 @@ static int load(job *j) {
     const char *missing = !j->o.weights ? "--weights" : !j->o.input ? "--input" : !j->o.output ? "--output" : NULL;
     char message[1024];
     if (missing) return fail(USAGE, "%s is missing; --help lists the options", missing);
+    if (j->o.plot && strcmp(j->o.plot, j->o.output) == 0) {
+        return fail(USAGE, "--plot and --output name one file, '%s'", j->o.output);
+    }
     if (st_open(&j->weights, j->o.weights, message, sizeof message) ||
         st_open(&j->input, j->o.input, message, sizeof message)) {
         return fail(TROUBLE, "%s", message);
@@ -445,6 +453,20 @@ static int64_t processors(void) {
 #endif
 }
 
+/* Makes requests to stop wait, for the calling thread and those that it starts, or lets them through. */
+static void hold_stops(int hold) {
+#ifdef SIG_BLOCK
+    sigset_t stops;
+    sigemptyset(&stops);
+    sigaddset(&stops, SIGHUP);
+    sigaddset(&stops, SIGINT);
+    sigaddset(&stops, SIGTERM);
+    sigprocmask(hold ? SIG_BLOCK : SIG_UNBLOCK, &stops, NULL);
+#else
+    (void)hold;
+#endif
+}
+
 static int prepare(job *j) {
     const double start = demo_seconds();
     const dsv4_allocator heap = dsv4_heap();
@@ -453,7 +475,9 @@ static int prepare(job *j) {
                                 library_array(j->param[DSV4_APE]), library_array(j->param[DSV4_NORM])};
     const int64_t wanted = j->values[THREADS].whole ? j->values[THREADS].whole : processors();
     dsv4_error error = {DSV4_OK, ""};
+    hold_stops(1); /* the workers never take them: they are the main thread's */
     j->threads = pool_create((int)wanted);
+    hold_stops(0);
     if (!j->threads) return fail(TROUBLE, "out of memory");
     const dsv4_parallel parallel = pool_parallel(j->threads);
     if (dsv4_compressor_create(&j->config, &params, &choices, &heap, &j->compressor, &error) != DSV4_OK ||
@@ -615,6 +639,16 @@ static int differentiate(job *j) {
 
 /* ---- What is written --------------------------------------------------------------------------------------- */
 
+/* In six digits, or as many more as read back as the same number: 1e-06, not 9.99999997e-07. */
+static void shortest_text(char *text, size_t size, double value, int is_float) {
+    int digits = 5;
+    double back;
+    do {
+        snprintf(text, size, "%.*g", ++digits, value);
+        back = strtod(text, NULL);
+    } while (digits < 17 && (is_float ? (double)(float)back : back) != value);
+}
+
 /* The same settings as metadata, so that the file says how it came about. */
 static int write_results(const job *j) {
     const dsv4_config *c = dsv4_compressor_config(j->compressor);
@@ -630,7 +664,7 @@ static int write_results(const job *j) {
         if (i < 3) {
             snprintf(text[i], sizeof *text, "%" PRId64, whole[i]);
         } else {
-            snprintf(text[i], sizeof *text, "%.*g", i == 3 || i == 9 ? 9 : 17, real[i - 3]);
+            shortest_text(text[i], sizeof *text, real[i - 3], i == 3 || i == 9);
         }
     }
     if (st_write(j->o.output, j->results, j->result_count, metadata, 11, message, sizeof message)) {
@@ -669,6 +703,15 @@ static int draw_gates(job *j) {
     if (!status && gate_map_write(&map, j->o.plot)) status = fail(TROUBLE, "%s: %s", j->o.plot, strerror(errno));
     free(batch.stages.weights);
     free(batch.out);
+    return status;
+}
+
+/* Asked to stop, the program does so before it writes or after: nothing half-written stays behind. */
+static int write_files(job *j) {
+    hold_stops(1);
+    int status = draw_gates(j);
+    if (!status) status = write_results(j);
+    hold_stops(0);
     return status;
 }
 
@@ -720,8 +763,7 @@ int main(int argc, char **argv) {
     if (!status) status = prepare(&j);
     if (!status) status = compress_rows(&j);
     if (!status) status = differentiate(&j);
-    if (!status) status = draw_gates(&j);
-    if (!status) status = write_results(&j);
+    if (!status) status = write_files(&j);
     if (!status) report(&j);
     close_job(&j);
     return status;

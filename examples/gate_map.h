@@ -106,8 +106,8 @@ static inline void gate_map__title(svg *s, const gate_map *map, const gate_map__
     svg_rgb cells[200];
     svg_text(s, gate_map__left, 32, 20, SVG_LEFT, SVG_INK, "What each entry keeps");
     svg_text(s, gate_map__left, 54, 13, SVG_LEFT, SVG_GREY, "gate weights of %s", map->source);
-    svg_text(s, gate_map__left, 72, 13, SVG_LEFT, SVG_GREY, "%lld tokens to an entry of %lld channels%s",
-             (long long)map->ratio, (long long)map->head_dim,
+    svg_text(s, gate_map__left, 72, 13, SVG_LEFT, SVG_GREY, "%lld token%s to an entry of %lld channels%s",
+             (long long)map->ratio, map->ratio > 1 ? "s" : "", (long long)map->head_dim,
              map->overlap ? ", windows look back at the one before" : "");
     for (int i = 0; i < 200; i++) cells[i] = svg_heat(i / 199.0);
     svg_image(s, &bar, cells, 200, 1);
@@ -116,7 +116,7 @@ static inline void gate_map__title(svg *s, const gate_map *map, const gate_map__
     svg_text(s, bar.left + 206, 40, 11, SVG_LEFT, SVG_GREY, l->full < 1 ? "%g and more" : "%g", l->full);
     svg_text(s, bar.left + 100, 24, 11, SVG_CENTRE, SVG_GREY, "weight in the entry, channel by channel");
     const double even = 1 / (double)l->rows / l->full;
-    if (even <= 1) {
+    if (even <= 1 && l->rows > 1) {
         const svg_point from = {bar.left + 200 * even, 42}, to = {from.x, 48};
         svg_line(s, from, to, (svg_stroke){SVG_INK, 1, NULL});
         svg_text(s, from.x, 60, 11, SVG_CENTRE, SVG_INK, "1/%lld: no choice", (long long)l->rows);
@@ -174,7 +174,7 @@ static inline void gate_map__overview(svg *s, const gate_map *map) {
         if (next > 0) svg_rect(s, middle.x, high.y, width - gap, middle.y - high.y, SVG_AMBER);
     }
     const double even = 1 / (double)map->ratio;
-    if (even <= axes.y1) {
+    if (even <= axes.y1 && map->ratio > 1) {
         const svg_point left = svg_place(&axes, 0, even), right = svg_place(&axes, axes.x1, even);
         svg_line(s, left, right, (svg_stroke){SVG_INK, 1, "4 3"});
         svg_text(s, right.x + 8, right.y + 4, 11, SVG_LEFT, SVG_INK, "1/%lld: no choice", (long long)map->ratio);
@@ -185,14 +185,21 @@ static inline void gate_map__overview(svg *s, const gate_map *map) {
 
 static inline void gate_map__caption(svg *s, const gate_map *map, int64_t window, double y) {
     const long long ratio = map->ratio, first = window * ratio;
-    char before[64] = "";
+    char before[64] = "", own[48] = "";
+    if (ratio > 1) snprintf(own, sizeof own, "s %lld to %lld", first, first + ratio - 1);
+    if (ratio == 1) snprintf(own, sizeof own, " %lld", first);
     if (map->overlap && window) snprintf(before, sizeof before, ", with %lld to %lld before", first - ratio, first - 1);
+    if (map->overlap && window && ratio == 1) snprintf(before, sizeof before, ", with %lld before", first - 1);
     if (map->overlap && !window) snprintf(before, sizeof before, ", none before");
-    svg_text(s, gate_map__left, y, 13, SVG_LEFT, SVG_INK, "Entry %lld: tokens %lld to %lld%s", (long long)window, first,
-             first + ratio - 1, before);
+    svg_text(s, gate_map__left, y, 13, SVG_LEFT, SVG_INK, "Entry %lld: token%s%s", (long long)window, own, before);
+    if (!map->overlap && ratio == 1) return; /* one row: nothing is chosen */
+    const double breadth = gate_map__breadth(map, window);
+    if (isnan(breadth)) {
+        svg_text(s, gate_map__left + gate_map__across, y, 11, SVG_RIGHT, SVG_RED, "holds a NaN");
+        return;
+    }
     svg_text(s, gate_map__left + gate_map__across, y, 11, SVG_RIGHT, SVG_GREY,
-             "a channel draws on %.1f of its %lld rows", gate_map__breadth(map, window),
-             (long long)((1 + map->overlap) * map->ratio));
+             "a channel draws on %.1f of its %lld rows", breadth, (long long)((1 + map->overlap) * map->ratio));
 }
 
 static inline void gate_map__rows(svg *s, const gate_map *map, const gate_map__layout *l, int64_t window, double top) {

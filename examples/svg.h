@@ -81,8 +81,9 @@ SVG_UNUSED static int svg_close(svg *s) {
     return -1;
 }
 
+/* Not drawn where its size is no number. */
 SVG_UNUSED static void svg_rect(svg *s, double x, double y, double width, double height, const char *fill) {
-    if (s->file)
+    if (s->file && width >= 0 && height >= 0)
         fprintf(s->file, "<rect x=\"%.2f\" y=\"%.2f\" width=\"%.2f\" height=\"%.2f\" fill=\"%s\"/>\n", x, y, width,
                 height, fill);
 }

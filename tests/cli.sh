@@ -76,6 +76,7 @@ written shape-overflow '{"x":{"dtype":"F32","shape":[4294967296,4294967296],"dat
 written negative-shape '{"x":{"dtype":"F32","shape":[-4,-4],"data_offsets":[0,64]}}'
 written overlapping '{"x":{"dtype":"F32","shape":[16],"data_offsets":[0,64]},"y":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
 written other-type '{"x":{"dtype":"F64","shape":[8],"data_offsets":[0,64]},"wkv":{"dtype":"I8","shape":[0],"data_offsets":[64,64]}}'
+written two-lines-of-metadata '{"__metadata__":{"eps":"1\n2"},"x":{"dtype":"F32","shape":[16],"data_offsets":[0,64]}}'
 written other-shape '{"x":{"dtype":"F32","shape":[16],"data_offsets":[0,64]}}'
 mkdir "$tmp/files/folder"
 for name in $(ls "$tmp/files"); do
@@ -110,6 +111,7 @@ done <<END
 --pad-gate 3 1
 --start -1 1
 --start 1.5 1
+--start .0 1
 --preset best 1
 END
 try 'a kernel set of no machine' refuses 1 pdp11 --weights $good --input $good --isa pdp11
@@ -121,19 +123,51 @@ try 'a prefix that is not there' refuses 1 layers.7 --weights $good --input $goo
 try 'a gradient that is not there' refuses 1 absent --weights $good --input $good --backward absent
 try 'no weights' refuses 2 --weights --input $good
 try 'no input' refuses 2 --input --weights $good
+try 'one file for entries and picture' refuses 2 one --weights $good --input $good --plot "$tmp/place/out"
 
 keeps_the_old_file() {
     echo old >"$tmp/kept"
     ! "$compress" --weights $good --input $good --tensor absent --output "$tmp/kept" 2>/dev/null && [ "$(cat "$tmp/kept")" = old ]
 }
-helps() { "$compress" --help >"$tmp/help" && grep -q -e --weights "$tmp/help"; }
+helps() {
+    for option in --help -h; do
+        "$compress" $option >"$tmp/help" && grep -q -e --weights "$tmp/help" || return 1
+    done
+}
+entries_of() { # entries_of WEIGHTS OPTIONS...: to $tmp/entries
+    weights=$1
+    shift
+    "$compress" --weights "$weights" --input $good --output "$tmp/entries" "$@"
+}
+takes_the_ratio_from_ape() { # whatever metadata says: a file may hold compressors of several ratios
+    LC_ALL=C sed 's/"ratio": *"4"/"ratio":"8"/' $good >"$tmp/several-ratios" && ! cmp -s $good "$tmp/several-ratios" &&
+        entries_of $good && mv "$tmp/entries" "$tmp/expected" && entries_of "$tmp/several-ratios" &&
+        cmp "$tmp/expected" "$tmp/entries"
+}
+reads_whole_numbers() { # 4.0 is one
+    entries_of $good --start 8 && mv "$tmp/entries" "$tmp/expected" && entries_of $good --start 8.0 --ratio 4.00 &&
+        cmp "$tmp/expected" "$tmp/entries"
+}
+writes_short_numbers() {
+    entries_of $good && head -c 600 "$tmp/entries" | grep -a -q '"eps":"1e-06","rope_theta":"160000"'
+}
 lists() { [ "$(echo "$isas" | tail -1)" = scalar ]; }
 draws() {
     "$compress" --weights $good --input $good --output "$tmp/drawn" --plot "$tmp/plot.svg" && grep -q '^<svg\|^<?xml' "$tmp/plot.svg" &&
         [ "$(tail -1 "$tmp/plot.svg")" = '</svg>' ]
 }
+draws_nan() { # a picture without numbers that are none, though the first token of x is
+    header=$(od -An -tu8 -N8 $good | tr -d ' ')
+    cp $good "$tmp/nan" && printf '\377\377\377\377' | dd of="$tmp/nan" bs=1 seek=$((header + 8)) conv=notrunc &&
+        "$compress" --weights $good --input "$tmp/nan" --output "$tmp/drawn" --plot "$tmp/plot.svg" &&
+        grep -q 'holds a NaN' "$tmp/plot.svg" && ! grep -q '"-*nan"' "$tmp/plot.svg"
+}
 try 'what stood at the output stays after a failure' keeps_the_old_file
 try '--help' helps
+try 'the ratio of ape against the metadata' takes_the_ratio_from_ape
+try 'whole numbers written with a point' reads_whole_numbers
+try 'metadata in few digits' writes_short_numbers
 try '--list-isa ends in scalar' lists
 try '--plot' draws
+try '--plot of a NaN' draws_nan
 finish

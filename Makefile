@@ -51,7 +51,7 @@ examples: $(EXAMPLES) ## every program in examples/, into build/
 install: ## the header and a pkg-config file, below DESTDIR/PREFIX
 	install -d $(DESTDIR)$(PREFIX)/include $(DESTDIR)$(PREFIX)/share/pkgconfig
 	install -m 644 $(HEADER) $(DESTDIR)$(PREFIX)/include/
-	printf 'prefix=%s\nName: dsv4_compressor\nDescription: %s\nVersion: %s\nCflags: -I$${prefix}/include\n' '$(PREFIX)' \
+	printf 'prefix=%s\nName: dsv4_compressor\nDescription: %s\nVersion: %s\nCflags: -I$${prefix}/include\nLibs: -lm\n' '$(PREFIX)' \
 	    "DeepSeek-V4's token compressor for CPUs, a C header" \
 	    "$$(sed -n 's/^#define DSV4_COMPRESSOR_VERSION "\(.*\)"/\1/p' $(HEADER))" \
 	    >$(DESTDIR)$(PREFIX)/share/pkgconfig/dsv4_compressor.pc

@@ -11,14 +11,14 @@
  *     dsv4_config config = dsv4_preset_config(DSV4_V4_FLASH_CSA);
  *     dsv4_allocator heap = dsv4_heap();
  *     dsv4_compressor *c; dsv4_workspace *ws;
- *     dsv4_compressor_create(&config, &params, NULL, &heap, &c, NULL);      (packs the weights, once)
- *     dsv4_workspace_create(c, NULL, &heap, &ws, NULL);                     (scratch, one per calling thread)
+ *     dsv4_compressor_create(&config, &params, NULL, &heap, &c, NULL);      // packs the weights, once
+ *     dsv4_workspace_create(c, NULL, &heap, &ws, NULL);                     // scratch, one per calling thread
  *     dsv4_segment whole = {0}; whole.count = tokens;
  *     dsv4_batch batch = {0};
- *     batch.x = x; batch.x_dtype = DSV4_BF16; batch.tokens = tokens;        (x [tokens, hidden_dim])
+ *     batch.x = x; batch.x_dtype = DSV4_BF16; batch.tokens = tokens;        // x [tokens, hidden_dim]
  *     batch.out = out; batch.out_dtype = DSV4_BF16; batch.entries = tokens / config.ratio;
  *     batch.segments = &whole; batch.segment_count = 1;
- *     dsv4_compress(c, &batch, ws, NULL);                                   (out [entries, head_dim])
+ *     dsv4_compress(c, &batch, ws, NULL);                                   // out [entries, head_dim]
  *
  * OPTIONS, macros to define before the implementation (the first two the same in every file that includes this one):
  *     DSV4_API                   linkage of the public functions                 default: extern
@@ -33,9 +33,9 @@
  *
  * GUARANTEES. The output's bits depend on inputs, configuration and dtypes alone: not on the CPU, the kernel set, the
  * number of threads, how tokens were cut into calls, the compiler or its flags. (NaN payloads and results with
- * subnormal or overflowing intermediates are excluded.) Nothing is allocated but through the allocator passed in, and nothing at all
- * by dsv4_compress and dsv4_backward. No thread is started. No function aborts, prints or touches global mutable state. Every function
- * that can fail says so by a status, and then leaves outputs and states as they were.
+ * subnormal or overflowing intermediates are excluded.) Nothing is allocated but through the allocator passed in, and
+ * nothing at all by dsv4_compress and dsv4_backward. No thread is started. No function aborts, prints or touches global
+ * mutable state. Every function that can fail says so by a status, and then leaves outputs and states as they were.
  *
  * THE MATHEMATICS. Shapes are row-major: tokens S, hidden_dim H, head_dim D, rope_dim R, ratio m, and coff = 2 with
  * overlap, 1 without. t counts tokens from the sequence's first.
@@ -1990,8 +1990,8 @@ static dsv4_status dsv4__check_dim(int64_t value, const char *name, dsv4_error *
 /* A real setting: at least `least` (or above it), and not beyond what arithmetic on it can bear. */
 static dsv4_status dsv4__check_real(double value, double least, int above, const char *name, dsv4_error *error) {
     if ((above ? value > least : value >= least) && value <= 1e30) return DSV4_OK;
-    return dsv4__fail(error, DSV4_ERROR_CONFIG, "%s is %g, not %s %g", name, value, above ? "above" : "at least",
-                      least);
+    return dsv4__fail(error, DSV4_ERROR_CONFIG, "%s is %g, not %s %g and at most 1e30", name, value,
+                      above ? "above" : "at least", least);
 }
 
 DSV4_API dsv4_status dsv4_config_check(const dsv4_config *config, dsv4_error *error) {

@@ -37,8 +37,9 @@
  * nothing at all by dsv4_compress and dsv4_backward. No thread is started. No function aborts, prints or touches global
  * mutable state. Every function that can fail says so by a status, and then leaves outputs and states as they were.
  *
- * THE MATHEMATICS. Shapes are row-major: tokens S, hidden_dim H, head_dim D, rope_dim R, ratio m, and coff = 2 with
- * overlap, 1 without. t counts tokens from the sequence's first.
+ * THE MATHEMATICS (DeepSeek-V4 report, CSA and HCA; class Compressor of its inference code). Shapes are row-major:
+ * tokens S, hidden_dim H, head_dim D, rope_dim R, ratio m, and coff = 2 with overlap, 1 without. t counts tokens from
+ * the sequence's first.
  *     kv = x wkv^T,  gate = x wgate^T                           [S, coff D]
  *     score[t] = gate[t] + ape[t mod m]
  *     window w pools, channel by channel, kv with the weights softmax(score) over its rows. Disjoint: the m rows of
@@ -236,7 +237,9 @@ typedef struct dsv4_params {
     dsv4_array wkv, wgate, ape, norm; /* wgate, ape: NULL exactly where the configuration says no_gate, no_ape */
 } dsv4_params;
 
-/* RoPE's frequencies after YaRN, rope_dim / 2 of them: angle = fp32(position) * inv_freq[i] in fp32. DSV4_ERROR_BUFFER
+/* RoPE's frequencies, rope_dim / 2 of them: angle = fp32(position) * inv_freq[i] in fp32. They are 1 / theta^(2i / R);
+ * with YaRN those of pairs that turn fewer than yarn_beta_slow times within yarn_orig_ctx tokens are divided by
+ * yarn_factor, those that turn more than yarn_beta_fast times stay, and between the two a ramp leads. DSV4_ERROR_BUFFER
  * where `capacity` numbers do not hold them. (DeepSeek-V4 report; precompute_freqs_cis of its inference code.) */
 DSV4_API dsv4_status dsv4_rope_frequencies(const dsv4_config *config, float *inv_freq, int64_t capacity,
                                            dsv4_error *error);

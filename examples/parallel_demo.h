@@ -51,9 +51,9 @@ static inline int demo_parallel(const char *name, const dsv4_parallel *parallel)
         double one = demo_time(compressor, NULL, x, alone), many = demo_time(compressor, parallel, x, together);
         int equal = memcmp(alone, together, out_size) == 0;
         failed = one < 0 || many < 0 || !equal;
-        printf("%d tokens, kernels %s: 1 thread %.1f ms; %d threads, %s, %.1f ms; entries %s\n", DEMO_TOKENS,
-               dsv4_compressor_isa(compressor), 1e3 * one, parallel->threads, name, 1e3 * many,
-               equal ? "equal bit for bit" : "DIFFER");
+        printf("%d tokens, kernels %s: 1 thread %.1f ms; %d thread%s, %s, %.1f ms; entries %s\n", DEMO_TOKENS,
+               dsv4_compressor_isa(compressor), 1e3 * one, parallel->threads, parallel->threads == 1 ? "" : "s", name,
+               1e3 * many, equal ? "equal bit for bit" : "DIFFER");
     }
     free(x);
     free(alone);

@@ -246,6 +246,7 @@ TEST rounding_presets_are_made_of_their_points(void) {
     X(nan_theta, c->rope_theta = NAN, "rope_theta nan")                    \
     X(infinite_theta, c->rope_theta = INFINITY, "rope_theta inf")          \
     X(yarn_factor_below_1, c->yarn_factor = 0.5, "yarn_factor 0.5")        \
+    X(huge_yarn_factor, c->yarn_factor = 1e31, "yarn_factor 1e+31 most")   \
     X(nan_yarn_factor, c->yarn_factor = NAN, "yarn_factor nan")            \
     X(yarn_ctx_below_1, c->yarn_orig_ctx = 0.5, "yarn_orig_ctx 0.5")       \
     X(negative_yarn_ctx, c->yarn_orig_ctx = -1, "yarn_orig_ctx -1")        \

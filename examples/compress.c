@@ -455,7 +455,7 @@ static int64_t processors(void) {
 
 /* Makes requests to stop wait, for the calling thread and those that it starts, or lets them through. */
 static void hold_stops(int hold) {
-#ifdef SIG_BLOCK
+#ifdef SIGHUP /* POSIX, not Windows */
     sigset_t stops;
     sigemptyset(&stops);
     sigaddset(&stops, SIGHUP);

@@ -301,7 +301,7 @@ DSV4_API const char *dsv4_isa_name(int index);
 typedef struct dsv4_options {
     const char *isa;    /* kernel set by name; NULL: the best */
     int training;       /* 1: also pack what dsv4_backward needs (as many bytes again) */
-    int bf16_gradients; /* 1: with training, workspaces have room for the sums of dwkv and dwgate in bf16 */
+    int bf16_gradients; /* 1: with training, dwkv and dwgate may be bf16: workspaces have room for their fp32 sums */
 } dsv4_options;
 
 /* Configuration and weights, packed for the kernels. Immutable: any number of threads may share it. */
@@ -466,7 +466,7 @@ typedef struct dsv4_gradients {
     int64_t dout_stride; /* 0: head_dim */
     dsv4_gradient dx;    /* [tokens, hidden_dim], rows as in x; written for the segments' tokens, always overwritten */
     int64_t dx_stride;   /* 0: hidden_dim */
-    dsv4_gradient dwkv, dwgate, dape, dnorm; /* shapes of the parameters */
+    dsv4_gradient dwkv, dwgate, dape, dnorm; /* shapes of the parameters; dwkv, dwgate in bf16: see bf16_gradients */
     int accumulate;                          /* 1: the four sums go on from what the arrays hold; 0: they start anew */
     const dsv4_segment_gradient *segments;   /* one for each segment of the batch, or NULL */
 } dsv4_gradients;

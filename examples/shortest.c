@@ -20,15 +20,15 @@ int main(void) {
     dsv4_error error = {DSV4_OK, ""};
     dsv4_compressor *compressor = NULL;
     dsv4_workspace *workspace = NULL;
-    dsv4_compressor_create(&config, &params, NULL, &heap, &compressor, &error);
-    dsv4_workspace_create(compressor, NULL, &heap, &workspace, &error);
+    dsv4_status status = dsv4_compressor_create(&config, &params, NULL, &heap, &compressor, &error);
+    if (status == DSV4_OK) status = dsv4_workspace_create(compressor, NULL, &heap, &workspace, &error);
 
     static float x[TOKENS][HIDDEN], out[TOKENS / RATIO][HEAD];
     for (int i = 0; i < TOKENS * HIDDEN; i++) x[i / HIDDEN][i % HIDDEN] = (float)(i * i % 17) - 8;
     dsv4_segment whole = {.count = TOKENS};
     dsv4_batch batch = {
         .x = x, .tokens = TOKENS, .out = out, .entries = TOKENS / RATIO, .segments = &whole, .segment_count = 1};
-    dsv4_status status = dsv4_compress(compressor, &batch, workspace, &error);
+    if (status == DSV4_OK) status = dsv4_compress(compressor, &batch, workspace, &error);
     if (status != DSV4_OK) printf("%s\n", error.text);
     for (int i = 0; i < TOKENS; i++) printf("%8.4f%s", out[i / 4][i % 4], i % 4 == 3 ? " ...\n" : "");
     dsv4_workspace_destroy(workspace);

@@ -10,6 +10,8 @@ ifeq ($(MAKELEVEL),0)
 MAKEFLAGS += -j$(JOBS)
 endif
 FUZZ_SECONDS ?= 60
+SOAK_SECONDS ?= 600
+unexport SOAK_SECONDS # make check soaks for its own second
 
 # The tests also run the kernels for other CPUs where SIMDe (Debian: libsimde-dev) is found.
 SIMDE := $(shell CC='$(CC)' sh -c '. tests/lib.sh; simde_flag')
@@ -24,13 +26,14 @@ OPENMP   := $(shell echo 'int main(void) { return 0; }' | $(CC) -fopenmp -x c - 
 SKIPPED  := $(if $(MPICC),,examples/mpi.c) $(if $(OPENMP),,examples/openmp.c)
 EXAMPLES := $(patsubst examples/%.c,$(BUILD)/%,$(filter-out $(SKIPPED),$(wildcard examples/*.c)))
 TESTS    := $(patsubst tests/%.c,$(BUILD)/tests/%,$(wildcard tests/test_*.c))
-SCRIPTS  := headers bits cli examples corpus
-LOGS      = $(TESTS:%=%.log) $(SCRIPTS:%=$(BUILD)/tests/%.sh.log)
+SCRIPTS  := bits headers cli examples corpus
+# The longest first: what is left at the end keeps every core busy.
+LOGS      = $(SCRIPTS:%=$(BUILD)/tests/%.sh.log) $(TESTS:%=%.log)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help run check examples bench bench-peers run-train run-mpi install clean tests \
-        check-cross check-san check-all coverage lint fuzz mutate FORCE
+        check-cross check-san check-all coverage lint fuzz soak mutate FORCE
 
 ## For a start
 help: ## this list
@@ -73,8 +76,8 @@ run-mpi: $(filter $(BUILD)/mpi,$(EXAMPLES)) ## one sequence split over 2 and 4 p
 	@sh tests/run_mpi.sh $(BUILD)
 
 ## For whoever changes the header
-check-all: ## all of these, the programs, valgrind; FUZZ_SECONDS (60) for each fuzzer
-	+@sh tests/all.sh $(BUILD)/all
+check-all: ## all of these, the programs, valgrind; FUZZ_SECONDS (60) for each fuzzer, SOAK_SECONDS (600)
+	+@SOAK_SECONDS=$(SOAK_SECONDS) sh tests/all.sh $(BUILD)/all
 
 check-cross: ## the same bits on other CPUs, under emulation; says which Debian packages it lacks
 	@sh tests/cross.sh $(BUILD)/cross
@@ -91,6 +94,9 @@ lint: ## gcc -fanalyzer, clang-tidy, cppcheck
 fuzz: ## every harness of tests/fuzz for FUZZ_SECONDS (60) each (clang)
 	@sh tests/fuzz/fuzz.sh $(BUILD)/fuzz $(FUZZ_SECONDS)
 
+soak: $(BUILD)/tests/test_soak ## a random serving workload for SOAK_SECONDS (600): the same bits, constant memory
+	@SOAK_SECONDS=$(SOAK_SECONDS) $<
+
 mutate: ## change the header in hundreds of places, one at a time: do the tests notice? MUTATE='--count 99'
 	@python3 tests/mutation.py --build $(BUILD)/mutation $(MUTATE)
 
@@ -106,6 +112,10 @@ $(BUILD)/dsv4.o: $(HEADER) $(BUILD)/flags
 $(BUILD)/tests/%: tests/%.c $(BUILD)/dsv4.o $(wildcard tests/*.h examples/*.h)
 	$(CC) $(FLAGS) $(SIMDE) $(LDFLAGS) $< $(BUILD)/dsv4.o $(LDLIBS) -o $@
 
+# The command line around the tests' object, which is there already.
+$(BUILD)/tests/compress: examples/compress.c $(BUILD)/dsv4.o $(wildcard examples/*.h)
+	$(CC) $(FLAGS) $(SIMDE) $(LDFLAGS) -DDSV4__IMPLEMENTED=1 $< $(BUILD)/dsv4.o $(LDLIBS) -o $@
+
 $(BUILD)/openmp: private CFLAGS += -fopenmp
 $(BUILD)/mpi: private CC = mpicc
 $(BUILD)/%: examples/%.c $(HEADER) $(wildcard examples/*.h) $(BUILD)/flags
@@ -115,7 +125,7 @@ tests: $(TESTS)
 
 # A test's output and exit status; tests/summary.sh adds them up.
 log = @$1 >$@ 2>&1; echo "exit status $$?" >>$@
-$(BUILD)/tests/cli.sh.log: $(BUILD)/compress
+$(BUILD)/tests/cli.sh.log: $(BUILD)/tests/compress
 $(BUILD)/tests/examples.sh.log $(BUILD)/tests/corpus.sh.log: $(BUILD)/dsv4.o
 $(BUILD)/tests/%.sh.log: tests/%.sh FORCE | $(BUILD)/flags
 	$(call log,sh $<)

@@ -1,6 +1,6 @@
 #!/bin/sh
 # all.sh DIRECTORY: every check there is, one after another; the last line is `N passed, N failed`. FUZZ_SECONDS (60) each
-# for the fuzzers, ALL_SKIP="name name" leaves steps out.
+# for the fuzzers, SOAK_SECONDS (600) for the soak, MUTATE for make mutate, ALL_SKIP="name name" leaves steps out.
 . tests/lib.sh
 out=${1:-$BUILD/all}
 seconds=${FUZZ_SECONDS:-60}
@@ -44,7 +44,8 @@ under_valgrind() {
 step check make_ check
 step check-clang make_ check CC=clang BUILD="$out/clang"
 step check-own-runner make_ check BUILD="$out/own" CPPFLAGS=-DTESTS_OWN_RUNNER SIMDE= SCRIPTS=
-step check-slow env TESTS_SLOW=1 ${MAKE:-make} -s check SCRIPTS=
+step check-slow env TESTS_SLOW=1 ${MAKE:-make} -s check SCRIPTS='bits headers'
+step soak make_ soak SOAK_SECONDS="${SOAK_SECONDS:-600}"
 step examples make_ examples
 step install installs
 step run make_ run
@@ -55,5 +56,6 @@ step coverage make_ coverage
 step check-san make_ check-san
 step check-cross make_ check-cross
 step fuzz make_ fuzz FUZZ_SECONDS="$seconds"
+step mutate make_ mutate MUTATE="${MUTATE:---seconds 240}"
 ! have valgrind || step valgrind under_valgrind
 awk '{ passed += $1; failed += $3 } END { print passed + 0 " passed, " failed + 0 " failed"; exit failed > 0 }' "$out/sums"

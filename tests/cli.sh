@@ -1,7 +1,7 @@
 #!/bin/sh
-# build/compress: its output's bytes do not depend on kernels, threads or chunks, and no bad file or option gets through.
+# The command line: its output's bytes do not depend on kernels, threads or chunks, and no bad file or option gets through.
 . tests/lib.sh
-compress=$BUILD/compress
+compress=$BUILD/tests/compress
 isas=$("$compress" --list-isa) || exit 1
 
 # ---- Equal bytes ------------------------------------------------------------------------------------------------

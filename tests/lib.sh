@@ -11,9 +11,16 @@ WARN='-Wall -Wextra -Wpedantic -Wconversion -Wshadow -Werror'
 tmp=$(mktemp -d) || exit 1
 trap 'rm -rf "$tmp"' EXIT
 trap 'exit 1' INT TERM
-running=0
 serial=0
+slow=${TESTS_SLOW:-} # not empty: also what takes long and seldom finds anything
 : >"$tmp/verdicts"
+
+# A line in this pipe is leave to run one process beside the others. (Opened both ways, neither end waits for the other.)
+mkfifo "$tmp/leaves" && exec 9<>"$tmp/leaves" || exit 1
+while [ $serial -lt "$JOBS" ]; do
+    echo leave >&9
+    serial=$((serial + 1))
+done
 
 try() {
     try_name=$1
@@ -29,9 +36,8 @@ try() {
 
 spawn() {
     serial=$((serial + 1))
-    running=$((running + 1))
-    try "$@" &
-    [ $((running % JOBS)) -ne 0 ] || wait
+    read -r leave <&9
+    { (try "$@"); echo "$leave" >&9; } &
 }
 
 finish() {

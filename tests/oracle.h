@@ -36,7 +36,7 @@ typedef struct oracle_config {
     int overlap, no_ape, no_gate;
     unsigned rounding;
     double eps, pad_gate, rope_theta, yarn_factor, yarn_orig_ctx, yarn_beta_fast, yarn_beta_slow;
-    int lean; /* -1, 0 or +1 */
+    int lean; /* -1, 0 or +1; more errs further */
 } oracle_config;
 
 typedef struct oracle_params {

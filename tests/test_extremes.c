@@ -4,41 +4,12 @@
 #define _POSIX_C_SOURCE 200809L
 
 #include <float.h>
-#include <sys/mman.h>
-#include <unistd.h>
 
+#include "fences.h"
 #include "runner.h"
 #include "shapes.h"
 
 /* ---- Guard pages ------------------------------------------------------------------------------------------- */
-
-/* Memory whose last byte is followed by a page that may not be touched, and whose page before may not either. */
-typedef struct fenced {
-    char *mapping;
-    size_t mapped;
-    void *data;
-} fenced;
-
-static fenced fenced_new(size_t bytes) {
-    size_t page = (size_t)sysconf(_SC_PAGESIZE), pages = (bytes + page - 1) / page;
-    fenced f = {NULL, (pages + 2) * page, NULL};
-    f.mapping = mmap(NULL, f.mapped, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (f.mapping == MAP_FAILED || mprotect(f.mapping, page, PROT_NONE) != 0 ||
-        mprotect(f.mapping + (pages + 1) * page, page, PROT_NONE) != 0) {
-        perror("tests: guard pages");
-        exit(1);
-    }
-    f.data = f.mapping + (pages + 1) * page - bytes;
-    return f;
-}
-
-static fenced fenced_copy(const void *data, size_t bytes) {
-    fenced f = fenced_new(bytes);
-    if (bytes) memcpy(f.data, data, bytes);
-    return f;
-}
-
-static void fenced_free(fenced *f) { munmap(f->mapping, f->mapped); }
 
 /* Moves an array that malloc gave into fenced memory; what it leaves is to be freed. */
 static void fence(fenced *f, void **array, size_t bytes) {

@@ -1,0 +1,109 @@
+/* Rounding to bf16, number by number. TESTS_SLOW in the environment: each of the 2^32 fp32 numbers. */
+
+#include "runner.h"
+#include "support.h"
+
+enum { HALVES = 65536 };
+
+/* What the fp32 number of these two halves rounds to: up beyond the middle of the step, and on it from odd. */
+static unsigned nearest(unsigned upper, unsigned lower) {
+    return upper + (lower > 0x8000 || (lower == 0x8000 && (upper & 1) == 1));
+}
+
+static int is_nan_of(unsigned upper, unsigned lower) { return (upper & 0x7F80) == 0x7F80 && ((upper & 0x7F) | lower) != 0; }
+
+/* A NaN stays a quiet one of its sign. */
+static int rounds_right(unsigned upper, unsigned lower, unsigned got) {
+    if (is_nan_of(upper, lower)) return (got & 0x7FC0) == 0x7FC0 && (got & 0x8000) == (upper & 0x8000);
+    return got == nearest(upper, lower);
+}
+
+/* The first lower half that is not rounded right beside this upper one, HALVES where all are. */
+static unsigned first_wrong(unsigned upper, float *wide, dsv4_bf16 *narrow) {
+    for (unsigned lower = 0; lower < HALVES; lower++) wide[lower] = float_of_bits(upper << 16 | lower);
+    dsv4_bf16_from_f32_array(narrow, wide, HALVES);
+    for (unsigned lower = 0; lower < HALVES; lower++)
+        if (!rounds_right(upper, lower, narrow[lower]) || narrow[lower] != dsv4_bf16_from_f32(wide[lower])) return lower;
+    return HALVES;
+}
+
+TEST fp32_numbers_round_to_the_nearest_bf16(void) {
+    static float wide[HALVES];
+    static dsv4_bf16 narrow[HALVES];
+    const unsigned step = getenv("TESTS_SLOW") ? 1 : 249;
+    for (unsigned upper = 0; upper < HALVES; upper += step) {
+        const unsigned wrong = first_wrong(upper, wide, narrow);
+        ASSERTm(note("%#x: %#x", upper << 16 | wrong, (unsigned)narrow[wrong % HALVES]), wrong == HALVES);
+    }
+    PASS();
+}
+
+/* How a kernel set is made to round any number: with x, wkv and so the pooled row all 1, RMSNorm's mean is exactly 1, and
+ * an entry is norm itself, as rounded on its way out. */
+static dsv4_config mirror_config(uint32_t rounding) {
+    dsv4_config c = {0};
+    c.hidden_dim = c.ratio = 1;
+    c.head_dim = HALVES;
+    c.no_ape = c.no_gate = 1;
+    c.eps = 1e-20f;
+    c.rounding = rounding;
+    return c;
+}
+
+/* out [HALVES] = norm [HALVES], the numbers of each upper half with this lower one, rounded by the kernel set. */
+static void mirror(const char *isa, unsigned lower, uint32_t rounding, dsv4_dtype out_dtype, void *out) {
+    static float norm[HALVES];
+    static dsv4_bf16 ones[HALVES];
+    for (unsigned upper = 0; upper < HALVES; upper++) {
+        norm[upper] = float_of_bits(upper << 16 | lower);
+        ones[upper] = 0x3F80;
+    }
+    model m = {0};
+    m.config = mirror_config(rounding);
+    m.params.wkv = (dsv4_array){ones, DSV4_BF16};
+    m.params.norm = (dsv4_array){norm, DSV4_F32};
+    engine e = engine_new(&m, isa, NULL);
+    dsv4_segment one = segment_new(0, 1, 0, 0, NULL);
+    dsv4_batch b = {0};
+    b.x = ones;
+    b.x_dtype = DSV4_BF16;
+    b.out = out;
+    b.out_dtype = out_dtype;
+    b.tokens = b.entries = b.segment_count = 1;
+    b.segments = &one;
+    if (dsv4_compress(e.compressor, &b, e.workspace, NULL) != DSV4_OK) exit(1);
+    engine_free(&e);
+}
+
+/* On its way to a bf16 array (narrowed), and at a rounding point (kept as fp32). */
+TEST every_kernel_set_rounds_to_the_nearest_bf16(const char *isa) {
+    static const unsigned lowers[] = {0x8000, 0x7FFF, 0x8001, 0, 1, 0xFFFF};
+    static dsv4_bf16 narrow[HALVES];
+    static float kept[HALVES];
+    const unsigned count = getenv("TESTS_SLOW") ? 256 : 6;
+    for (unsigned i = 0; i < count; i++) {
+        const unsigned lower = i < 6 ? lowers[i] : i * 40503 % HALVES;
+        mirror(isa, lower, 0, DSV4_BF16, narrow);
+        mirror(isa, lower, DSV4_ROUND_SCALED, DSV4_F32, kept);
+        for (unsigned upper = 0; upper < HALVES; upper++) {
+            if ((upper & 0x7F80) == 0) continue; /* subnormal products are nobody's promise */
+            const unsigned bits = bits_of_float(kept[upper]);
+            ASSERTm(note("%#x, narrowed: %#x", upper << 16 | lower, (unsigned)narrow[upper]),
+                    rounds_right(upper, lower, narrow[upper]));
+            ASSERTm(note("%#x, kept: %#x", upper << 16 | lower, bits), rounds_right(upper, lower, bits >> 16));
+            ASSERTm(note("%#x, kept: %#x", upper << 16 | lower, bits), (bits & 0xFFFF) == 0 || isnan(kept[upper]));
+        }
+    }
+    PASS();
+}
+
+SUITE(exhaustive) {
+    const char *isa;
+    RUN_TEST(fp32_numbers_round_to_the_nearest_bf16);
+    for (int i = 0; (isa = dsv4_isa_name(i)) != NULL; i++) {
+        greatest_set_test_suffix(isa);
+        RUN_TESTp(every_kernel_set_rounds_to_the_nearest_bf16, isa);
+    }
+}
+
+TESTS_MAIN(exhaustive);

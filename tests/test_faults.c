@@ -1,0 +1,441 @@
+/* What can fail is made to fail, and what arrays may do they do: allocations, arenas, addresses, guard pages, numbers that
+ * are none in the backward pass, one compressor in many threads (pthread). */
+
+#define _DEFAULT_SOURCE /* MAP_ANONYMOUS */
+#define _POSIX_C_SOURCE 200809L
+
+#include "fences.h"
+#include "ordeal.h"
+#include "runner.h"
+#include "threads.h"
+
+/* ---- Allocations ------------------------------------------------------------------------------------------- */
+
+/* Everything that changes what a creating call asks for. */
+static const struct making {
+    const char *name;
+    int training, bf16_gradients, threads;
+    int64_t depth;
+} makings[] = {{"plain", 0, 0, 1, 0}, {"deep", 0, 0, 1, 9}, {"threads_5", 0, 0, 5, 1}, {"training", 1, 0, 1, 2},
+               {"training_threads_3", 1, 0, 3, 0}, {"bf16_gradients", 1, 1, 2, 3}};
+enum { MAKING_COUNT = sizeof makings / sizeof *makings, OBJECTS = 3 };
+
+/* The three objects, in the order in which they are made. */
+typedef struct objects {
+    dsv4_compressor *compressor;
+    dsv4_workspace *workspace;
+    dsv4_state *state;
+} objects;
+
+static dsv4_status make_object(objects *o, int which, const workbench *w, const struct making *how,
+                               const dsv4_allocator *a) {
+    static crew c;
+    const dsv4_options options = {NULL, how->training, how->bf16_gradients};
+    const dsv4_parallel parallel = {forward_run, &c, how->threads};
+    if (which == 0) return dsv4_compressor_create(&w->config, &w->m.params, &options, a, &o->compressor, NULL);
+    if (which == 1) return dsv4_workspace_create(o->compressor, &parallel, a, &o->workspace, NULL);
+    return dsv4_state_create(o->compressor, how->depth, a, &o->state, NULL);
+}
+
+static dsv4_status object_size(const objects *o, int which, const workbench *w, const struct making *how, size_t *bytes) {
+    const dsv4_options options = {NULL, how->training, how->bf16_gradients};
+    if (which == 0) return dsv4_compressor_size(&w->config, &w->m.params, &options, bytes, NULL);
+    if (which == 1) return dsv4_workspace_size(o->compressor, how->threads, bytes, NULL);
+    return dsv4_state_size(o->compressor, how->depth, bytes, NULL);
+}
+
+static void destroy_objects(objects *o) {
+    dsv4_state_destroy(o->state);
+    dsv4_workspace_destroy(o->workspace);
+    dsv4_compressor_destroy(o->compressor);
+}
+
+/* Whether the objects do their work as well as any. */
+static int objects_work(const objects *o, const workbench *w) {
+    engine e = {o->compressor, o->workspace};
+    results r = workbench_results(w);
+    dsv4_status status = compress_part(&e, &w->s, &r, o->state, 0, w->s.tokens, NULL);
+    const int same = status == DSV4_OK && results_difference(&w->whole, &r) == STAGE_COUNT;
+    results_free(&r);
+    return same;
+}
+
+/* Each object's allocations fail one after another; nothing is written or kept, and the next attempt succeeds. */
+TEST each_allocation_that_fails_changes_nothing(const shape *of, const struct making *how) {
+    workbench w = workbench_new(of, 3, 71);
+    ledger l = {0};
+    const dsv4_allocator a = ledger_allocator(&l);
+    objects o = {0};
+    int64_t failures = 0;
+    for (int which = 0; which < OBJECTS; which++) {
+        dsv4_status status = DSV4_ERROR_MEMORY;
+        const int64_t before = l.live, calls = l.calls;
+        for (int64_t nth = 1; status != DSV4_OK; nth++) {
+            const objects untouched = o;
+            l.fail_at = l.calls + nth;
+            status = make_object(&o, which, &w, how, &a);
+            if (status == DSV4_OK) break;
+            ASSERT_EQ(DSV4_ERROR_MEMORY, status);
+            ASSERT_MEM_EQ(&untouched, &o, sizeof o);
+            ASSERT_EQ_FMT((int)before, (int)l.live, "%d");
+            ASSERTm("it goes on failing", ++failures < 100);
+        }
+        ASSERTm("an allocation failed", l.calls > calls + 1);
+    }
+    ASSERT(objects_work(&o, &w));
+    destroy_objects(&o);
+    ASSERT_EQ_FMT(0, (int)l.live, "%d");
+    ASSERT_FALSE(l.wrong);
+    workbench_free(&w);
+    PASS();
+}
+
+/* An arena with one byte less than an object's size refuses it and stays as it is; with that byte it holds it. */
+TEST one_byte_too_few_is_too_few(const shape *of, const struct making *how) {
+    workbench w = workbench_new(of, 3, 72);
+    objects o = {0};
+    void *memory[OBJECTS];
+    dsv4_arena arena[OBJECTS]; /* an object's allocator must outlive it */
+    for (int which = 0; which < OBJECTS; which++) {
+        size_t bytes = 0;
+        ASSERT_EQ(DSV4_OK, object_size(&o, which, &w, how, &bytes));
+        unsigned char *base = memory[which] = reserve(bytes + DSV4_ALIGNMENT);
+        base += (DSV4_ALIGNMENT - (uintptr_t)base % DSV4_ALIGNMENT) % DSV4_ALIGNMENT;
+        memset(base, POISON, bytes);
+        arena[which] = dsv4_arena_init(base, bytes - 1);
+        const dsv4_allocator a = dsv4_arena_allocator(&arena[which]);
+        const objects untouched = o;
+        ASSERT_EQ(DSV4_ERROR_MEMORY, make_object(&o, which, &w, how, &a));
+        ASSERT_MEM_EQ(&untouched, &o, sizeof o);
+        ASSERT_EQ(0, arena[which].used);
+        ASSERT(memory_untouched(base, bytes));
+        arena[which] = dsv4_arena_init(base, bytes);
+        ASSERT_EQ(DSV4_OK, make_object(&o, which, &w, how, &a));
+        ASSERT_EQ(bytes, arena[which].used);
+    }
+    ASSERT(objects_work(&o, &w));
+    destroy_objects(&o);
+    for (int which = 0; which < OBJECTS; which++) {
+        ASSERT_EQ(0, arena[which].used); /* all was given back */
+        free(memory[which]);
+    }
+    workbench_free(&w);
+    PASS();
+}
+
+/* ---- Addresses --------------------------------------------------------------------------------------------- */
+
+/* Every array, inputs and outputs, each at another multiple of its number's size, forward and backward. */
+TEST any_address_that_the_type_allows_gives_the_same_bits(const shape *of) {
+    enum { ROUNDS = 16, AROUND = 128 };
+    int sets = 0;
+    while (dsv4_isa_name(sets)) sets++;
+    ordeal o = ordeal_new(of, 3 * of->ratio, of->out, 73);
+    ordeal_list(&o);
+    for (int round = 0; round < ROUNDS; round++) {
+        unsigned char *memory[PLACES], *base[PLACES];
+        void *kept[PLACES];
+        for (int i = 0; i < o.count; i++) {
+            const place *p = &o.places[i];
+            memory[i] = reserve(p->bytes + 4 * AROUND);
+            memset(memory[i], POISON, p->bytes + 4 * AROUND);
+            base[i] = memory[i] + AROUND + (64 - (uintptr_t)memory[i] % 64) + (size_t)((round + 5 * i) % 16) * p->number;
+            kept[i] = *p->pointer;
+            *p->pointer = memcpy(base[i], kept[i], p->bytes);
+        }
+        const char *wrong = ordeal_run(&o, dsv4_isa_name(round % sets));
+        for (int i = 0; i < o.count; i++) {
+            const place *p = &o.places[i];
+            ASSERT(memory_untouched(memory[i], (size_t)(base[i] - memory[i])));
+            ASSERT(memory_untouched(base[i] + p->bytes, p->bytes + 4 * AROUND - (size_t)(base[i] - memory[i]) - p->bytes));
+            *p->pointer = kept[i];
+            free(memory[i]);
+        }
+        ASSERTm(note("round %d: %s", round, wrong ? wrong : ""), !wrong);
+    }
+    ordeal_free(&o);
+    PASS();
+}
+
+static dsv4_status run_call(ordeal *o, ordeal_call call, engine *e) {
+    engine other = {0};
+    dsv4_status status;
+    switch (call) {
+    case CALL_CREATE:
+        status = ordeal_create(o, NULL, &other);
+        engine_free(&other);
+        return status;
+    case CALL_COMPRESS: return ordeal_compress(o, e);
+    case CALL_POOL: return ordeal_pool(o, e);
+    default: return ordeal_backward(o, e, 0);
+    }
+}
+
+/* Every array, one at a time, at each address between two that its type allows. */
+TEST a_crooked_pointer_is_refused_and_nothing_written(const shape *of) {
+    ordeal o = ordeal_new(of, 3 * of->ratio, of->out, 74);
+    engine e = {0};
+    ordeal_list(&o);
+    ASSERT_EQ(DSV4_OK, ordeal_create(&o, NULL, &e));
+    for (int i = 0; i < o.count; i++) {
+        const place *p = &o.places[i];
+        void *straight = *p->pointer;
+        for (size_t crooked = 1; crooked < p->number; crooked++) {
+            ordeal_poison(&o);
+            *p->pointer = (char *)straight + crooked;
+            dsv4_status status = run_call(&o, p->call, &e);
+            const int read_again = !p->written && (p->call == CALL_COMPRESS || p->call == CALL_POOL); /* by backward */
+            dsv4_status again = read_again ? ordeal_backward(&o, &e, p->call == CALL_POOL) : status;
+            *p->pointer = straight;
+            ASSERTm(note("%s, %d bytes off", p->name, (int)crooked), status == DSV4_ERROR_ALIGNMENT && again == status);
+            for (int k = 0; k < o.count; k++)
+                if (o.places[k].written) ASSERT(memory_untouched(*o.places[k].pointer, o.places[k].bytes));
+        }
+    }
+    const char *wrong = ordeal_run(&o, NULL); /* and the next calls work */
+    ASSERTm(wrong, !wrong);
+    engine_free(&e);
+    ordeal_free(&o);
+    PASS();
+}
+
+/* ---- Guard pages ------------------------------------------------------------------------------------------- */
+
+/* Every array ends where memory ends, for every width from one vector to three, with every mix of types. */
+TEST no_call_passes_the_end_of_an_array(const char *isa, int narrow) {
+    for (int tail = 0; tail <= 34; tail++) {
+        const dsv4_dtype type = narrow ? DSV4_BF16 : DSV4_F32;
+        shape of = {"", 16 + tail, 17 + tail, 2, (17 + tail) / 2 * 2, tail % 2, 0, 0, 0, {DSV4_F32}, type, type};
+        for (int i = 0; i < DSV4_PARAM_COUNT; i++) of.param[i] = (narrow + tail + i) % 3 ? DSV4_BF16 : DSV4_F32;
+        ordeal o = ordeal_new(&of, 10, type, 75);
+        fenced fences[PLACES];
+        void *kept[PLACES];
+        ordeal_list(&o);
+        for (int i = 0; i < o.count; i++) {
+            kept[i] = *o.places[i].pointer;
+            fences[i] = fenced_copy(kept[i], o.places[i].bytes);
+            *o.places[i].pointer = fences[i].data;
+        }
+        const char *wrong = ordeal_run(&o, isa);
+        for (int i = 0; i < o.count; i++) {
+            *o.places[i].pointer = kept[i];
+            fenced_free(&fences[i]);
+        }
+        ASSERTm(note("tail %d: %s", tail, wrong ? wrong : ""), !wrong);
+        ordeal_free(&o);
+    }
+    PASS();
+}
+
+/* ---- Numbers that are none, backward ------------------------------------------------------------------------- */
+
+static const uint32_t specials[] = {0x7FC00000, 0x7F800000, 0xFF800000, 0x7F7F0000, 0xFF7F0000, 0x00010000, 0x80000000};
+enum { SPECIAL_COUNT = sizeof specials / sizeof *specials };
+
+/* A special number in the gradient of an entry reaches dx of the windows that it pooled, and no other. */
+TEST a_special_gradient_reaches_its_own_tokens_alone(const shape *of) {
+    enum { WINDOWS = 6 };
+    lesson l = lesson_of(of, WINDOWS * of->ratio, 76);
+    const int64_t window_numbers = of->ratio * l.config.hidden_dim;
+    for (int64_t entry = 0; entry < WINDOWS; entry++) {
+        for (int special = 0; special < SPECIAL_COUNT; special++) {
+            const int64_t at = entry * l.config.head_dim;
+            const float kept = (float)number(l.dout, l.dout_dtype, at);
+            gradient_set got = gradient_set_new(&l.config, DSV4_F32, l.s.tokens);
+            set_number(l.dout, l.dout_dtype, at, float_of_bits(specials[special]));
+            ASSERT_EQ(DSV4_OK, backward_whole(&l, &l.e, &got));
+            set_number(l.dout, l.dout_dtype, at, kept);
+            for (int64_t window = 0; window < WINDOWS; window++) {
+                if (window == entry || (of->overlap && window + 1 == entry)) continue;
+                ASSERT_MEM_EQ((float *)l.whole.data[ORACLE_DX] + window * window_numbers,
+                              (float *)got.data[ORACLE_DX] + window * window_numbers, (size_t)window_numbers * 4);
+            }
+            for (int64_t i = 0; i < got.count[ORACLE_DX] && special >= 5; i++)
+                ASSERT(isfinite(number(got.data[ORACLE_DX], DSV4_F32, i)));
+            gradient_set_free(&got);
+        }
+    }
+    lesson_free(&l);
+    PASS();
+}
+
+/* Equal bits, or both NaN: payloads are nobody's promise. */
+static int same_number(double x, double y) { return (isnan(x) && isnan(y)) || (x == y && signbit(x) == signbit(y)); }
+
+/* NaN and the infinities anywhere in the inputs: no kernel set crashes, all agree on every gradient. */
+TEST special_inputs_give_one_gradient(const shape *of) {
+    ordeal o = ordeal_new(of, 3 * of->ratio, DSV4_F32, 77);
+    gradient_set *scalar = &o.whole, *got = &o.g;
+    ordeal_list(&o);
+    for (int i = 0; i < o.count; i++) {
+        const place *p = &o.places[i];
+        const dsv4_dtype dtype = p->number == 4 ? DSV4_F32 : DSV4_BF16;
+        const int64_t at = (int64_t)(p->bytes / p->number / 2);
+        for (int special = 0; special < 3 && !p->written; special++) {
+            const float kept = (float)number(*p->pointer, dtype, at);
+            const char *isa = "scalar";
+            set_number(*p->pointer, dtype, at, float_of_bits(specials[special]));
+            for (int k = -1; isa; isa = dsv4_isa_name(++k)) {
+                engine e = {0};
+                ASSERT_EQ(DSV4_OK, ordeal_create(&o, isa, &e));
+                ASSERT_EQ(DSV4_OK, ordeal_backward(&o, &e, p->call == CALL_POOL));
+                engine_free(&e);
+                for (int which = 0; which < GRADIENTS; which++) {
+                    if (k < 0 && got->bytes[which]) memcpy(scalar->data[which], got->data[which], got->bytes[which]);
+                    for (int64_t n = 0; n < got->count[which]; n++)
+                        ASSERTm(note("%s in %s, %s[%d]", isa, p->name, gradient_name(which), (int)n),
+                                same_number(number(scalar->data[which], DSV4_F32, n), number(got->data[which], DSV4_F32, n)));
+                }
+            }
+            set_number(*p->pointer, dtype, at, kept);
+        }
+    }
+    ordeal_free(&o);
+    PASS();
+}
+
+/* ---- Sizes, backward ----------------------------------------------------------------------------------------- */
+
+static const shape odd_shapes[] = {
+    {"ratio_4096", 1, 1, 4096, 0, 0, 0, 0, 0, {DSV4_F32, DSV4_F32, DSV4_F32, DSV4_F32}, DSV4_F32, DSV4_F32},
+    {"overlap_4096", 2, 3, 4096, 2, 1, 0, 0, DSV4_ROUNDING_MAXTEXT, {DSV4_BF16, DSV4_F32, DSV4_F32, DSV4_F32}, DSV4_F32,
+     DSV4_BF16},
+    {"head_dim_1", 5, 1, 4, 0, 1, 0, 0, 0, {DSV4_F32, DSV4_F32, DSV4_F32, DSV4_F32}, DSV4_BF16, DSV4_F32},
+    {"hidden_dim_1", 1, 40, 1, 2, 1, 0, 0, 0, {DSV4_BF16, DSV4_BF16, DSV4_BF16, DSV4_BF16}, DSV4_BF16, DSV4_BF16},
+    {"tall", 9001, 2, 3, 2, 0, 0, 0, 0, {DSV4_F32, DSV4_F32, DSV4_F32, DSV4_F32}, DSV4_F32, DSV4_F32},
+};
+enum { ODD_SHAPE_COUNT = sizeof odd_shapes / sizeof *odd_shapes };
+
+TEST the_oddest_sizes_have_gradients(const shape *of) {
+    ordeal o = ordeal_new(of, of->ratio * (of->ratio > 1000 ? 2 : 20), DSV4_F32, 78);
+    const char *isa;
+    ordeal_list(&o);
+    for (int k = 0; (isa = dsv4_isa_name(k)) != NULL; k++) {
+        const char *wrong = ordeal_run(&o, isa);
+        ASSERTm(note("%s: %s", isa, wrong ? wrong : ""), !wrong);
+    }
+    oracle_gradients expected = oracle_gradients_of(&o.l);
+    for (int which = 0; which < GRADIENTS; which++) {
+        const double far = gradient_stray(&o.l.whole, &expected, which);
+        ASSERTm(note("%s strays by %.3g of its largest", gradient_name(which), far), far <= 5e-6);
+    }
+    oracle_gradients_free(&expected);
+    ordeal_free(&o);
+    PASS();
+}
+
+/* Ten thousand sequences of nought to five tokens in one backward call: dx is that of each alone. */
+TEST thousands_of_short_sequences_share_a_backward_call(void) {
+    enum { COUNT = 10000, MOST = 5 };
+    lesson l = lesson_of(&shapes[10], COUNT * MOST, 79); /* ratio 2 */
+    dsv4_segment *segments = reserve(COUNT * sizeof *segments);
+    gradient_set all = gradient_set_new(&l.config, DSV4_F32, l.s.tokens), one = gradient_set_new(&l.config, DSV4_F32, l.s.tokens);
+    dice d = {80};
+    int64_t token = 0, entry = 0;
+    for (int i = 0; i < COUNT; i++) {
+        segments[i] = segment_new(token, dice_below(&d, MOST + 1), i, entry, NULL);
+        token += segments[i].count;
+        entry += segments[i].count / 2;
+    }
+    dsv4_batch b = lesson_batch(&l, segments, COUNT);
+    dsv4_gradients to = gradients_into(&all, l.dout, l.dout_dtype);
+    ASSERT_EQ(DSV4_OK, dsv4_backward(l.e.compressor, &b, &to, l.e.workspace, NULL));
+    to = gradients_into(&one, l.dout, l.dout_dtype);
+    for (int i = 0; i < COUNT; i += 97) {
+        const size_t row = (size_t)l.config.hidden_dim * 4, from = (size_t)segments[i].token * row;
+        b = lesson_batch(&l, &segments[i], 1);
+        ASSERT_EQ(DSV4_OK, dsv4_backward(l.e.compressor, &b, &to, l.e.workspace, NULL));
+        ASSERT_MEM_EQ((char *)one.data[ORACLE_DX] + from, (char *)all.data[ORACLE_DX] + from, (size_t)segments[i].count * row);
+    }
+    gradient_set_free(&one);
+    gradient_set_free(&all);
+    free(segments);
+    lesson_free(&l);
+    PASS();
+}
+
+/* ---- Threads ----------------------------------------------------------------------------------------------- */
+
+/* A caller's thread: a workspace and a state of its own, the compressor shared. */
+typedef struct caller {
+    const workbench *w;
+    pthread_t thread;
+    int same;
+} caller;
+
+static void *call_often(void *argument) {
+    caller *c = argument;
+    const dsv4_allocator heap = nan_heap();
+    const int64_t lengths[] = {3, 1, 5};
+    engine e = {c->w->e.compressor, NULL};
+    c->same = dsv4_workspace_create(e.compressor, NULL, &heap, &e.workspace, NULL) == DSV4_OK;
+    for (int round = 0; round < 5 && c->same; round++) {
+        results r = workbench_results(c->w);
+        const dsv4_status status = round % 2 ? compress_whole(&e, &c->w->s, &r, NULL)
+                                             : compress_cut(&e, &c->w->s, &r, lengths, 3, NULL);
+        c->same = status == DSV4_OK && results_difference(&c->w->whole, &r) == STAGE_COUNT;
+        results_free(&r);
+    }
+    dsv4_workspace_destroy(e.workspace);
+    return NULL;
+}
+
+TEST many_threads_share_a_compressor(const shape *of) {
+    enum { CALLERS = 16 };
+    workbench w = workbench_new(of, 8, 81);
+    caller callers[CALLERS];
+    int started = 0, same = 0;
+    for (; started < CALLERS; started++) {
+        callers[started] = (caller){&w, 0, 0};
+        if (pthread_create(&callers[started].thread, NULL, call_often, &callers[started]) != 0) break;
+    }
+    for (int i = 0; i < started; i++) {
+        pthread_join(callers[i].thread, NULL);
+        same += callers[i].same;
+    }
+    ASSERT(started > 0);
+    ASSERT_EQ_FMT(started, same, "%d");
+    workbench_free(&w);
+    PASS();
+}
+
+/* ---- The suite --------------------------------------------------------------------------------------------- */
+
+#define FOR_EVERY_SHAPE(test)                                \
+    for (int i = 0; i < SHAPE_COUNT; i++) {                  \
+        greatest_set_test_suffix(shapes[i].name);            \
+        RUN_TESTp(test, &shapes[i]);                         \
+    }
+
+SUITE(faults) {
+    static char suffix[64];
+    const char *isa;
+    for (int i = 0; i < MAKING_COUNT; i++) {
+        for (int k = 0; k < SHAPE_COUNT; k += 5) {
+            snprintf(suffix, sizeof suffix, "%s_%s", makings[i].name, shapes[k].name);
+            greatest_set_test_suffix(suffix);
+            RUN_TESTp(each_allocation_that_fails_changes_nothing, &shapes[k], &makings[i]);
+            greatest_set_test_suffix(suffix);
+            RUN_TESTp(one_byte_too_few_is_too_few, &shapes[k], &makings[i]);
+        }
+    }
+    FOR_EVERY_SHAPE(any_address_that_the_type_allows_gives_the_same_bits);
+    FOR_EVERY_SHAPE(a_crooked_pointer_is_refused_and_nothing_written);
+    for (int i = 0; (isa = dsv4_isa_name(i)) != NULL; i++) {
+        for (int narrow = 0; narrow <= 1; narrow++) {
+            snprintf(suffix, sizeof suffix, "%s_%s", isa, narrow ? "bf16" : "f32");
+            greatest_set_test_suffix(suffix);
+            RUN_TESTp(no_call_passes_the_end_of_an_array, isa, narrow);
+        }
+    }
+    FOR_EVERY_SHAPE(a_special_gradient_reaches_its_own_tokens_alone);
+    FOR_EVERY_SHAPE(special_inputs_give_one_gradient);
+    for (int i = 0; i < ODD_SHAPE_COUNT; i++) {
+        greatest_set_test_suffix(odd_shapes[i].name);
+        RUN_TESTp(the_oddest_sizes_have_gradients, &odd_shapes[i]);
+    }
+    RUN_TEST(thousands_of_short_sequences_share_a_backward_call);
+    FOR_EVERY_SHAPE(many_threads_share_a_compressor);
+}
+
+TESTS_MAIN(faults);

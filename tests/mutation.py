@@ -100,7 +100,7 @@ def places(text, seed):
 def run(command, cpu_seconds, **options):
     """Exit status, or None for a command that outlives its time; its whole process group then ends. Processor time is
     what counts, so that a busy machine does not catch anything; threads that wait for each other get 20 times that."""
-    limited = ["sh", "-c", f'ulimit -t {int(cpu_seconds)} -v 16000000; exec "$0" "$@"', *command]
+    limited = ["sh", "-c", f'ulimit -t {int(cpu_seconds)}; ulimit -v 16000000; exec "$0" "$@"', *command]
     process = subprocess.Popen(limited, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
                                **options)
     try:
@@ -116,7 +116,7 @@ class Bench:
 
     def __init__(self, options, name, flags, tests):
         self.options, self.name, self.flags, self.tests = options, name, flags, tests
-        self.original, self.patience = None, 600
+        self.original, self.patience = None, {}
 
     def compile(self, text, folder):
         """The object file of a header of this text, None where it does not compile. It is compiled under one name
@@ -133,22 +133,22 @@ class Bench:
         if not original:
             sys.exit("the header does not compile")
         self.original = digest(original)
-        started = os.times()
-        failing = self.failing(original, self.options.build)
-        if failing is not None:
-            sys.exit(f"{failing} fails on the unchanged header ({self.name})")
-        ended = os.times()
-        self.patience = 10 + 5 * (ended.children_user - started.children_user)
+        for test in self.tests:
+            before = os.times().children_user
+            if self.run_test(test, original, self.options.build, 600) != 0:
+                sys.exit(f"{test} fails on the unchanged header ({self.name})")
+            self.patience[test] = 4 + 4 * (os.times().children_user - before)
+
+    def run_test(self, test, implementation, folder, cpu_seconds):
+        program = os.path.abspath(os.path.join(folder, "program"))
+        test_object = os.path.join(self.options.build, test + ".o")
+        subprocess.run([self.options.cc, test_object, implementation, "-pthread", "-lm", "-o", program], check=True)
+        return run([program, "-f"], cpu_seconds)
 
     def failing(self, implementation, folder):
         """Name of the first test that fails with this implementation, None where all pass."""
-        program = os.path.abspath(os.path.join(folder, "program"))
-        for test in self.tests:
-            test_object = os.path.join(self.options.build, test + ".o")
-            subprocess.run([self.options.cc, test_object, implementation, "-pthread", "-lm", "-o", program], check=True)
-            if run([program, "-f"], self.patience) != 0:
-                return test
-        return None
+        return next((test for test in self.tests
+                     if self.run_test(test, implementation, folder, self.patience[test]) != 0), None)
 
     def judge(self, text, folder):
         """The verdict on a header: it does not compile, is the same code, was caught by a test, or survived."""

@@ -1846,23 +1846,27 @@ enum { DSV4__FN(has_dot) = 0, DSV4__FN(tile_rows) = DSV4__TILE_ROWS };
 static int dsv4__always(void) { return 1; }
 
 #if defined(DSV4__X86)
-static int dsv4__has_avx2(void) { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+/* Every condition is asked for, not only up to the first that fails: what one CPU runs is then all there is to run. */
+static int dsv4__has_avx2(void) {
+    return (__builtin_cpu_supports("avx2") != 0) & (__builtin_cpu_supports("fma") != 0);
+}
 
 static int dsv4__has_avx512(void) {
-    return dsv4__has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+    return dsv4__has_avx2() & (__builtin_cpu_supports("avx512f") != 0) & (__builtin_cpu_supports("avx512bw") != 0) &
+           (__builtin_cpu_supports("avx512vl") != 0) & (__builtin_cpu_supports("avx512dq") != 0);
 }
 #endif
 
 #if defined(DSV4__X86_BF16)
 static int dsv4__has_avx512bf16(void) {
     unsigned a = 0, b = 0, c = 0, d = 0;
-    return dsv4__has_avx512() && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 5 & 1u);
+    (void)__get_cpuid_count(7, 1, &a, &b, &c, &d); /* a stays 0 where there is no such leaf */
+    return dsv4__has_avx512() & (int)(a >> 5 & 1u);
 }
 
 /* Intel's VDPBF16PS has half the rate of its FMA: there, widening weights once a block is twice as fast. */
-static int dsv4__has_fast_avx512bf16(void) { return !__builtin_cpu_is("intel") && dsv4__has_avx512bf16(); }
-static int dsv4__has_slow_avx512bf16(void) { return __builtin_cpu_is("intel") && dsv4__has_avx512bf16(); }
+static int dsv4__has_fast_avx512bf16(void) { return (__builtin_cpu_is("intel") == 0) & dsv4__has_avx512bf16(); }
+static int dsv4__has_slow_avx512bf16(void) { return (__builtin_cpu_is("intel") != 0) & dsv4__has_avx512bf16(); }
 #endif
 
 #define DSV4__SET_ROW(set, usable)                                                                               \
@@ -2766,13 +2770,16 @@ static dsv4__workspace_layout dsv4__workspace_parts(dsv4_workspace *ws, size_t c
 /* Fills in a workspace's sizes; returns its parts. */
 static dsv4_status dsv4__workspace_plan(const dsv4_compressor *c, int threads, dsv4_workspace *ws,
                                         dsv4__workspace_layout *layout, dsv4_error *error) {
-    size_t carry_bytes = 0;
+    dsv4_state carry;
+    uint64_t begin[2];
     memset(ws, 0, sizeof *ws);
     DSV4__TRY(dsv4__need(c, "compressor", error));
-    DSV4__TRY(dsv4_state_size(c, 0, &carry_bytes, error));
+    dsv4__state_plan(c, 0, &carry);
+    const dsv4__size carried = dsv4__state_parts(&carry, begin);
     ws->compressor = c;
     ws->threads = threads < 1 ? 1 : threads;
-    *layout = dsv4__workspace_parts(ws, carry_bytes);
+    *layout = dsv4__workspace_parts(ws, (size_t)carried.bytes);
+    layout->size.overflow |= carried.overflow;
     return dsv4__size_check(&layout->size, "workspace", error);
 }
 
@@ -3185,7 +3192,7 @@ static void dsv4__add_run(const dsv4__call *call, const dsv4__piece *piece, cons
     } else {
         const float *row = dsv4__state_row(piece->state, series, t) + source->channel;
         run->kv = row;
-        run->gate = source->gate == NULL ? NULL : row + c->config.head_dim;
+        run->gate = row + c->config.head_dim; /* windows without a gate have one row, which does not wait */
         run->stride = piece->state->row;
     }
     if (c->ape != NULL) {
@@ -3652,11 +3659,10 @@ static void dsv4__open_rows(const dsv4__back *back, const dsv4__part *part, cons
         for (; t < part->t + dsv4__padded(part->count); t++) {
             const int64_t to =
                 (part->row + t - part->t) * back->room->d_stride + s * c->config.head_dim + source->channel;
-            const int known = next != NULL && t < part->t + part->count;
+            const int known = next != NULL && t < part->t + part->count; /* never without a gate: ratio is 1 then */
             const float *from = known ? dsv4__state_row(next, s, t) + source->channel : NULL;
             dsv4__copy_or_clear(back->room->dkv + to, from, bytes);
-            dsv4__copy_or_clear(back->room->dgate + to, known && !c->config.no_gate ? from + c->config.head_dim : NULL,
-                                bytes);
+            dsv4__copy_or_clear(back->room->dgate + to, known ? from + c->config.head_dim : NULL, bytes);
         }
     }
 }

@@ -2,8 +2,8 @@
  * part of its macros that these tests use, written anew below. TESTS_OWN_RUNNER forces the latter.
  *
  * A test is one property and reads as a sentence:  TEST a_window_of_equal_scores_is_averaged(void) { ... PASS(); }
- * A file of tests ends with  TESTS_MAIN(suite)  whose program runs alone, takes -v, -s SUITE, -t TEST, and
- * prints as its last line  N passed, N failed. */
+ * A file of tests ends with  TESTS_MAIN(suite)  whose program runs alone, takes -v, -f (stop at the first
+ * failure), -s SUITE, -t TEST, and prints as its last line  N passed, N failed. */
 
 #ifndef TESTS_RUNNER_H
 #define TESTS_RUNNER_H
@@ -49,7 +49,7 @@ typedef enum { RUNNER_PASS, RUNNER_FAIL, RUNNER_SKIP } runner_result;
 
 static struct {
     unsigned passed, failed, skipped;
-    int verbose;
+    int verbose, first_fail; /* first_fail: no test is run after one that failed */
     const char *suite_filter, *test_filter;
     const char *suffix;  /* of the next test's name */
     const char *message; /* of the last FAIL or SKIP */
@@ -119,7 +119,9 @@ static inline runner_result runner_end(runner_result result, const char *message
 
 TESTS_MAY_BE_UNUSED static void greatest_set_test_suffix(const char *suffix) { runner.suffix = suffix; }
 
-static inline int runner_wanted(const char *filter, const char *name) { return !filter || strstr(name, filter); }
+static inline int runner_wanted(const char *filter, const char *name) {
+    return (!filter || strstr(name, filter)) && !(runner.first_fail && runner.failed);
+}
 
 static inline void runner_report(const char *name, runner_result result) {
     static const char *const words[] = {"PASS", "FAIL", "SKIP"};
@@ -161,6 +163,8 @@ static inline void runner_options(int argc, char **argv) {
         const char *value = i + 1 < argc ? argv[i + 1] : NULL;
         if (!strcmp(argv[i], "-v")) {
             runner.verbose = 1;
+        } else if (!strcmp(argv[i], "-f")) {
+            runner.first_fail = 1;
         } else if (!strcmp(argv[i], "-s") && value) {
             runner.suite_filter = value;
             i++;
@@ -168,7 +172,7 @@ static inline void runner_options(int argc, char **argv) {
             runner.test_filter = value;
             i++;
         } else {
-            fprintf(stderr, "usage: %s [-v] [-s SUITE] [-t TEST]\n", argv[0]);
+            fprintf(stderr, "usage: %s [-v] [-f] [-s SUITE] [-t TEST]\n", argv[0]);
             exit(2);
         }
     }

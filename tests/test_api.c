@@ -575,6 +575,8 @@ TEST an_arena_lays_blocks_one_after_another(void) {
     dsv4_arena none = dsv4_arena_init(NULL, 0);
     a = dsv4_arena_allocator(&none);
     ASSERT_EQ(NULL, a.alloc(a.context, 1, 1));
+    a = dsv4_arena_allocator(NULL);
+    ASSERT_EQ(NULL, a.alloc(a.context, 1, 1));
     PASS();
 }
 
@@ -803,6 +805,60 @@ TEST destroying_nothing_is_fine(void) {
     PASS();
 }
 
+TEST no_compressor_has_neither_configuration_nor_kernels(void) {
+    ASSERT_EQ(NULL, dsv4_compressor_config(NULL));
+    ASSERT_EQ(NULL, dsv4_compressor_isa(NULL));
+    PASS();
+}
+
+/* However many threads it claims to keep busy. */
+TEST a_parallel_for_that_cannot_run_is_none(void) {
+    dsv4_parallel idle = {0};
+    idle.threads = 8;
+    workbench w = workbench_new(&shapes[1], 3, 17);
+    engine e = engine_new(&w.m, NULL, &idle);
+    results r = workbench_results(&w);
+    ASSERT_EQ(DSV4_OK, compress_whole(&e, &w.s, &r, NULL));
+    ASSERT_EQ(STAGE_COUNT, results_difference(&w.whole, &r));
+    results_free(&r);
+    engine_free(&e);
+    workbench_free(&w);
+    PASS();
+}
+
+/* Their layouts differ, although the configuration is one. */
+TEST a_workspace_serves_no_other_kernel_set_and_no_training(void) {
+    workbench w = workbench_new(&shapes[1], 2, 18);
+    dsv4_segment whole = segment_new(0, w.s.tokens, 0, 0, NULL);
+    results r = workbench_results(&w);
+    dsv4_batch b = batch_new(&w.s, &r, &whole, 1);
+    dsv4_allocator heap = dsv4_heap();
+    for (int training = 0; training < 2; training++) {
+        dsv4_options options = {training ? NULL : "scalar", training, 0};
+        dsv4_compressor *other = NULL;
+        if (!training && !strcmp(dsv4_isa_name(0), "scalar")) continue; /* there is no other kernel set */
+        ASSERT_EQ(DSV4_OK, dsv4_compressor_create(&w.config, &w.m.params, &options, &heap, &other, NULL));
+        ASSERT_FAILS(DSV4_ERROR_ARGUMENT, "workspace", dsv4_compress(other, &b, w.e.workspace, &error));
+        dsv4_compressor_destroy(other);
+    }
+    ASSERT(results_untouched(&r));
+    results_free(&r);
+    workbench_free(&w);
+    PASS();
+}
+
+/* Tokens few enough for x, whose projections are wider. */
+TEST projections_that_no_machine_can_address_are_overflows(void) {
+    workbench w = workbench_new(&shapes[13], 1, 19); /* H 1, D 1, overlap */
+    results r = workbench_results(&w);
+    dsv4_batch b = batch_new(&w.s, &r, NULL, 0);
+    b.tokens = (int64_t)(SIZE_MAX / 32 + 1);
+    ASSERT_FAILS(DSV4_ERROR_OVERFLOW, "kv", dsv4_compress(w.e.compressor, &b, w.e.workspace, &error));
+    results_free(&r);
+    workbench_free(&w);
+    PASS();
+}
+
 TEST kernel_sets_are_listed_best_first_and_scalar_last(void) {
     int count = 0;
     while (dsv4_isa_name(count)) count++;
@@ -861,6 +917,7 @@ typedef struct spoilt {
       DSV4_ERROR_ALIGNMENT, "out 1 2")                                                                      \
     X(dtype_of_out, c->b->out_dtype = (dsv4_dtype)-1, DSV4_ERROR_ARGUMENT, "out -1")                        \
     X(short_out_stride, c->b->out_stride = 23, DSV4_ERROR_ARGUMENT, "out_stride 23 24")                     \
+    X(vast_weights, c->b->entries = (int64_t)(SIZE_MAX / 4 / 400), DSV4_ERROR_OVERFLOW, "stages.weights")   \
     X(huge_out_stride, c->b->out_stride = INT64_MAX, DSV4_ERROR_OVERFLOW, "out_stride")                     \
     X(crooked_kv_stage, c->b->stages.kv = crooked(c->b->stages.kv, 4), DSV4_ERROR_ALIGNMENT, "stages.kv 2") \
     X(crooked_gate_stage, c->b->stages.gate = crooked(c->b->stages.gate, 4), DSV4_ERROR_ALIGNMENT, "stages.gate") \
@@ -1152,6 +1209,10 @@ SUITE(api) {
     RUN_TEST(an_allocator_that_fails_leaves_nothing_behind);
     RUN_TEST(sizes_that_no_machine_has_are_overflows);
     RUN_TEST(destroying_nothing_is_fine);
+    RUN_TEST(no_compressor_has_neither_configuration_nor_kernels);
+    RUN_TEST(a_parallel_for_that_cannot_run_is_none);
+    RUN_TEST(a_workspace_serves_no_other_kernel_set_and_no_training);
+    RUN_TEST(projections_that_no_machine_can_address_are_overflows);
     RUN_TEST(kernel_sets_are_listed_best_first_and_scalar_last);
     FOR_EVERY(bad_calls, BAD_CALL_COUNT, a_bad_call_is_refused_and_changes_nothing);
     RUN_TEST(the_last_positions_are_accepted);

@@ -258,7 +258,27 @@ TEST kept_projections_give_the_bits_of_recomputing(int table, int i) {
     PASS();
 }
 
-/* Documents of odd lengths side by side: the call of all of them is the calls of each, accumulated in order. */
+/* The first gradient by which one call of all documents differs from a call of each, accumulated in order; -1 where a
+ * call fails. */
+static int packed_difference(const lesson *l, const dsv4_segment *documents, int count) {
+    gradient_set together = gradient_set_new(&l->config, DSV4_F32, l->s.tokens);
+    gradient_set apart = gradient_set_new(&l->config, DSV4_F32, l->s.tokens);
+    dsv4_gradients to = gradients_into(&together, l->dout, l->dout_dtype);
+    dsv4_batch b = lesson_batch(l, documents, count);
+    int failed = dsv4_backward(l->e.compressor, &b, &to, l->e.workspace, NULL) != DSV4_OK;
+    to = gradients_into(&apart, l->dout, l->dout_dtype);
+    for (int k = 0; k < count; k++) {
+        b = lesson_batch(l, &documents[k], 1);
+        to.accumulate = k > 0;
+        failed |= dsv4_backward(l->e.compressor, &b, &to, l->e.workspace, NULL) != DSV4_OK;
+    }
+    const int found = failed ? -1 : gradient_difference(&together, &apart, ORACLE_DX);
+    gradient_set_free(&together);
+    gradient_set_free(&apart);
+    return found;
+}
+
+/* Documents of odd lengths side by side. */
 TEST packed_documents_are_separate_calls_in_order(int table, int i) {
     enum { COUNT = 5 };
     static const int share[COUNT + 1] = {0, 13, 14, 55, 81, 97}; /* of 97 parts; in the order below */
@@ -271,20 +291,136 @@ TEST packed_documents_are_separate_calls_in_order(int table, int i) {
         documents[k] = segment_new(from, to - from, 17 * k, entry, NULL);
         entry += (to - from) / l.config.ratio;
     }
-    gradient_set together = gradient_set_new(&l.config, DSV4_F32, l.s.tokens);
-    gradient_set apart = gradient_set_new(&l.config, DSV4_F32, l.s.tokens);
+    ASSERT_EQ_FMT((int)GRADIENTS, packed_difference(&l, documents, COUNT), "%d");
+    lesson_free(&l);
+    PASS();
+}
+
+/* Nothing is rounded to bf16 where one matrix is fp32, be it the gate's alone. */
+TEST a_wide_gate_beside_a_narrow_wkv_agrees_with_the_chain_rule(void) {
+    static const dsv4_dtype types[DSV4_PARAM_COUNT] = {DSV4_BF16, DSV4_F32, DSV4_F32, DSV4_F32};
+    dsv4_config c = {0};
+    c.hidden_dim = 21;
+    c.head_dim = 18;
+    c.ratio = 4;
+    c.overlap = 1;
+    lesson l = lesson_new(model_new(&c, types, 71), sequence_new(&c, DSV4_BF16, 20, 72), DSV4_F32, 73);
+    oracle_gradients expected = oracle_gradients_of(&l);
+    for (int which = 0; which < GRADIENTS; which++)
+        ASSERTm(gradient_name(which), gradient_stray(&l.whole, &expected, which) <= near_enough);
+    oracle_gradients_free(&expected);
+    lesson_free(&l);
+    PASS();
+}
+
+/* A whole sequence, of which no gradient is carried, beside a part of another one. */
+TEST whole_sequences_and_parts_share_a_call(void) {
+    lesson l = lesson_of(&shapes[1], 20, 74); /* ratio 4 */
+    const int64_t lengths[] = {8, 12};
+    lesson_parts p = lesson_cut(&l, &l.e, lengths, 2);
+    gradient_set together = gradient_set_new(&l.config, DSV4_F32, 20), apart = gradient_set_new(&l.config, DSV4_F32, 20);
+    const dsv4_segment segments[2] = {segment_new(0, 8, 0, 0, NULL), segment_new(8, 12, l.s.position + 8, 2, p.state[1])};
+    const dsv4_segment_gradient carried[2] = {{NULL, NULL}, {NULL, p.gradient[1]}};
     dsv4_gradients to = gradients_into(&together, l.dout, l.dout_dtype);
-    dsv4_batch b = lesson_batch(&l, documents, COUNT);
+    dsv4_batch b = lesson_batch(&l, segments, 2);
+    to.segments = carried;
     ASSERT_EQ(DSV4_OK, dsv4_backward(l.e.compressor, &b, &to, l.e.workspace, NULL));
     to = gradients_into(&apart, l.dout, l.dout_dtype);
-    for (int k = 0; k < COUNT; k++) {
-        b = lesson_batch(&l, &documents[k], 1);
-        to.accumulate = k > 0;
+    for (int k = 0; k < 2; k++) {
+        b = lesson_batch(&l, &segments[k], 1);
+        to.segments = &carried[k];
+        to.accumulate = k;
         ASSERT_EQ(DSV4_OK, dsv4_backward(l.e.compressor, &b, &to, l.e.workspace, NULL));
     }
-    ASSERT_SAME_GRADIENTS(&together, &apart, ORACLE_DX, "packed");
+    ASSERT_SAME_GRADIENTS(&together, &apart, ORACLE_DX, "together");
     gradient_set_free(&together);
     gradient_set_free(&apart);
+    lesson_parts_free(&p);
+    lesson_free(&l);
+    PASS();
+}
+
+/* Two documents of which the first one ends anywhere in what is recomputed at a time. */
+TEST a_document_may_end_anywhere_in_a_chunk(void) {
+    dsv4_config c = {0};
+    c.hidden_dim = 5;
+    c.head_dim = 4;
+    c.ratio = 1;
+    c.overlap = 1;
+    lesson l = lesson_new(model_of(&c, DSV4_F32, 63), sequence_new(&c, DSV4_F32, 256, 64), DSV4_F32, 65);
+    for (int64_t first = 200; first < 256; first++) {
+        const dsv4_segment documents[2] = {segment_new(0, first, 0, 0, NULL),
+                                           segment_new(first, 256 - first, 0, first, NULL)};
+        ASSERTm(note("%d and %d tokens", (int)first, (int)(256 - first)), packed_difference(&l, documents, 2) == GRADIENTS);
+    }
+    lesson_free(&l);
+    PASS();
+}
+
+TEST hundreds_of_short_documents_are_separate_calls_in_order(void) {
+    enum { COUNT = 300 };
+    lesson l = lesson_of(&shapes[10], 2 * COUNT, 66); /* ratio 2 */
+    dsv4_segment documents[COUNT];
+    for (int k = 0; k < COUNT; k++) documents[k] = segment_new(2 * k, 2, 7 * k, k, NULL);
+    ASSERT_EQ_FMT((int)GRADIENTS, packed_difference(&l, documents, COUNT), "%d");
+    lesson_free(&l);
+    PASS();
+}
+
+/* Parts in one call whose context outgrows a chunk in each way there is: many parts, many windows, many rows. `count`
+ * parts of a sequence that has come to 255 tokens, the first ones of `length` tokens, the others of one. */
+static const struct carried_case {
+    const char *name;
+    int64_t ratio, longer, length, count;
+} carried_cases[] = {{"parts", 32, 0, 0, 70}, {"windows", 32, 17, 33, 70}, {"rows", 64, 20, 65, 20}};
+
+TEST what_many_parts_carry_is_what_each_carries_alone(const struct carried_case *of) {
+    enum { MOST = 70, SEEN = 255 };
+    dsv4_config c = {0};
+    c.hidden_dim = 5;
+    c.head_dim = 4;
+    c.ratio = of->ratio;
+    c.overlap = 1;
+    lesson l = lesson_new(model_of(&c, DSV4_F32, 67), sequence_new(&c, DSV4_F32, 1500, 68), DSV4_F32, 69);
+    l.entries = l.s.tokens / 8; /* more than the sequence alone would give */
+    free(l.dout);
+    l.dout = random_array(DSV4_F32, l.entries * c.head_dim, 70, 1);
+    const int64_t lengths[] = {SEEN, l.s.tokens};
+    lesson_parts p = lesson_cut(&l, &l.e, lengths, 2);
+    dsv4_segment segments[MOST];
+    dsv4_segment_gradient carried[MOST];
+    int64_t token = 0, entry = 0;
+    for (int k = 0; k < of->count; k++) {
+        dsv4_state *state = state_new(&l.e, 0);
+        ASSERT_EQ(DSV4_OK, dsv4_state_copy(state, p.state[1], NULL));
+        segments[k] = segment_new(token, k < of->longer ? of->length : 1, SEEN, entry, state);
+        carried[k] = (dsv4_segment_gradient){NULL, state_new(&l.e, 0)};
+        token += segments[k].count;
+        entry += dsv4_entry_count(&c, state, segments[k].count);
+    }
+    ASSERT(token <= l.s.tokens && entry <= l.entries);
+    dsv4_gradients to = {0};
+    to.dout = l.dout;
+    to.segments = carried;
+    dsv4_batch b = lesson_batch(&l, segments, of->count);
+    ASSERT_EQ(DSV4_OK, dsv4_backward(l.e.compressor, &b, &to, l.e.workspace, NULL));
+    const size_t size = dsv4_state_save_size(carried[0].previous);
+    unsigned char *together = reserve(size), *alone = reserve(size);
+    for (int k = 0; k < of->count; k++) {
+        ASSERT_EQ(DSV4_OK, dsv4_state_save(carried[k].previous, together, size, NULL, NULL));
+        b = lesson_batch(&l, &segments[k], 1);
+        to.segments = &carried[k];
+        ASSERT_EQ(DSV4_OK, dsv4_backward(l.e.compressor, &b, &to, l.e.workspace, NULL));
+        ASSERT_EQ(DSV4_OK, dsv4_state_save(carried[k].previous, alone, size, NULL, NULL));
+        ASSERT_MEM_EQ(alone, together, size);
+    }
+    free(together);
+    free(alone);
+    for (int k = 0; k < of->count; k++) {
+        dsv4_state_destroy(segments[k].state);
+        dsv4_state_destroy(carried[k].previous);
+    }
+    lesson_parts_free(&p);
     lesson_free(&l);
     PASS();
 }
@@ -603,6 +739,20 @@ TEST a_call_without_windows_gives_zeros(void) {
     PASS();
 }
 
+TEST a_call_without_tokens_gives_zeros(void) {
+    dsv4_config c = small_csa();
+    lesson l = small_lesson(&c, c.ratio);
+    gradient_set got = gradient_set_new(&c, DSV4_F32, 1);
+    dsv4_batch b = {0};
+    dsv4_gradients to = gradients_into(&got, NULL, DSV4_F32);
+    to.dx.data = NULL;
+    ASSERT_EQ(DSV4_OK, dsv4_backward(l.e.compressor, &b, &to, l.e.workspace, NULL));
+    for (int which = ORACLE_DWKV; which < GRADIENTS; which++) ASSERT(all_zero(&got, which, 0, got.count[which]));
+    gradient_set_free(&got);
+    lesson_free(&l);
+    PASS();
+}
+
 /* ---- Memory ------------------------------------------------------------------------------------------------ */
 
 /* One workspace of the size announced serves any length and allocates nothing. */
@@ -685,6 +835,11 @@ static void next_elsewhere(plea *p) { p->carried[1].next = p->fresh; }
 static void next_of_another(plea *p) { p->carried[0].next = p->other; }
 static void previous_of_another(plea *p) { p->carried[1].previous = p->other; }
 static void previous_is_the_state(plea *p) { p->carried[1].previous = p->segments[1].state; }
+static void next_is_the_state(plea *p) { p->carried[0].next = p->segments[0].state; }
+static void kept_projections_without_x(plea *p) {
+    p->batch.kv = p->batch.gate = p->batch.x;
+    p->batch.x = NULL;
+}
 static void previous_is_next(plea *p) { p->carried[0].previous = (dsv4_state *)(uintptr_t)p->carried[0].next; }
 static void previous_is_another_state(plea *p) { p->carried[0].previous = p->segments[1].state; }
 static void next_is_another_previous(plea *p) { p->carried[1].previous = (dsv4_state *)(uintptr_t)p->carried[0].next; }
@@ -724,6 +879,8 @@ static const struct {
     {"next_of_another", next_of_another, DSV4_ERROR_STATE},
     {"previous_of_another", previous_of_another, DSV4_ERROR_STATE},
     {"previous_is_the_state", previous_is_the_state, DSV4_ERROR_STATE},
+    {"next_is_the_state", next_is_the_state, DSV4_ERROR_STATE},
+    {"kept_projections_without_x", kept_projections_without_x, DSV4_ERROR_NULL},
     {"previous_is_next", previous_is_next, DSV4_ERROR_STATE},
     {"previous_is_another_state", previous_is_another_state, DSV4_ERROR_STATE},
     {"next_is_another_previous", next_is_another_previous, DSV4_ERROR_STATE},
@@ -872,6 +1029,7 @@ SUITE(right) {
         RUN_TESTp(the_oracle_agrees_with_itself, seed);
     }
     FOR_EVERY_SHAPE(agrees_with_the_chain_rule_in_double)
+    RUN_TEST(a_wide_gate_beside_a_narrow_wkv_agrees_with_the_chain_rule);
 }
 
 SUITE(same_bits) {
@@ -882,6 +1040,13 @@ SUITE(same_bits) {
     FOR_EACH_LONG_SHAPE(blocks_are_counted_from_the_first_token)
     FOR_EVERY_SHAPE(kept_projections_give_the_bits_of_recomputing)
     FOR_EVERY_SHAPE(packed_documents_are_separate_calls_in_order)
+    RUN_TEST(whole_sequences_and_parts_share_a_call);
+    RUN_TEST(a_document_may_end_anywhere_in_a_chunk);
+    RUN_TEST(hundreds_of_short_documents_are_separate_calls_in_order);
+    for (size_t i = 0; i < sizeof carried_cases / sizeof *carried_cases; i++) {
+        named("%s%s", carried_cases[i].name, "");
+        RUN_TESTp(what_many_parts_carry_is_what_each_carries_alone, &carried_cases[i]);
+    }
 }
 
 SUITE(where_gradients_go) {
@@ -907,6 +1072,7 @@ SUITE(extremes) {
     RUN_TESTp(zeros_give_finite_gradients, 1e-20f);
     FOR_EACH_SHAPE(the_dropped_tail_gets_no_gradient)
     RUN_TEST(a_call_without_windows_gives_zeros);
+    RUN_TEST(a_call_without_tokens_gives_zeros);
 }
 
 SUITE(refused) {

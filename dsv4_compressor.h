@@ -572,11 +572,13 @@ file without them, or define DSV4_COMPRESSOR_FAST_MATH to give the guarantee up.
 #if defined(__GNUC__)
 #define DSV4__INLINE            __attribute__((always_inline)) static inline
 #define DSV4__UNUSED            __attribute__((unused))
-#define DSV4__PREFETCH(pointer) __builtin_prefetch((pointer), 0, 2)
+#define DSV4__PREFETCH(pointer) __builtin_prefetch((pointer), 0, 2) /* to the second cache, to be read */
+#define DSV4__PREFETCH_SUM(pointer) __builtin_prefetch((pointer), 1, 3)
 #else
 #define DSV4__INLINE static inline
 #define DSV4__UNUSED
 #define DSV4__PREFETCH(pointer) ((void)(pointer))
+#define DSV4__PREFETCH_SUM(pointer) ((void)(pointer))
 #endif
 
 /* Register tiles are loops of constant length over arrays of vectors: only fully unrolled do they stay in registers. */
@@ -1377,7 +1379,11 @@ DSV4__INLINE int DSV4__FN(word)(const void *pair) {
 }
 #endif
 
-#define DSV4__DIRECT_ROWS (DSV4__TILE_ROWS > 8 ? 8 : 4)
+#if DSV4__TILE_ROWS > 8
+#define DSV4__SMALL_ROWS 8
+#else
+#define DSV4__SMALL_ROWS 4
+#endif
 
 /* How a register tile reads its operands. */
 enum DSV4__FN(mode) {
@@ -1409,7 +1415,8 @@ DSV4__INLINE void DSV4__FN(term)(DSV4__VF acc[][DSV4__TILE_VECTORS], const int r
     }
 }
 
-/* Adds pair k of terms to a tile, in the order that the contract asks for. x and w are those of pair 0. */
+/* Adds pair k of terms to a tile, in the order that the contract asks for. x and w are those of pair 0. `swap`, the odd
+ * term first, only moves where fp32 terms are read from, but is a constant in mode direct. */
 DSV4__INLINE void DSV4__FN(pair)(DSV4__VF acc[][DSV4__TILE_VECTORS], const int rows, const int mode, const int swap,
                                  const void *x, const void *w, int64_t k) {
 #if defined(DSV4__DOT)
@@ -1432,18 +1439,29 @@ DSV4__INLINE void DSV4__FN(pair)(DSV4__VF acc[][DSV4__TILE_VECTORS], const int r
     DSV4__FN(term)(acc, rows, mode, values + !swap, two, !swap);
 }
 
-/* One register tile: `rows` rows by TILE_VECTORS * VL columns, from `column` on. rows, mode and swap are constants at
- * every call, so that each call becomes a loop of its own with all sums in registers. Two pairs a round: every
- * instruction that counts or steps takes a place from a multiplication. */
+/* Fetches the sums that a tile will be added to while it is being multiplied: they may lie far away. */
+DSV4__INLINE void DSV4__FN(fetch_sums)(const float *sum, int64_t stride, const int rows) {
+    DSV4__UNROLL
+    for (int r = 0; r < rows; r++) {
+        DSV4__UNROLL
+        for (int v = 0; v < DSV4__TILE_VECTORS * DSV4__VL; v += 16) DSV4__PREFETCH_SUM(sum + r * stride + v);
+    }
+}
+
+/* One register tile: `rows` rows by TILE_VECTORS * VL columns, from `column` on. rows and mode are constants at every
+ * call, so that each call becomes a loop of its own with all sums in registers. Two pairs a round: every instruction
+ * that counts or steps takes a place from a multiplication. */
 DSV4__INLINE void DSV4__FN(tile)(const dsv4__product_job *job, int64_t row, int64_t column, const int rows,
                                  const int mode, const int swap, const void *panel) {
     const int x_size = mode == DSV4__FN(dots) ? 2 : 4,
               w_size = mode == DSV4__FN(dots) || mode == DSV4__FN(direct) ? 2 : 4;
     const char *x = (const char *)job->x + row * DSV4__KBLOCK * x_size;
     const char *w = (const char *)panel + 4 * column; /* one number, or a pair of bf16 */
+    float *sum = job->sum + row * job->sum_stride + column;
     const dsv4__ahead ahead = dsv4__fetch_ahead(job, row, rows);
     uintptr_t fetch = ahead.from;
     DSV4__VF acc[DSV4__TILE_ROWS][DSV4__TILE_VECTORS];
+    if (!job->first) DSV4__FN(fetch_sums)(sum, job->sum_stride, rows);
     DSV4__UNROLL
     for (int r = 0; r < rows; r++) {
         DSV4__UNROLL
@@ -1457,22 +1475,24 @@ DSV4__INLINE void DSV4__FN(tile)(const dsv4__product_job *job, int64_t row, int6
     }
     if (k > 0) DSV4__FN(pair)(acc, rows, mode, swap, x, w, 0);
     DSV4__UNROLL
-    for (int r = 0; r < rows; r++) {
-        float *sum = job->sum + (row + r) * job->sum_stride + column;
+    for (int r = 0; r < rows; r++, sum += job->sum_stride) {
         DSV4__UNROLL
-        for (int v = 0; v < DSV4__TILE_VECTORS; v++, sum += DSV4__VL)
-            v_store(sum, job->first ? acc[r][v] : v_add(v_load(sum), acc[r][v]));
+        for (int v = 0; v < DSV4__TILE_VECTORS; v++)
+            v_store(sum + v * DSV4__VL, job->first ? acc[r][v] : v_add(v_load(sum + v * DSV4__VL), acc[r][v]));
     }
 }
 
-/* All rows by all columns of a panel, the largest tiles first. */
+/* All rows by all columns of a panel, the largest tiles first; a batch of a few small tiles is not left with a rest that
+ * cannot keep the multipliers busy. */
 DSV4__INLINE void DSV4__FN(tiles)(const dsv4__product_job *job, const int mode, const int swap, const void *w) {
+    const int large = mode != DSV4__FN(direct) && (job->rows % DSV4__SMALL_ROWS != 0 || job->rows >= 4 * DSV4__TILE_ROWS ||
+                                                   job->rows % DSV4__TILE_ROWS == 0);
     for (int64_t column = 0; column < DSV4__PANEL; column += DSV4__TILE_VECTORS * DSV4__VL) {
         int64_t row = 0;
         if (mode != DSV4__FN(direct))
-            for (; job->rows - row >= DSV4__TILE_ROWS; row += DSV4__TILE_ROWS)
+            for (; large && job->rows - row >= DSV4__TILE_ROWS; row += DSV4__TILE_ROWS)
                 DSV4__FN(tile)(job, row, column, DSV4__TILE_ROWS, mode, swap, w);
-#if DSV4__TILE_ROWS > 8
+#if DSV4__SMALL_ROWS > 4
         for (; job->rows - row >= 8; row += 8) DSV4__FN(tile)(job, row, column, 8, mode, swap, w);
 #endif
         for (; job->rows - row >= 4; row += 4) DSV4__FN(tile)(job, row, column, 4, mode, swap, w);
@@ -1499,7 +1519,7 @@ static void DSV4__FN(product)(const dsv4__product_job *job) {
     }
 #endif
 #if defined(DSV4__FUSED)
-    if (job->w_bf16 && job->rows <= DSV4__DIRECT_ROWS) {
+    if (job->w_bf16 && job->rows <= DSV4__SMALL_ROWS) {
         if (job->swap)
             DSV4__FN(tiles)(job, DSV4__FN(direct), 1, w);
         else
@@ -1511,14 +1531,13 @@ static void DSV4__FN(product)(const dsv4__product_job *job) {
         DSV4__FN(widen_panel)((const dsv4_bf16 *)w, job->pairs, job->wide);
         w = job->wide;
     }
-    if (!job->swap)
-        DSV4__FN(tiles)(job, DSV4__FN(chain), 0, w);
-    else
-#if defined(DSV4__FUSED)
-        DSV4__FN(tiles)(job, DSV4__FN(chain), 1, w);
-#else
+#if !defined(DSV4__FUSED)
+    if (job->swap) {
         DSV4__FN(tiles)(job, DSV4__FN(exact), 1, w);
+        return;
+    }
 #endif
+    DSV4__FN(tiles)(job, DSV4__FN(chain), job->swap, w);
 }
 
 /* e^x for x <= 0, within 2 ulp: x = n ln 2 + r, e^r = 1 + r + r^2 q(r). 0 where the result would be subnormal. */
@@ -1784,7 +1803,7 @@ enum { DSV4__FN(has_dot) = 0, DSV4__FN(tile_rows) = DSV4__TILE_ROWS };
 #undef DSV4__FUSED
 #undef DSV4__DOT
 #undef DSV4__TILE_ROWS
-#undef DSV4__DIRECT_ROWS
+#undef DSV4__SMALL_ROWS
 #undef DSV4__TILE_VECTORS
 #undef v_zero
 #undef v_set

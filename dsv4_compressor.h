@@ -1003,20 +1003,20 @@ typedef struct dsv4__product_job {
     float *sum;
     int64_t sum_stride;
     int first;        /* the block starts the sum instead of being added */
-    const void *next; /* what the following call will read, to be fetched into the second cache meanwhile */
+    uintptr_t next; /* what a later call will read, to be fetched into the second cache; it may end sooner, so no pointer */
     int64_t next_bytes;
     float *wide; /* scratch for one widened block, [DSV4__KBLOCK][32] */
 } dsv4__product_job;
 
 /* A tile's share of job->next, spread evenly over its rounds of two pairs: `step` bytes in each. */
 typedef struct dsv4__ahead {
-    uintptr_t from; /* a number: what lies ahead may end sooner */
+    uintptr_t from;
     int64_t step;
 } dsv4__ahead;
 
 DSV4__INLINE dsv4__ahead dsv4__fetch_ahead(const dsv4__product_job *job, int64_t row, int64_t rows) {
     dsv4__ahead ahead;
-    ahead.from = (uintptr_t)job->next + (uintptr_t)(job->next_bytes * row / job->rows);
+    ahead.from = job->next + (uintptr_t)(job->next_bytes * row / job->rows);
     ahead.step = job->next_bytes * rows / job->rows / ((job->pairs + 1) / 2);
     return ahead;
 }
@@ -1039,6 +1039,8 @@ typedef struct dsv4__pool_job {
     int64_t channels;
     uint32_t rounding;
     float pad_gate;
+    float *scores;  /* scratch, [rows of the window, 32] */
+    int64_t fetch;  /* numbers from a row to that of the next window, where rows come from memory; else 0 */
     float *pooled;  /* [channels] */
     float *weights; /* [rows of the window, weights_stride] or NULL */
     int64_t weights_stride;
@@ -1556,108 +1558,181 @@ DSV4__INLINE DSV4__VF DSV4__FN(exp)(DSV4__VF x) {
     return v_below(x, v_set(-87.3365402f), v_mul(v_add(q, v_set(1.0f)), v_power(t)));
 }
 
-/* The scores of n channels from c on in one row of a run. */
-DSV4__INLINE DSV4__VF DSV4__FN(score)(const dsv4__pool_job *job, const dsv4__run *run, int64_t row, int64_t c,
-                                      int64_t n) {
-    if (run->kv == NULL) return v_set(job->pad_gate);
-    if (run->gate == NULL) return v_zero();
-    DSV4__VF score = DSV4__FN(load_some)(run->gate + row * run->stride + c, n);
-    if (run->ape != NULL) score = v_add(score, DSV4__FN(load_some)(run->ape + row * run->ape_stride + c, n));
-    return job->rounding & DSV4_ROUND_SCORE ? v_round(score) : score;
+/* Pooling works on DSV4__POOL_VECTORS vectors of channels side by side, and on one where fewer are left. */
+#define DSV4__POOL_VECTORS (DSV4__PANEL / DSV4__VL < 4 ? DSV4__PANEL / DSV4__VL : 4)
+
+/* The vectors of channels from c on: `vectors` of them, or n < VL channels of one. */
+typedef struct DSV4__FN(span) {
+    int64_t c, n;
+} DSV4__FN(span);
+
+/* Softmax over a window's rows: maximum, and the sums of e and of e kv in row order. */
+typedef struct DSV4__FN(softmax) {
+    DSV4__VF top[DSV4__POOL_VECTORS], den[DSV4__POOL_VECTORS], sum[DSV4__POOL_VECTORS];
+} DSV4__FN(softmax);
+
+/* The scores of one row of a run. */
+DSV4__INLINE void DSV4__FN(score_row)(const dsv4__pool_job *job, const dsv4__run *run, int64_t row, DSV4__FN(span) at,
+                                      const int vectors, DSV4__VF *score) {
+    const int gated = run->kv != NULL && run->gate != NULL;
+    const float *gate = gated ? run->gate + row * run->stride + at.c : NULL;
+    const float *ape = gated && run->ape != NULL ? run->ape + row * run->ape_stride + at.c : NULL;
+    DSV4__UNROLL
+    for (int v = 0; v < vectors; v++)
+        score[v] = gated ? DSV4__FN(load_some)(gate + v * DSV4__VL, at.n)
+                         : v_set(run->kv == NULL ? job->pad_gate : 0.0f);
+    if (ape != NULL) {
+        DSV4__UNROLL
+        for (int v = 0; v < vectors; v++)
+            score[v] = v_add(score[v], DSV4__FN(load_some)(ape + v * DSV4__VL, at.n));
+    }
+    if (gated && (job->rounding & DSV4_ROUND_SCORE)) {
+        DSV4__UNROLL
+        for (int v = 0; v < vectors; v++) score[v] = v_round(score[v]);
+    }
 }
 
 DSV4__INLINE DSV4__VF DSV4__FN(value)(const dsv4__run *run, int64_t row, int64_t c, int64_t n) {
     return run->kv == NULL ? v_zero() : DSV4__FN(load_some)(run->kv + row * run->stride + c, n);
 }
 
-/* Softmax weights where they are wanted one by one: rounded presets, and the stage. */
-static DSV4__VF DSV4__FN(pool_weighted)(const dsv4__pool_job *job, DSV4__VF top, DSV4__VF den, int64_t c, int64_t n) {
-    DSV4__VF sum = v_zero();
-    float *weights = job->weights;
+/* Projections that come from memory: the same row of the next window. */
+DSV4__INLINE void DSV4__FN(fetch_row)(const dsv4__pool_job *job, const dsv4__run *run, int64_t row, DSV4__FN(span) at,
+                                      const int vectors) {
+    const uintptr_t offset = (uintptr_t)(row * run->stride + at.c + job->fetch) * sizeof(float);
+    for (uintptr_t line = 0; line < (uintptr_t)vectors * DSV4__VL * sizeof(float); line += 64) {
+        DSV4__PREFETCH((const void *)((uintptr_t)run->kv + offset + line));
+        DSV4__PREFETCH((const void *)((uintptr_t)run->gate + offset + line));
+    }
+}
+
+/* Writes the scores to job->scores [rows, vectors * VL]; their maximum to s->top. */
+DSV4__INLINE void DSV4__FN(scores)(const dsv4__pool_job *job, DSV4__FN(span) at, const int vectors,
+                                   DSV4__FN(softmax) *s) {
+    float *scores = job->scores;
+    DSV4__UNROLL
+    for (int v = 0; v < vectors; v++) s->top[v] = v_set(-INFINITY);
     for (int i = 0; i < job->window->run_count; i++) {
-        const dsv4__run *run = &job->window->runs[i];
-        for (int64_t row = 0; row < run->count; row++) {
-            DSV4__VF weight = v_div(DSV4__FN(exp)(v_sub(DSV4__FN(score)(job, run, row, c, n), top)), den);
-            const DSV4__VF value = DSV4__FN(value)(run, row, c, n);
-            if (job->rounding & DSV4_ROUND_WEIGHT) weight = v_round(weight);
-            if (job->rounding & DSV4_ROUND_PRODUCT)
-                sum = v_add(sum, v_round(v_mul(weight, value)));
-            else
-                sum = v_fma(weight, value, sum);
-            if (weights != NULL) {
-                DSV4__FN(store_some)(weights + c, weight, n);
-                weights += job->weights_stride;
+        const dsv4__run run = job->window->runs[i];
+        for (int64_t row = 0; row < run.count; row++) {
+            DSV4__VF score[DSV4__POOL_VECTORS];
+            DSV4__FN(score_row)(job, &run, row, at, vectors, score);
+            if (job->fetch != 0) DSV4__FN(fetch_row)(job, &run, row, at, vectors);
+            DSV4__UNROLL
+            for (int v = 0; v < vectors; v++, scores += DSV4__VL) {
+                v_store(scores, score[v]);
+                s->top[v] = v_max(s->top[v], score[v]);
             }
         }
     }
-    return sum;
 }
 
-/* Softmax over a window's rows for n channels from c on: maximum, and the sums of e and of e kv in row order. */
-typedef struct DSV4__FN(softmax) {
-    DSV4__VF top, den, sum;
-} DSV4__FN(softmax);
-
-DSV4__INLINE DSV4__FN(softmax) DSV4__FN(pool_channels)(const dsv4__pool_job *job, int64_t c, int64_t n) {
-    const dsv4__window *window = job->window;
-    DSV4__VF top = v_set(-INFINITY), den = v_zero(), sum = v_zero();
-    for (int i = 0; i < window->run_count; i++) {
-        const dsv4__run *run = &window->runs[i];
-        for (int64_t row = 0; row < run->count; row++) {
-            top = v_max(top, DSV4__FN(score)(job, run, row, c, n));
+/* Sums the scores' exponentials; `keep` puts these where the scores were. */
+DSV4__INLINE void DSV4__FN(exponentials)(const dsv4__pool_job *job, DSV4__FN(span) at, const int vectors,
+                                         const int keep, DSV4__FN(softmax) *s) {
+    float *scores = job->scores;
+    DSV4__UNROLL
+    for (int v = 0; v < vectors; v++) s->den[v] = s->sum[v] = v_zero();
+    for (int i = 0; i < job->window->run_count; i++) {
+        const dsv4__run run = job->window->runs[i];
+        for (int64_t row = 0; row < run.count; row++) {
+            DSV4__UNROLL
+            for (int v = 0; v < vectors; v++, scores += DSV4__VL) {
+                const DSV4__VF e = DSV4__FN(exp)(v_sub(v_load(scores), s->top[v]));
+                if (keep) v_store(scores, e);
+                s->den[v] = v_add(s->den[v], e);
+                s->sum[v] = v_fma(e, DSV4__FN(value)(&run, row, at.c + v * DSV4__VL, at.n), s->sum[v]);
+            }
         }
     }
-    for (int i = 0; i < window->run_count; i++) {
-        const dsv4__run *run = &window->runs[i];
-        for (int64_t row = 0; row < run->count; row++) {
-            const DSV4__VF e = DSV4__FN(exp)(v_sub(DSV4__FN(score)(job, run, row, c, n), top));
-            den = v_add(den, e);
-            sum = v_fma(e, DSV4__FN(value)(run, row, c, n), sum);
-        }
-    }
-    DSV4__FN(softmax) result;
-    result.top = top;
-    result.den = den;
-    result.sum = sum;
-    return result;
 }
 
-/* The pooled row of a window. */
-static void DSV4__FN(pool)(const dsv4__pool_job *job) {
+/* Where softmax weights are wanted one by one, rounded presets and the stage: sum becomes that of the rounded ones. On
+ * arrays of its own, so that the other steps' stay in registers. */
+DSV4__INLINE void DSV4__FN(one_by_one)(const dsv4__pool_job *job, DSV4__FN(span) at, const int vectors,
+                                       DSV4__FN(softmax) *s) {
+    const float *e = job->scores;
+    float *weights = job->weights;
+    DSV4__FN(softmax) own = *s;
+    for (int v = 0; v < vectors; v++) own.sum[v] = v_zero();
+    for (int i = 0; i < job->window->run_count; i++) {
+        const dsv4__run run = job->window->runs[i];
+        for (int64_t row = 0; row < run.count; row++) {
+            for (int v = 0; v < vectors; v++, e += DSV4__VL) {
+                const DSV4__VF value = DSV4__FN(value)(&run, row, at.c + v * DSV4__VL, at.n);
+                DSV4__VF weight = v_div(v_load(e), own.den[v]);
+                if (job->rounding & DSV4_ROUND_WEIGHT) weight = v_round(weight);
+                if (job->rounding & DSV4_ROUND_PRODUCT)
+                    own.sum[v] = v_add(own.sum[v], v_round(v_mul(weight, value)));
+                else
+                    own.sum[v] = v_fma(weight, value, own.sum[v]);
+                if (weights != NULL) DSV4__FN(store_some)(weights + at.c + v * DSV4__VL, weight, at.n);
+            }
+            if (weights != NULL) weights += job->weights_stride;
+        }
+    }
+    *s = own;
+}
+
+DSV4__INLINE void DSV4__FN(pool_span)(const dsv4__pool_job *job, DSV4__FN(span) at, const int vectors) {
     const int weighted = (job->rounding & (DSV4_ROUND_WEIGHT | DSV4_ROUND_PRODUCT)) != 0;
-    for (int64_t c = 0; c < job->channels; c += DSV4__VL) {
-        const int64_t n = dsv4__min(job->channels - c, DSV4__VL);
-        const DSV4__FN(softmax) s = DSV4__FN(pool_channels)(job, c, n);
-        DSV4__VF pooled = v_div(s.sum, s.den);
-        if (weighted || job->weights != NULL) {
-            const DSV4__VF one_by_one = DSV4__FN(pool_weighted)(job, s.top, s.den, c, n);
-            if (weighted) pooled = one_by_one;
-        }
-        DSV4__FN(store_some)(job->pooled + c, pooled, n);
-    }
+    const int weights = weighted || job->weights != NULL;
+    DSV4__FN(softmax) s;
+    DSV4__VF pooled[DSV4__POOL_VECTORS];
+    DSV4__FN(scores)(job, at, vectors, &s);
+    DSV4__FN(exponentials)(job, at, vectors, weights, &s);
+    DSV4__UNROLL
+    for (int v = 0; v < vectors; v++) pooled[v] = v_div(s.sum[v], s.den[v]);
+    if (weights) DSV4__FN(one_by_one)(job, at, vectors, &s);
+    DSV4__UNROLL
+    for (int v = 0; v < vectors; v++)
+        DSV4__FN(store_some)(job->pooled + at.c + v * DSV4__VL, weighted ? s.sum[v] : pooled[v], at.n);
 }
 
 /* The same weights on the way back: dkv_j = p_j dpooled and dgate_j = p_j dpooled (kv_j - mean), mean = sum p kv. */
-static void DSV4__FN(pool_back)(const dsv4__pool_job *job) {
-    const dsv4__window *window = job->window;
-    for (int64_t c = 0; c < job->channels; c += DSV4__VL) {
-        const int64_t n = dsv4__min(job->channels - c, DSV4__VL);
-        const DSV4__FN(softmax) s = DSV4__FN(pool_channels)(job, c, n);
-        const DSV4__VF mean = v_div(s.sum, s.den), dpooled = DSV4__FN(load_some)(job->dpooled + c, n);
-        for (int i = 0; i < window->run_count; i++) {
-            const dsv4__run *run = &window->runs[i];
-            for (int64_t row = 0; row < run->count && run->dkv != NULL; row++) {
-                const DSV4__VF e = DSV4__FN(exp)(v_sub(DSV4__FN(score)(job, run, row, c, n), s.top));
-                const DSV4__VF p = v_div(e, s.den);
+DSV4__INLINE void DSV4__FN(pool_back_span)(const dsv4__pool_job *job, DSV4__FN(span) at, const int vectors) {
+    const float *e = job->scores;
+    DSV4__FN(softmax) s;
+    DSV4__FN(scores)(job, at, vectors, &s);
+    DSV4__FN(exponentials)(job, at, vectors, 1, &s);
+    DSV4__UNROLL
+    for (int v = 0; v < vectors; v++) s.sum[v] = v_div(s.sum[v], s.den[v]);
+    for (int i = 0; i < job->window->run_count; i++) {
+        const dsv4__run run = job->window->runs[i];
+        for (int64_t row = 0; row < run.count; row++)
+            for (int v = 0; v < vectors; v++, e += DSV4__VL) {
+                const int64_t c = at.c + v * DSV4__VL;
+                if (run.dkv == NULL) continue;
+                const DSV4__VF p = v_div(v_load(e), s.den[v]), dpooled = DSV4__FN(load_some)(job->dpooled + c, at.n);
                 const DSV4__VF weight = job->rounding & DSV4_ROUND_WEIGHT ? v_round(p) : p;
-                const DSV4__VF aside = v_sub(DSV4__FN(value)(run, row, c, n), mean);
-                DSV4__FN(store_some)(run->dkv + row * run->d_stride + c, v_mul(weight, dpooled), n);
-                if (run->dgate != NULL)
-                    DSV4__FN(store_some)(run->dgate + row * run->d_stride + c, v_mul(v_mul(p, dpooled), aside), n);
+                const DSV4__VF aside = v_sub(DSV4__FN(value)(&run, row, c, at.n), s.sum[v]);
+                DSV4__FN(store_some)(run.dkv + row * run.d_stride + c, v_mul(weight, dpooled), at.n);
+                if (run.dgate != NULL)
+                    DSV4__FN(store_some)(run.dgate + row * run.d_stride + c, v_mul(v_mul(p, dpooled), aside), at.n);
             }
-        }
     }
 }
+
+/* The pooled row of a window, or its gradient. */
+DSV4__INLINE void DSV4__FN(spans)(const dsv4__pool_job *job, const int back) {
+    DSV4__FN(span) at;
+    at.n = DSV4__VL;
+    for (at.c = 0; at.c + DSV4__POOL_VECTORS * DSV4__VL <= job->channels; at.c += DSV4__POOL_VECTORS * DSV4__VL)
+        if (back)
+            DSV4__FN(pool_back_span)(job, at, DSV4__POOL_VECTORS);
+        else
+            DSV4__FN(pool_span)(job, at, DSV4__POOL_VECTORS);
+    for (; at.c < job->channels; at.c += DSV4__VL) {
+        at.n = dsv4__min(job->channels - at.c, DSV4__VL);
+        if (back)
+            DSV4__FN(pool_back_span)(job, at, 1);
+        else
+            DSV4__FN(pool_span)(job, at, 1);
+    }
+}
+
+static void DSV4__FN(pool)(const dsv4__pool_job *job) { DSV4__FN(spans)(job, 0); }
+static void DSV4__FN(pool_back)(const dsv4__pool_job *job) { DSV4__FN(spans)(job, 1); }
 
 /* Rounds in place. */
 static void DSV4__FN(round)(float *data, int64_t count) {
@@ -1804,6 +1879,7 @@ enum { DSV4__FN(has_dot) = 0, DSV4__FN(tile_rows) = DSV4__TILE_ROWS };
 #undef DSV4__DOT
 #undef DSV4__TILE_ROWS
 #undef DSV4__SMALL_ROWS
+#undef DSV4__POOL_VECTORS
 #undef DSV4__TILE_VECTORS
 #undef v_zero
 #undef v_set
@@ -2646,6 +2722,7 @@ enum {
     DSV4__BLOCK_ROWS = 224,          /* at most, in one block */
     DSV4__BLOCK_BYTES = 1664 * 1024, /* of a block's projections and packed x, for each thread */
     DSV4__CHUNK_PARTS = 64,          /* at most, in one chunk of the backward pass */
+    DSV4__DX_PANELS = 8,             /* panels of dx that a thread works on at a time */
     DSV4__TRAINING_PARTS = 16        /* fp32 arrays of dsv4__training */
 };
 
@@ -2685,7 +2762,8 @@ typedef struct dsv4__training {
     float *d_rows, *d_columns;         /* dkv and dgate, packed */
     float *dape, *dape_block;          /* [ratio, columns] */
     float *dnorm, *dnorm_block;        /* [head_dim] */
-    float *dx_sums, *x_panels;         /* [panels of hidden columns, DSV4__KBLOCK, 32] */
+    float *dx_sums;                    /* [threads, DSV4__DX_PANELS, DSV4__KBLOCK, 32] */
+    float *x_panels;                   /* [panels of hidden columns, DSV4__KBLOCK, 32] */
     float *weight_sums;                /* [matrices, columns, hidden_dim made a multiple of 32] for bf16 gradients */
 } dsv4__training;
 
@@ -2710,7 +2788,7 @@ struct dsv4_workspace {
 
 /* A thread's scratch. */
 typedef struct dsv4__scratch {
-    float *wide;  /* [DSV4__KBLOCK, 32] */
+    float *wide;  /* [DSV4__KBLOCK, 32], or the scores of a window, [rows, 32] */
     float *spare; /* [DSV4__BLOCK_ROWS, 32] on the way back, for sums of a panel that the array has no room for */
     float *row, *swapped, *cos_row, *sin_row; /* share the space of both */
 } dsv4__scratch;
@@ -2722,7 +2800,8 @@ typedef struct dsv4__workspace_layout {
 } dsv4__workspace_layout;
 
 /* Sizes, and places in the block, of what the backward pass needs; in the order of dsv4__place_training. */
-static void dsv4__training_parts(const dsv4_compressor *c, dsv4__training *t, dsv4__workspace_layout *layout) {
+static void dsv4__training_parts(const dsv4_compressor *c, int threads, dsv4__training *t,
+                                 dsv4__workspace_layout *layout) {
     const int64_t ratio = c->config.ratio, dim = c->config.head_dim, terms = DSV4__KBLOCK;
     const int64_t column_blocks = dsv4__ceil_div(c->columns, DSV4__KBLOCK);
     const int64_t width = dsv4__ceil_div(c->config.hidden_dim, DSV4__PANEL) * DSV4__PANEL;
@@ -2743,7 +2822,7 @@ static void dsv4__training_parts(const dsv4_compressor *c, dsv4__training *t, ds
                                                      {ratio, c->columns},
                                                      {1, dim},
                                                      {1, dim},
-                                                     {terms, width},
+                                                     {(int64_t)threads * DSV4__DX_PANELS * terms, DSV4__PANEL},
                                                      {terms, width},
                                                      {sums, width}};
     for (int i = 0; i < DSV4__TRAINING_PARTS; i++)
@@ -2774,6 +2853,7 @@ static dsv4__workspace_layout dsv4__workspace_parts(dsv4_workspace *ws, size_t c
     ws->x_bytes = dsv4__max(dsv4__min(spare, least * dsv4__ceil_div(c->terms, DSV4__KBLOCK)), least);
     ws->scratch_numbers = (c->training ? 2 : 1) * DSV4__KBLOCK * DSV4__PANEL;
     ws->scratch_numbers = dsv4__max(ws->scratch_numbers, c->config.head_dim + 3 * c->config.rope_dim);
+    ws->scratch_numbers = dsv4__max(ws->scratch_numbers, c->series * c->config.ratio * DSV4__PANEL);
     ws->scratch_numbers = dsv4__ceil_div(ws->scratch_numbers, 16) * 16;
     (void)dsv4__reserve(&layout.size, 1, 1, sizeof *ws);
     layout.carry = dsv4__reserve(&layout.size, 1, (int64_t)carry_bytes, 1);
@@ -2782,7 +2862,7 @@ static dsv4__workspace_layout dsv4__workspace_parts(dsv4_workspace *ws, size_t c
     layout.x = dsv4__reserve(&layout.size, 1, ws->x_bytes, 1);
     layout.sums = dsv4__reserve(&layout.size, ws->block_rows, sums, sizeof(float));
     layout.scratch = dsv4__reserve(&layout.size, ws->threads, ws->scratch_numbers, sizeof(float));
-    if (c->training) dsv4__training_parts(c, &ws->training, &layout);
+    if (c->training) dsv4__training_parts(c, ws->threads, &ws->training, &layout);
     return layout;
 }
 
@@ -3105,8 +3185,8 @@ static float *dsv4__group_sums(const dsv4__call *call, int64_t group) {
     return call->ws->sums + group * call->ws->block_rows * c->series * c->matrices * DSV4__PANEL;
 }
 
-/* Adds one block of terms to the projections onto one group: sums [rows, panels, 32]. `after` is what the last panel's
- * weights are followed by. */
+/* Adds one block of terms to the projections onto one group: sums [rows, panels, 32]. `after` are the weights of the group
+ * that comes next: with few rows, one panel's time is less than memory's answer takes. */
 static void dsv4__project_group(const dsv4__call *call, int64_t group, int64_t term, const void *after, float *wide) {
     const dsv4_compressor *c = call->c;
     const int64_t panels = c->series * c->matrices;
@@ -3125,7 +3205,7 @@ static void dsv4__project_group(const dsv4__call *call, int64_t group, int64_t t
         job.swap = job.w_bf16 && call->x_bf16;
         job.sum = dsv4__group_sums(call, group) + p * DSV4__PANEL;
         job.next_bytes = job.pairs * 2 * DSV4__PANEL * (job.w_bf16 ? 2 : 4);
-        job.next = p + 1 < panels ? (const char *)job.w + job.next_bytes : after;
+        job.next = (uintptr_t)after + (uintptr_t)((const unsigned char *)job.w - dsv4__panel(c, group, term, 0));
         c->kernels->product(&job);
     }
 }
@@ -3251,22 +3331,25 @@ static dsv4__window dsv4__window_rows(const dsv4__call *call, const dsv4__piece 
     return window;
 }
 
-/* What all pooling of a compressor has in common. */
-static dsv4__pool_job dsv4__pool_settings(const dsv4_compressor *c, const dsv4__source *source) {
+/* What all pooling of a thread has in common. */
+static dsv4__pool_job dsv4__pool_settings(const dsv4__call *call, const dsv4__source *source, int64_t thread) {
+    const dsv4_config *config = &call->c->config;
     dsv4__pool_job job;
     memset(&job, 0, sizeof job);
     job.channels = source->channels;
-    job.rounding = c->config.rounding;
-    job.pad_gate = c->config.pad_gate;
+    job.rounding = config->rounding;
+    job.pad_gate = config->pad_gate;
+    job.scores = dsv4__scratch_of(call->ws, thread).wide;
+    job.fetch = call->batch.kv != NULL && source->gate != NULL ? config->ratio * source->stride : 0;
     if (job.rounding & DSV4_ROUND_SCORE) job.pad_gate = dsv4_bf16_to_f32(dsv4_bf16_from_f32(job.pad_gate));
     return job;
 }
 
 /* Pools the windows of the block that close, over the source's channels. */
-static void dsv4__pool_block(const dsv4__call *call, const dsv4__source *source) {
+static void dsv4__pool_block(const dsv4__call *call, const dsv4__source *source, int64_t thread) {
     const dsv4_compressor *c = call->c;
     const int64_t dim = c->config.head_dim, rows = c->series * c->config.ratio;
-    dsv4__pool_job job = dsv4__pool_settings(c, source);
+    dsv4__pool_job job = dsv4__pool_settings(call, source, thread);
     dsv4__window window;
     job.window = &window;
     job.weights_stride = dim;
@@ -3320,9 +3403,9 @@ static void dsv4__show_rows(const dsv4__call *call, const dsv4__source *source) 
     }
 }
 
-static void dsv4__use_source(const dsv4__call *call, const dsv4__source *source) {
+static void dsv4__use_source(const dsv4__call *call, const dsv4__source *source, int64_t thread) {
     dsv4__show_rows(call, source);
-    dsv4__pool_block(call, source);
+    dsv4__pool_block(call, source, thread);
     dsv4__keep_rows(call, source);
 }
 
@@ -3332,12 +3415,12 @@ static void dsv4__pool_task(void *argument, int64_t thread) {
     const int64_t groups = call->c->groups, threads = call->ws->threads;
     if (call->batch.kv != NULL) {
         const dsv4__source source = dsv4__thread_source(call, thread);
-        dsv4__use_source(call, &source);
+        dsv4__use_source(call, &source, thread);
         return;
     }
     for (int64_t group = groups * thread / threads; group < groups * (thread + 1) / threads; group++) {
         const dsv4__source source = dsv4__sums_source(call, group);
-        dsv4__use_source(call, &source);
+        dsv4__use_source(call, &source, thread);
     }
 }
 
@@ -3553,7 +3636,7 @@ static void dsv4__repool_task(void *argument, int64_t thread) {
     const dsv4__back *back = (const dsv4__back *)argument;
     const dsv4__source source = dsv4__thread_source(&back->call, thread);
     const int64_t dim = back->call.c->config.head_dim;
-    dsv4__pool_job job = dsv4__pool_settings(back->call.c, &source);
+    dsv4__pool_job job = dsv4__pool_settings(&back->call, &source, thread);
     dsv4__window window;
     job.window = &window;
     for (int64_t p = 0; p < back->parts; p++) {
@@ -3723,7 +3806,7 @@ static void dsv4__windows_back_task(void *argument, int64_t thread) {
     const dsv4__back *back = (const dsv4__back *)argument;
     const dsv4_compressor *c = back->call.c;
     const dsv4__source source = dsv4__thread_source(&back->call, thread);
-    dsv4__pool_job job = dsv4__pool_settings(c, &source);
+    dsv4__pool_job job = dsv4__pool_settings(&back->call, &source, thread);
     dsv4__window window;
     job.window = &window;
     for (int64_t p = 0; p < back->parts && source.channels > 0; p++) {
@@ -3804,9 +3887,9 @@ static void dsv4__put_dx(const dsv4__back *back, const float *sums, int64_t h, i
     }
 }
 
-/* dx over the panels [first, end) of hidden columns: dkv wkv, then dgate wgate. Blocks of terms are outermost, so that
- * their part of dkv stays in the second cache while the weights pass by. */
-static void dsv4__dx_panels(const dsv4__back *back, int64_t first, int64_t end, dsv4__product_job *job) {
+/* dx over a few panels [first, end) of hidden columns: dkv wkv, then dgate wgate. Their sums, and the block of dkv or dgate
+ * that is multiplied, stay in the second cache. */
+static void dsv4__dx_panels(const dsv4__back *back, float *sums, int64_t first, int64_t end, dsv4__product_job *job) {
     const dsv4_compressor *c = back->call.c;
     job->rows = back->rows;
     job->sum_stride = DSV4__PANEL;
@@ -3818,13 +3901,14 @@ static void dsv4__dx_panels(const dsv4__back *back, int64_t first, int64_t end, 
                 job->w_bf16 = c->w_bf16[m];
                 job->pairs = dsv4__padded(dsv4__min(c->columns - k, DSV4__KBLOCK)) / 2;
                 job->first = m == 0 && k == 0;
-                job->sum = back->room->dx_sums + i * DSV4__KBLOCK * DSV4__PANEL;
-                job->next = i + 1 < end ? dsv4__back_panel(c, i + 1, m, k) : job->w;
+                job->sum = sums + (i - first) * DSV4__KBLOCK * DSV4__PANEL;
                 job->next_bytes = job->pairs * 2 * DSV4__PANEL * (job->w_bf16 ? 2 : 4);
+                job->next = (uintptr_t)(i + 1 < end ? dsv4__back_panel(c, i + 1, m, k)
+                                                    : (const unsigned char *)job->w + job->next_bytes);
                 c->kernels->product(job);
             }
     for (int64_t i = first; i < end; i++)
-        dsv4__put_dx(back, back->room->dx_sums + i * DSV4__KBLOCK * DSV4__PANEL, i * DSV4__PANEL,
+        dsv4__put_dx(back, sums + (i - first) * DSV4__KBLOCK * DSV4__PANEL, i * DSV4__PANEL,
                      dsv4__min(c->config.hidden_dim - i * DSV4__PANEL, DSV4__PANEL));
 }
 
@@ -3880,7 +3964,7 @@ static void dsv4__dw_tile(const dsv4__back *back, int64_t matrix, int64_t row, i
         job->pairs = dsv4__padded(part->count) / 2;
         job->first = !back->started && p == 0 && !back->g.accumulate;
         job->next_bytes = job->pairs * 2 * DSV4__PANEL * (job->w_bf16 ? 2 : 4);
-        job->next = (const char *)job->w + job->next_bytes;
+        job->next = (uintptr_t)((const char *)job->w + job->next_bytes);
         back->call.c->kernels->product(job);
     }
     if (n < DSV4__PANEL) dsv4__copy_rows(sums, stride, spare, DSV4__PANEL, job->rows, n);
@@ -3911,7 +3995,9 @@ static void dsv4__products_task(void *argument, int64_t thread) {
     job.dot = back->call.dot;
     job.swap = back->round;
     job.wide = scratch.wide;
-    if (back->g.dx.data != NULL) dsv4__dx_panels(back, first, end, &job);
+    float *sums = back->room->dx_sums + thread * DSV4__DX_PANELS * DSV4__KBLOCK * DSV4__PANEL;
+    for (int64_t i = first; i < end && back->g.dx.data != NULL; i += DSV4__DX_PANELS)
+        dsv4__dx_panels(back, sums, i, dsv4__min(i + DSV4__DX_PANELS, end), &job);
     if (back->g.dwkv.data == NULL && back->g.dwgate.data == NULL) return;
     for (int64_t i = first; i < end; i++) dsv4__pack_x_panel(back, i);
     if (back->g.dwkv.data != NULL) dsv4__dw_panels(back, 0, first, end, &job, scratch.spare);

@@ -1,7 +1,8 @@
 /* bench_limits.h - what this machine can do at most: multiply-adds per second, and bytes read per second.
  *
- * Every kernel here does nothing but the one thing that it measures. A peak kernel keeps twelve independent chains of
- * one instruction in registers, enough to hide its latency on every CPU we know of (4 to 6 cycles, two a cycle). A read
+ * Every kernel here does nothing but the one thing that it measures. A peak kernel keeps independent chains of one
+ * instruction in registers, enough to hide its latency on every CPU we know of (two a cycle: twelve for FMA's 4 or 5
+ * cycles; VDPBF16PS takes 6, and twelve would just miss its peak). A read
  * kernel sums a buffer; several orders and prefetch distances are tried, and the best of them is the machine's. */
 
 #ifndef BENCH_LIMITS_H
@@ -42,34 +43,25 @@ static int bench_has_isa(const char *isa) {
  * Multiply-add peaks
  * ============================================================================================================ */
 
-#define BENCH_CHAINS 12
+enum { BENCH_CHAINS = 12, BENCH_CHAINS_DPBF16 = 20, BENCH_CHAINS_MOST = 20 };
 
-/* A peak kernel. `numbers` holds BENCH_CHAINS + 2 vectors; what it writes back keeps the chains alive. */
+/* A peak kernel. `numbers` holds two vectors of operands and one for each chain; what it writes back keeps those alive. */
 typedef void bench_peak_kernel(float *numbers, int64_t steps);
 
-#define BENCH_EACH_CHAIN(DO, ...)                                                                                      \
-    DO(c0, 0, __VA_ARGS__)                                                                                             \
-    DO(c1, 1, __VA_ARGS__)                                                                                             \
-    DO(c2, 2, __VA_ARGS__)                                                                                             \
-    DO(c3, 3, __VA_ARGS__)                                                                                             \
-    DO(c4, 4, __VA_ARGS__) DO(c5, 5, __VA_ARGS__) DO(c6, 6, __VA_ARGS__) DO(c7, 7, __VA_ARGS__) DO(c8, 8, __VA_ARGS__) \
-        DO(c9, 9, __VA_ARGS__) DO(c10, 10, __VA_ARGS__) DO(c11, 11, __VA_ARGS__)
-
-#define BENCH_CHAIN_BEGIN(CHAIN, I, VECTOR, LANES, LOAD) VECTOR CHAIN = LOAD(numbers + I * LANES);
-#define BENCH_CHAIN_STEP(CHAIN, I, OPERAND, MULTIPLY_ADD, KEEP) \
-    CHAIN = MULTIPLY_ADD(OPERAND(a), OPERAND(b), CHAIN);        \
-    KEEP(CHAIN);
-#define BENCH_CHAIN_END(CHAIN, I, LANES, STORE) STORE(numbers + I * LANES, CHAIN);
-
 /* KEEP hides a scalar chain from the vectoriser, which would otherwise merge several into one vector. */
-#define BENCH_PEAK_KERNEL(NAME, TARGET, VECTOR, LANES, LOAD, STORE, OPERAND, MULTIPLY_ADD, KEEP)               \
-    TARGET static void NAME(float *numbers, int64_t steps) {                                                   \
-        const VECTOR a = LOAD(numbers + BENCH_CHAINS * LANES), b = LOAD(numbers + (BENCH_CHAINS + 1) * LANES); \
-        BENCH_EACH_CHAIN(BENCH_CHAIN_BEGIN, VECTOR, LANES, LOAD)                                               \
-        for (int64_t step = 0; step < steps; step++) {                                                         \
-            BENCH_EACH_CHAIN(BENCH_CHAIN_STEP, OPERAND, MULTIPLY_ADD, KEEP)                                    \
-        }                                                                                                      \
-        BENCH_EACH_CHAIN(BENCH_CHAIN_END, LANES, STORE)                                                        \
+#define BENCH_EACH_CHAIN(CHAINS) _Pragma("GCC unroll 32") for (int i = 0; i < (CHAINS); i++)
+#define BENCH_PEAK_KERNEL(NAME, TARGET, CHAINS, VECTOR, LANES, LOAD, STORE, OPERAND, MULTIPLY_ADD, KEEP) \
+    TARGET static void NAME(float *numbers, int64_t steps) {                                             \
+        const VECTOR a = LOAD(numbers), b = LOAD(numbers + LANES);                                       \
+        VECTOR chain[CHAINS];                                                                            \
+        BENCH_EACH_CHAIN(CHAINS) chain[i] = LOAD(numbers + (i + 2) * LANES);                             \
+        for (int64_t step = 0; step < steps; step++) {                                                   \
+            BENCH_EACH_CHAIN(CHAINS) {                                                                   \
+                chain[i] = MULTIPLY_ADD(OPERAND(a), OPERAND(b), chain[i]);                               \
+                KEEP(chain[i]);                                                                          \
+            }                                                                                            \
+        }                                                                                                \
+        BENCH_EACH_CHAIN(CHAINS) STORE(numbers + (i + 2) * LANES, chain[i]);                             \
     }
 
 #define BENCH_SCALAR_LOAD(p)             (*(p))
@@ -82,54 +74,54 @@ typedef void bench_peak_kernel(float *numbers, int64_t steps);
 #define BENCH_KEEP(v)         __asm__ volatile("" : "+x"(v))
 #define BENCH_AS_BF16(v)      ((__m512bh)_mm512_castps_si512(v))
 #define BENCH_DPBF16(a, b, c) _mm512_dpbf16_ps(c, a, b)
-BENCH_PEAK_KERNEL(bench_peak_fma_scalar, BENCH_TARGET("fma"), float, 1, BENCH_SCALAR_LOAD, BENCH_SCALAR_STORE,
-                  BENCH_SAME, __builtin_fmaf, BENCH_KEEP)
-BENCH_PEAK_KERNEL(bench_peak_fma_128, BENCH_TARGET("fma"), __m128, 4, _mm_loadu_ps, _mm_storeu_ps, BENCH_SAME,
-                  _mm_fmadd_ps, BENCH_IGNORE)
-BENCH_PEAK_KERNEL(bench_peak_fma_256, BENCH_TARGET("fma"), __m256, 8, _mm256_loadu_ps, _mm256_storeu_ps, BENCH_SAME,
-                  _mm256_fmadd_ps, BENCH_IGNORE)
-BENCH_PEAK_KERNEL(bench_peak_fma_512, BENCH_TARGET("avx512f"), __m512, 16, _mm512_loadu_ps, _mm512_storeu_ps,
-                  BENCH_SAME, _mm512_fmadd_ps, BENCH_IGNORE)
+BENCH_PEAK_KERNEL(bench_peak_fma_scalar, BENCH_TARGET("fma"), BENCH_CHAINS, float, 1, BENCH_SCALAR_LOAD,
+                  BENCH_SCALAR_STORE, BENCH_SAME, __builtin_fmaf, BENCH_KEEP)
+BENCH_PEAK_KERNEL(bench_peak_fma_128, BENCH_TARGET("fma"), BENCH_CHAINS, __m128, 4, _mm_loadu_ps, _mm_storeu_ps,
+                  BENCH_SAME, _mm_fmadd_ps, BENCH_IGNORE)
+BENCH_PEAK_KERNEL(bench_peak_fma_256, BENCH_TARGET("fma"), BENCH_CHAINS, __m256, 8, _mm256_loadu_ps, _mm256_storeu_ps,
+                  BENCH_SAME, _mm256_fmadd_ps, BENCH_IGNORE)
+BENCH_PEAK_KERNEL(bench_peak_fma_512, BENCH_TARGET("avx512f"), BENCH_CHAINS, __m512, 16, _mm512_loadu_ps,
+                  _mm512_storeu_ps, BENCH_SAME, _mm512_fmadd_ps, BENCH_IGNORE)
 #if defined(__clang__) || __GNUC__ >= 10
 #define BENCH_HAS_DPBF16 1
-BENCH_PEAK_KERNEL(bench_peak_dpbf16, BENCH_TARGET("avx512f,avx512bf16"), __m512, 16, _mm512_loadu_ps, _mm512_storeu_ps,
-                  BENCH_AS_BF16, BENCH_DPBF16, BENCH_IGNORE)
+BENCH_PEAK_KERNEL(bench_peak_dpbf16, BENCH_TARGET("avx512f,avx512bf16"), BENCH_CHAINS_DPBF16, __m512, 16,
+                  _mm512_loadu_ps, _mm512_storeu_ps, BENCH_AS_BF16, BENCH_DPBF16, BENCH_IGNORE)
 #endif
 #elif defined(__aarch64__)
 #define BENCH_KEEP(v)           __asm__ volatile("" : "+w"(v))
 #define BENCH_NEON_FMA(a, b, c) vfmaq_f32(c, a, b)
-BENCH_PEAK_KERNEL(bench_peak_fma_scalar, BENCH_ANY_TARGET, float, 1, BENCH_SCALAR_LOAD, BENCH_SCALAR_STORE, BENCH_SAME,
-                  __builtin_fmaf, BENCH_KEEP)
-BENCH_PEAK_KERNEL(bench_peak_fma_128, BENCH_ANY_TARGET, float32x4_t, 4, vld1q_f32, vst1q_f32, BENCH_SAME,
+BENCH_PEAK_KERNEL(bench_peak_fma_scalar, BENCH_ANY_TARGET, BENCH_CHAINS, float, 1, BENCH_SCALAR_LOAD,
+                  BENCH_SCALAR_STORE, BENCH_SAME, __builtin_fmaf, BENCH_KEEP)
+BENCH_PEAK_KERNEL(bench_peak_fma_128, BENCH_ANY_TARGET, BENCH_CHAINS, float32x4_t, 4, vld1q_f32, vst1q_f32, BENCH_SAME,
                   BENCH_NEON_FMA, BENCH_IGNORE)
 #else
 #define BENCH_KEEP(v) BENCH_IGNORE(v)
 #endif
-BENCH_PEAK_KERNEL(bench_peak_portable, BENCH_ANY_TARGET, float, 1, BENCH_SCALAR_LOAD, BENCH_SCALAR_STORE, BENCH_SAME,
-                  BENCH_MULTIPLY_THEN_ADD, BENCH_KEEP)
+BENCH_PEAK_KERNEL(bench_peak_portable, BENCH_ANY_TARGET, BENCH_CHAINS, float, 1, BENCH_SCALAR_LOAD, BENCH_SCALAR_STORE,
+                  BENCH_SAME, BENCH_MULTIPLY_THEN_ADD, BENCH_KEEP)
 
 typedef struct bench_peak {
     const char *name;
     const char *needs; /* kernel set that the CPU must be able to run */
     bench_peak_kernel *kernel;
-    int lanes; /* fp32 numbers in a chain's vector */
+    int chains;
     int flops; /* of one instruction */
 } bench_peak;
 
 /* Widest last. */
 static const bench_peak bench_peaks[] = {
-    {"multiply, then add", "scalar", bench_peak_portable, 1, 2},
+    {"multiply, then add", "scalar", bench_peak_portable, BENCH_CHAINS, 2},
 #if defined(__x86_64__) || defined(__i386__)
-    {"FMA scalar", "avx2", bench_peak_fma_scalar, 1, 2},
-    {"FMA 128-bit", "avx2", bench_peak_fma_128, 4, 8},
-    {"FMA 256-bit", "avx2", bench_peak_fma_256, 8, 16},
-    {"FMA 512-bit", "avx512", bench_peak_fma_512, 16, 32},
+    {"FMA scalar", "avx2", bench_peak_fma_scalar, BENCH_CHAINS, 2},
+    {"FMA 128-bit", "avx2", bench_peak_fma_128, BENCH_CHAINS, 8},
+    {"FMA 256-bit", "avx2", bench_peak_fma_256, BENCH_CHAINS, 16},
+    {"FMA 512-bit", "avx512", bench_peak_fma_512, BENCH_CHAINS, 32},
 #ifdef BENCH_HAS_DPBF16
-    {"VDPBF16PS 512-bit", "avx512bf16", bench_peak_dpbf16, 16, 64},
+    {"VDPBF16PS 512-bit", "avx512bf16", bench_peak_dpbf16, BENCH_CHAINS_DPBF16, 64},
 #endif
 #elif defined(__aarch64__)
-    {"FMA scalar", "neon", bench_peak_fma_scalar, 1, 2},
-    {"FMA 128-bit", "neon", bench_peak_fma_128, 4, 8},
+    {"FMA scalar", "neon", bench_peak_fma_scalar, BENCH_CHAINS, 2},
+    {"FMA 128-bit", "neon", bench_peak_fma_128, BENCH_CHAINS, 8},
 #endif
 };
 enum { BENCH_PEAKS = sizeof bench_peaks / sizeof bench_peaks[0] };
@@ -162,8 +154,9 @@ typedef struct bench_peak_job {
 
 static void bench_peak_task(void *argument, int64_t index) {
     const bench_peak_job *job = (const bench_peak_job *)argument;
-    float numbers[(BENCH_CHAINS + 2) * 16];
-    for (int i = 0; i < (BENCH_CHAINS + 2) * 16; i++) numbers[i] = 0.5f + (float)((i * 37 + (int)index) % 101) / 256.0f;
+    float numbers[(BENCH_CHAINS_MOST + 2) * 16];
+    for (int i = 0; i < (BENCH_CHAINS_MOST + 2) * 16; i++)
+        numbers[i] = 0.5f + (float)((i * 37 + (int)index) % 101) / 256.0f;
     job->peak->kernel(numbers, job->steps);
 }
 
@@ -188,7 +181,7 @@ static double bench_peak_rate(const bench_peak *peak, const dsv4_parallel *paral
         const double start = bench_now();
         bench_run_tasks(parallel, threads, bench_peak_task, &job);
         const double elapsed = bench_now() - start;
-        if (elapsed >= 0.7 * seconds) return 1e-9 * (double)job.steps * BENCH_CHAINS * peak->flops * threads / elapsed;
+        if (elapsed >= 0.7 * seconds) return 1e-9 * (double)job.steps * peak->chains * peak->flops * threads / elapsed;
         job.steps = (int64_t)((double)job.steps * (elapsed > 0.01 * seconds ? 1.1 * seconds / elapsed : 8.0));
     }
 }

@@ -1417,8 +1417,8 @@ DSV4__INLINE void DSV4__FN(term)(DSV4__VF acc[][DSV4__TILE_VECTORS], const int r
     }
 }
 
-/* Adds pair k of terms to a tile, in the order that the contract asks for. x and w are those of pair 0. `swap`, the odd
- * term first, only moves where fp32 terms are read from, but is a constant in mode direct. */
+/* Adds pair k of terms to a tile, in the order that the contract asks for. x and w are those of pair 0. swap: the odd
+ * term first. */
 DSV4__INLINE void DSV4__FN(pair)(DSV4__VF acc[][DSV4__TILE_VECTORS], const int rows, const int mode, const int swap,
                                  const void *x, const void *w, int64_t k) {
 #if defined(DSV4__DOT)
@@ -1450,8 +1450,8 @@ DSV4__INLINE void DSV4__FN(fetch_sums)(const float *sum, int64_t stride, const i
     }
 }
 
-/* One register tile: `rows` rows by TILE_VECTORS * VL columns, from `column` on. rows and mode are constants at every
- * call, so that each call becomes a loop of its own with all sums in registers. Two pairs a round: every instruction
+/* One register tile: `rows` rows by TILE_VECTORS * VL columns, from `column` on. rows, mode and swap are constants at
+ * every call, so that each call becomes a loop of its own with all sums in registers. Two pairs a round: every instruction
  * that counts or steps takes a place from a multiplication. */
 DSV4__INLINE void DSV4__FN(tile)(const dsv4__product_job *job, int64_t row, int64_t column, const int rows,
                                  const int mode, const int swap, const void *panel) {
@@ -1476,11 +1476,18 @@ DSV4__INLINE void DSV4__FN(tile)(const dsv4__product_job *job, int64_t row, int6
         DSV4__FN(pair)(acc, rows, mode, swap, x, w, 1);
     }
     if (k > 0) DSV4__FN(pair)(acc, rows, mode, swap, x, w, 0);
-    DSV4__UNROLL
-    for (int r = 0; r < rows; r++, sum += job->sum_stride) {
+    if (!job->first) {
         DSV4__UNROLL
-        for (int v = 0; v < DSV4__TILE_VECTORS; v++)
-            v_store(sum + v * DSV4__VL, job->first ? acc[r][v] : v_add(v_load(sum + v * DSV4__VL), acc[r][v]));
+        for (int r = 0; r < rows; r++) {
+            DSV4__UNROLL
+            for (int v = 0; v < DSV4__TILE_VECTORS; v++)
+                acc[r][v] = v_add(v_load(sum + r * job->sum_stride + v * DSV4__VL), acc[r][v]);
+        }
+    }
+    DSV4__UNROLL
+    for (int r = 0; r < rows; r++) {
+        DSV4__UNROLL
+        for (int v = 0; v < DSV4__TILE_VECTORS; v++) v_store(sum + r * job->sum_stride + v * DSV4__VL, acc[r][v]);
     }
 }
 
@@ -1533,13 +1540,14 @@ static void DSV4__FN(product)(const dsv4__product_job *job) {
         DSV4__FN(widen_panel)((const dsv4_bf16 *)w, job->pairs, job->wide);
         w = job->wide;
     }
-#if !defined(DSV4__FUSED)
-    if (job->swap) {
+    if (!job->swap)
+        DSV4__FN(tiles)(job, DSV4__FN(chain), 0, w);
+    else
+#if defined(DSV4__FUSED)
+        DSV4__FN(tiles)(job, DSV4__FN(chain), 1, w);
+#else
         DSV4__FN(tiles)(job, DSV4__FN(exact), 1, w);
-        return;
-    }
 #endif
-    DSV4__FN(tiles)(job, DSV4__FN(chain), job->swap, w);
 }
 
 /* e^x for x <= 0, within 2 ulp: x = n ln 2 + r, e^r = 1 + r + r^2 q(r). 0 where the result would be subnormal. */

@@ -45,7 +45,7 @@ static int bench_has_isa(const char *isa) {
 
 enum { BENCH_CHAINS = 12, BENCH_CHAINS_DPBF16 = 20, BENCH_CHAINS_MOST = 20 };
 
-/* A peak kernel. `numbers` holds two vectors of operands and one for each chain; what it writes back keeps those alive. */
+/* A peak kernel. `numbers` holds two vectors of operands and one for each chain, kept alive by writing them back. */
 typedef void bench_peak_kernel(float *numbers, int64_t steps);
 
 /* KEEP hides a scalar chain from the vectoriser, which would otherwise merge several into one vector. */

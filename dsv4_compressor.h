@@ -899,17 +899,17 @@ static double dsv4__reduce(float angle, unsigned *quadrant) {
 }
 
 DSV4_API void dsv4_cos_sin(float angle, float *cos_out, float *sin_out) {
-    static const double cosine[9] = {1.0,
-                                     -1.0 / 2,
-                                     1.0 / 24,
-                                     -1.0 / 720,
-                                     1.0 / 40320,
-                                     -1.0 / 3628800,
-                                     1.0 / 479001600,
-                                     -1.0 / 87178291200.0,
-                                     1.0 / 20922789888000.0};
-    static const double sine[8] = {1.0,          -1.0 / 6,        1.0 / 120,          -1.0 / 5040,
-                                   1.0 / 362880, -1.0 / 39916800, 1.0 / 6227020800.0, -1.0 / 1307674368000.0};
+    static const double cosine[] = {1.0,
+                                    -1.0 / 2,
+                                    1.0 / 24,
+                                    -1.0 / 720,
+                                    1.0 / 40320,
+                                    -1.0 / 3628800,
+                                    1.0 / 479001600,
+                                    -1.0 / 87178291200.0,
+                                    1.0 / 20922789888000.0};
+    static const double sine[] = {1.0,          -1.0 / 6,        1.0 / 120,          -1.0 / 5040,
+                                  1.0 / 362880, -1.0 / 39916800, 1.0 / 6227020800.0, -1.0 / 1307674368000.0};
     unsigned quadrant = 0;
     double rest = (double)angle;
     if (!(angle >= 0 && angle < INFINITY)) {

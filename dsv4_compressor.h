@@ -880,8 +880,8 @@ static double dsv4__exp(double x) {
 /* angle * 2/pi modulo 4, angle >= pi/4, as *quadrant and the rest in radians, at most pi/4 either way. The angle is
  * M 2^e with an integer M of 24 bits, so only the 96 bits of 2/pi from the one worth 2 / 2^e on matter. */
 static double dsv4__reduce(float angle, unsigned *quadrant) {
-    static const uint32_t two_over_pi[9] = {0,           0xa2f9836eu, 0x4e441529u, 0xfc2757d1u, 0xf534ddc0u,
-                                            0xdb629599u, 0x3c439041u, 0xfe5163abu, 0xdebbc561u};
+    static const uint32_t two_over_pi[] = {0,           0xa2f9836eu, 0x4e441529u, 0xfc2757d1u,
+                                           0xf534ddc0u, 0xdb629599u, 0x3c439041u, 0xfe5163abu};
     const uint32_t bits = dsv4__bits(angle);
     const uint64_t mantissa = (bits & 0x7fffffu) | 0x800000u;
     const unsigned start =

@@ -491,6 +491,20 @@ TEST cos_and_sin_are_within_one_step(void) {
     PASS();
 }
 
+/* Angles whose sine all but falls in the middle between two numbers of fp32, so that every term of the series counts. */
+TEST the_hardest_sines_are_correctly_rounded(void) {
+    static const struct {
+        uint32_t angle;
+        float sine;
+    } cases[] = {{0x401f2100u, 0.609320581f}, {0x43e423f5u, -0.681623757f}};
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        float cosine, sine;
+        dsv4_cos_sin(float_of_bits(cases[i].angle), &cosine, &sine);
+        ASSERT_EQ_FMT((double)cases[i].sine, (double)sine, "%.9g");
+    }
+    PASS();
+}
+
 TEST cos_and_sin_of_special_angles(void) {
     static const float none[] = {-1e-9f, -1, -INFINITY, INFINITY, NAN};
     float cosine, sine;
@@ -1231,6 +1245,7 @@ SUITE(api) {
     RUN_TEST(frequencies_of_wild_settings_are_those_of_the_formula);
     RUN_TEST(frequencies_check_their_arguments);
     RUN_TEST(cos_and_sin_are_within_one_step);
+    RUN_TEST(the_hardest_sines_are_correctly_rounded);
     RUN_TEST(cos_and_sin_of_special_angles);
     RUN_TEST(rope_is_right_at_any_position);
     RUN_TEST(the_heap_aligns_and_frees);

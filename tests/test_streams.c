@@ -429,6 +429,34 @@ TEST forged_bytes_are_rejected_and_the_state_unchanged(const shape *of) {
     PASS();
 }
 
+static void forge(unsigned char *bytes, size_t field, int64_t number) {
+    for (int i = 0; i < 8; i++) bytes[field + (size_t)i] = (unsigned char)((uint64_t)number >> (8 * i));
+}
+
+/* A stream ends below position 2^62, wherever it began. */
+TEST saved_positions_beyond_the_last_are_rejected(const shape *of) {
+    workbench w = workbench_new(of, 2, 23);
+    results r = workbench_results(&w);
+    dsv4_state *source = state_new(&w.e, 0), *state = state_new(&w.e, 0);
+    ASSERT_EQ(DSV4_OK, compress_part(&w.e, &w.s, &r, source, 0, w.s.tokens, NULL));
+    saved good = save(source);
+    const int64_t limit = (int64_t)1 << 62, tokens = limit / 2 / of->ratio * of->ratio;
+    for (int64_t beyond = -1; beyond <= 1; beyond++) {
+        forge(good.bytes, 24, limit - tokens + beyond);
+        forge(good.bytes, 32, tokens);
+        forge(good.bytes, 40, tokens);
+        sign(good.bytes, good.size);
+        ASSERT_EQ(beyond < 0 ? DSV4_OK : DSV4_ERROR_DATA, dsv4_state_restore(state, good.bytes, good.size, NULL));
+    }
+    ASSERT(dsv4_state_position(state) == limit - 1);
+    free(good.bytes);
+    dsv4_state_destroy(state);
+    dsv4_state_destroy(source);
+    results_free(&r);
+    workbench_free(&w);
+    PASS();
+}
+
 /* Saved bytes may stand at any address. */
 TEST saved_bytes_need_no_alignment(void) {
     workbench w = workbench_new(&shapes[1], 2, 13);
@@ -708,6 +736,7 @@ SUITE(streams) {
     FOR_EVERY_SHAPE(a_reset_state_is_a_new_one, &shapes[i]);
     FOR_EVERY_SHAPE(damaged_bytes_are_rejected_and_the_state_unchanged, &shapes[i]);
     FOR_EVERY_SHAPE(forged_bytes_are_rejected_and_the_state_unchanged, &shapes[i]);
+    FOR_EVERY_SHAPE(saved_positions_beyond_the_last_are_rejected, &shapes[i]);
     RUN_TEST(saved_bytes_need_no_alignment);
     for (int field = 0; field < 14; field++) RUN_TESTp(a_state_of_another_configuration_is_rejected_everywhere, field);
     RUN_TEST(a_state_moves_between_compressors_of_one_configuration);

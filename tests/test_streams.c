@@ -159,6 +159,22 @@ TEST taking_back_is_as_if_the_tokens_had_never_come(const shape *of, int64_t dep
     PASS();
 }
 
+TEST a_state_from_which_all_is_taken_back_is_a_new_one(const shape *of) {
+    workbench w = workbench_new(of, 2, 24);
+    results r = workbench_results(&w);
+    dsv4_state *state = state_new(&w.e, 3);
+    saved fresh = save(state);
+    ASSERT_EQ(DSV4_OK, compress_part(&w.e, &w.s, &r, state, 0, 2, NULL));
+    ASSERT_EQ(DSV4_OK, dsv4_state_roll_back(state, 2, NULL));
+    ASSERT(is_still(state, &fresh));
+    ASSERT_EQ_FMT(0, (int)dsv4_state_position(state), "%d");
+    free(fresh.bytes);
+    dsv4_state_destroy(state);
+    results_free(&r);
+    workbench_free(&w);
+    PASS();
+}
+
 /* Taking back in two steps is taking back once; what can still be taken back shrinks with each. */
 TEST reach_shrinks_as_tokens_are_taken_back(const shape *of) {
     workbench w = workbench_new(of, 5, 6);
@@ -727,6 +743,7 @@ SUITE(streams) {
     FOR_EVERY_SHAPE(taking_back_is_as_if_the_tokens_had_never_come, &shapes[i], 1);
     FOR_EVERY_SHAPE(taking_back_is_as_if_the_tokens_had_never_come, &shapes[i], shapes[i].ratio);
     FOR_EVERY_SHAPE(taking_back_is_as_if_the_tokens_had_never_come, &shapes[i], 3 * shapes[i].ratio + 2);
+    FOR_EVERY_SHAPE(a_state_from_which_all_is_taken_back_is_a_new_one, &shapes[i]);
     FOR_EVERY_SHAPE(reach_shrinks_as_tokens_are_taken_back, &shapes[i]);
     RUN_TEST(taking_back_too_much_is_refused_and_changes_nothing);
     FOR_EVERY_SHAPE(every_accepted_prefix_equals_serial_decoding, &shapes[i]);

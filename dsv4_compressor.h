@@ -885,8 +885,8 @@ static double dsv4__exp(double x) {
 /* angle * 2/pi modulo 4, angle >= pi/4, as *quadrant and the rest in radians, at most pi/4 either way. The angle is
  * M 2^e with an integer M of 24 bits, so only the 96 bits of 2/pi from the one worth 2 / 2^e on matter. */
 static double dsv4__reduce(float angle, unsigned *quadrant) {
-    static const uint32_t two_over_pi[9] = {0,           0xa2f9836eu, 0x4e441529u, 0xfc2757d1u, 0xf534ddc0u,
-                                            0xdb629599u, 0x3c439041u, 0xfe5163abu, 0xdebbc561u};
+    static const uint32_t two_over_pi[] = {0,           0xa2f9836eu, 0x4e441529u, 0xfc2757d1u,
+                                           0xf534ddc0u, 0xdb629599u, 0x3c439041u, 0xfe5163abu};
     const uint32_t bits = dsv4__bits(angle);
     const uint64_t mantissa = (bits & 0x7fffffu) | 0x800000u;
     const unsigned start =
@@ -904,17 +904,17 @@ static double dsv4__reduce(float angle, unsigned *quadrant) {
 }
 
 DSV4_API void dsv4_cos_sin(float angle, float *cos_out, float *sin_out) {
-    static const double cosine[9] = {1.0,
-                                     -1.0 / 2,
-                                     1.0 / 24,
-                                     -1.0 / 720,
-                                     1.0 / 40320,
-                                     -1.0 / 3628800,
-                                     1.0 / 479001600,
-                                     -1.0 / 87178291200.0,
-                                     1.0 / 20922789888000.0};
-    static const double sine[8] = {1.0,          -1.0 / 6,        1.0 / 120,          -1.0 / 5040,
-                                   1.0 / 362880, -1.0 / 39916800, 1.0 / 6227020800.0, -1.0 / 1307674368000.0};
+    static const double cosine[] = {1.0,
+                                    -1.0 / 2,
+                                    1.0 / 24,
+                                    -1.0 / 720,
+                                    1.0 / 40320,
+                                    -1.0 / 3628800,
+                                    1.0 / 479001600,
+                                    -1.0 / 87178291200.0,
+                                    1.0 / 20922789888000.0};
+    static const double sine[] = {1.0,          -1.0 / 6,        1.0 / 120,          -1.0 / 5040,
+                                  1.0 / 362880, -1.0 / 39916800, 1.0 / 6227020800.0, -1.0 / 1307674368000.0};
     unsigned quadrant = 0;
     double rest = (double)angle;
     if (!(angle >= 0 && angle < INFINITY)) {

@@ -28,9 +28,10 @@ HEADER = "dsv4_compressor.h"
 KNOWN = "tests/mutation_survivors.txt"
 START = "#if defined(DSV4_COMPRESSOR_IMPLEMENTATION)"
 
-# The quick suites, those first that take least time for what they notice; test_hurts wants all kernel sets.
+# The quick suites, those first that take least time for what they notice; then what wants all kernel sets.
 SCALAR_TESTS = ["test_hashes", "test_api", "test_seed", "test_golden", "test_oracle", "test_streams", "test_gradients"]
-ALL_TESTS = SCALAR_TESTS + ["test_hurts"]
+ALL_TESTS = ["test_hurts", "test_bits -t multiply_adds_are_rounded_once", "test_bits -t objects_take_the_memory",
+             "test_bits -t every_kernel_set", "test_bits -t published_models", *SCALAR_TESTS]
 
 # What a token may become.
 SWAPS = {
@@ -141,9 +142,10 @@ class Bench:
 
     def run_test(self, test, implementation, folder, cpu_seconds):
         program = os.path.abspath(os.path.join(folder, "program"))
-        test_object = os.path.join(self.options.build, test + ".o")
+        name, *arguments = test.split()
+        test_object = os.path.join(self.options.build, name + ".o")
         subprocess.run([self.options.cc, test_object, implementation, "-pthread", "-lm", "-o", program], check=True)
-        return run([program, "-f"], cpu_seconds)
+        return run([program, "-f", *arguments], cpu_seconds)
 
     def failing(self, implementation, folder):
         """Name of the first test that fails with this implementation, None where all pass."""
@@ -168,7 +170,7 @@ def digest(path):
 
 def compile_tests(options):
     """Objects of the tests, made once: they see the declarations alone, which no mutation touches."""
-    for test in ALL_TESTS if not options.tests else options.tests:
+    for test in {test.split()[0] for test in options.tests or ALL_TESTS}:
         subprocess.run([options.cc, "-std=c99", "-w", "-O1", "-I.", "-Iexamples", "-Itests", "-pthread", "-c",
                         f"tests/{test}.c", "-o", os.path.join(options.build, test + ".o")], check=True)
 
@@ -214,7 +216,7 @@ def arguments():
     parser.add_argument("--cc", default="gcc")
     parser.add_argument("--only", help="LINE:COLUMN of one change, whose verdict is printed")
     parser.add_argument("--verbose", action="store_true", help="print all verdicts")
-    parser.add_argument("tests", nargs="*", help="names of the suites to run instead, in that order")
+    parser.add_argument("tests", nargs="*", help="suites to run instead, in that order: test_api, 'test_bits -t NAME'")
     return parser.parse_args()
 
 

@@ -492,6 +492,20 @@ TEST cos_and_sin_are_within_one_step(void) {
     PASS();
 }
 
+/* Angles whose sine all but falls in the middle between two numbers of fp32, so that every term of the series counts. */
+TEST the_hardest_sines_are_correctly_rounded(void) {
+    static const struct {
+        uint32_t angle;
+        float sine;
+    } cases[] = {{0x401f2100u, 0.609320581f}, {0x43e423f5u, -0.681623757f}};
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        float cosine, sine;
+        dsv4_cos_sin(float_of_bits(cases[i].angle), &cosine, &sine);
+        ASSERT_EQ_FMT((double)cases[i].sine, (double)sine, "%.9g");
+    }
+    PASS();
+}
+
 TEST cos_and_sin_of_special_angles(void) {
     static const float none[] = {-1e-9f, -1, -INFINITY, INFINITY, NAN};
     float cosine, sine;
@@ -673,6 +687,40 @@ TEST parameters_the_configuration_lacks_must_not_be_given(void) {
     params = w.m.params;
     params.wgate = params.wkv;
     ASSERT_FAILS(DSV4_ERROR_ARGUMENT, "wgate", dsv4_compressor_size(&w.config, &params, NULL, &bytes, &error));
+    workbench_free(&w);
+    PASS();
+}
+
+/* Weights in panels of 32 columns and of pairs of terms, ape, norm and frequencies in fp32, and half a kilobyte. The
+ * panels are as large again with training, there in panels of 32 hidden columns. */
+TEST a_compressor_takes_little_more_than_its_weights(const struct shape *of) {
+    const dsv4_config c = shape_config(of);
+    const int64_t series = of->overlap ? 2 : 1, groups = (c.head_dim + 31) / 32, columns = series * c.head_dim;
+    int64_t width = of->param[DSV4_WKV] == DSV4_BF16 ? 2 : 4;
+    if (!of->no_gate) width += of->param[DSV4_WGATE] == DSV4_BF16 ? 2 : 4;
+    const int64_t panels = groups * 32 * series * ((c.hidden_dim + 1) / 2 * 2) * width;
+    const int64_t back = (c.hidden_dim + 31) / 32 * 32 * ((columns + 1) / 2 * 2) * width;
+    const int64_t vectors = ((of->no_ape ? 0 : c.ratio) * columns + c.head_dim + c.rope_dim / 2) * 4;
+    model m = shape_model(of, 20);
+    for (int training = 0; training < 2; training++) {
+        dsv4_options options = {NULL, training, 0};
+        const int64_t bound = panels + (training ? back : 0) + vectors + 512;
+        size_t bytes = 0;
+        ASSERT_EQ(DSV4_OK, dsv4_compressor_size(&c, &m.params, &options, &bytes, NULL));
+        ASSERTm(note("%d bytes, bound %d", (int)bytes, (int)bound), (int64_t)bytes <= bound);
+    }
+    model_free(&m);
+    PASS();
+}
+
+/* So that in an arena one follows another without a gap. */
+TEST every_object_ends_where_the_next_may_begin(const struct shape *of) {
+    workbench w = workbench_new(of, 1, 21);
+    size_t bytes[3];
+    ASSERT_EQ(DSV4_OK, dsv4_compressor_size(&w.config, &w.m.params, NULL, &bytes[0], NULL));
+    ASSERT_EQ(DSV4_OK, dsv4_workspace_size(w.e.compressor, 3, &bytes[1], NULL));
+    ASSERT_EQ(DSV4_OK, dsv4_state_size(w.e.compressor, 1, &bytes[2], NULL));
+    for (int i = 0; i < 3; i++) ASSERT_EQ_FMT(0, (int)(bytes[i] % DSV4_ALIGNMENT), "%d");
     workbench_free(&w);
     PASS();
 }
@@ -1198,6 +1246,7 @@ SUITE(api) {
     RUN_TEST(frequencies_of_wild_settings_are_those_of_the_formula);
     RUN_TEST(frequencies_check_their_arguments);
     RUN_TEST(cos_and_sin_are_within_one_step);
+    RUN_TEST(the_hardest_sines_are_correctly_rounded);
     RUN_TEST(cos_and_sin_of_special_angles);
     RUN_TEST(rope_is_right_at_any_position);
     RUN_TEST(the_heap_aligns_and_frees);
@@ -1205,6 +1254,8 @@ SUITE(api) {
     FOR_EVERY(shapes, SHAPE_COUNT, an_arena_of_exactly_the_sizes_named_holds_everything);
     FOR_EVERY(bad_params, BAD_PARAMS_COUNT, bad_parameters_are_refused);
     RUN_TEST(parameters_the_configuration_lacks_must_not_be_given);
+    FOR_EVERY(shapes, SHAPE_COUNT, a_compressor_takes_little_more_than_its_weights);
+    FOR_EVERY(shapes, SHAPE_COUNT, every_object_ends_where_the_next_may_begin);
     RUN_TEST(creating_checks_its_arguments);
     RUN_TEST(an_allocator_that_fails_leaves_nothing_behind);
     RUN_TEST(sizes_that_no_machine_has_are_overflows);

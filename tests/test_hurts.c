@@ -467,6 +467,39 @@ TEST cpus_without_avx512_have_vector_kernels(void) {
     PASS();
 }
 
+#if defined(__x86_64__) && (defined(__clang__) || (defined(__GNUC__) && __GNUC__ >= 10 && !defined(_WIN32)))
+#define TESTS_KNOW_THE_SETS
+/* Whether this CPU has what a kernel set is made of; sets that are for any CPU aside. */
+static int runs(const char *isa) {
+    const int avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    const int avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+    if (!strcmp(isa, "avx2")) return avx2;
+    if (!strcmp(isa, "avx512")) return avx512;
+    return avx512 && __builtin_cpu_supports("avx512bf16");
+}
+#endif
+
+/* None that it could run is left out, none that it could not is listed. Intel's bf16 dot product is the slower way. */
+TEST a_cpu_is_given_the_kernel_sets_it_can_run(void) {
+#if defined(TESTS_KNOW_THE_SETS)
+    const char *intel[] = {"avx512", "avx512bf16", "avx2"}, *others[] = {"avx512bf16", "avx512", "avx2"};
+    const char **order = __builtin_cpu_is("intel") ? intel : others;
+    int count = 0;
+    for (int i = 0; i < 3; i++) {
+        if (!runs(order[i])) continue;
+        ASSERTm(order[i], dsv4_isa_name(count) != NULL);
+        ASSERT_STR_EQ(order[i], dsv4_isa_name(count));
+        count++;
+    }
+    for (const char *isa; (isa = dsv4_isa_name(count)) != NULL; count++)
+        ASSERTm(isa, !strcmp(isa, "scalar") || !strcmp(isa, "simde"));
+    PASS();
+#else
+    SKIPm("the sets of this CPU are not known here");
+#endif
+}
+
 SUITE(hurts) {
     RUN_TEST(padding_tokens_are_not_pooled_into_entries);
     RUN_TEST(many_speculative_tokens_verified_at_once_lose_no_rows);
@@ -480,6 +513,7 @@ SUITE(hurts) {
     RUN_TEST(a_prefix_cache_may_use_any_block_size);
     RUN_TEST(states_are_no_larger_than_the_tokens_they_wait_for);
     RUN_TEST(cpus_without_avx512_have_vector_kernels);
+    RUN_TEST(a_cpu_is_given_the_kernel_sets_it_can_run);
     RUN_TEST(scratch_does_not_grow_with_the_batch);
 }
 

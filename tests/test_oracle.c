@@ -217,6 +217,17 @@ TEST a_far_higher_score_takes_all(void) {
     PASS();
 }
 
+/* The least normal number of fp32 is e^-87.3365. */
+TEST a_weight_that_would_be_subnormal_is_nought(void) {
+    window_case w = {one_channel(0), {1, 2, 3, 6}, {0, -87.33f, -87.34f, -87.4f}};
+    float weights[4] = {0}, pooled = 0;
+    ASSERT_EQ(DSV4_OK, pool_window(&w, weights, &pooled));
+    ASSERT_EQ_FMT(1.0, (double)weights[0], "%g");
+    ASSERT_IN_RANGE(exp(-87.33), (double)weights[1], 1e-43);
+    for (int j = 2; j < 4; j++) ASSERT_EQ_FMT(0.0, (double)weights[j], "%g");
+    PASS();
+}
+
 TEST the_largest_scores_do_not_overflow(void) {
     window_case w = {one_channel(0), {1, 2, 3, 6}, {3e38f, 3e38f, -3e38f, 3e38f}};
     float weights[4] = {0}, pooled = 0;
@@ -256,6 +267,7 @@ SUITE(oracle) {
     RUN_TEST(fp32_projections_at_hidden_dim_4096_are_as_accurate_as_pytorchs);
     RUN_TEST(equal_scores_are_averaged);
     RUN_TEST(a_far_higher_score_takes_all);
+    RUN_TEST(a_weight_that_would_be_subnormal_is_nought);
     RUN_TEST(the_largest_scores_do_not_overflow);
     RUN_TEST(maxtext_rounds_each_weight_and_each_product);
 }

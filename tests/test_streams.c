@@ -159,6 +159,22 @@ TEST taking_back_is_as_if_the_tokens_had_never_come(const shape *of, int64_t dep
     PASS();
 }
 
+TEST a_state_from_which_all_is_taken_back_is_a_new_one(const shape *of) {
+    workbench w = workbench_new(of, 2, 24);
+    results r = workbench_results(&w);
+    dsv4_state *state = state_new(&w.e, 3);
+    saved fresh = save(state);
+    ASSERT_EQ(DSV4_OK, compress_part(&w.e, &w.s, &r, state, 0, 2, NULL));
+    ASSERT_EQ(DSV4_OK, dsv4_state_roll_back(state, 2, NULL));
+    ASSERT(is_still(state, &fresh));
+    ASSERT_EQ_FMT(0, (int)dsv4_state_position(state), "%d");
+    free(fresh.bytes);
+    dsv4_state_destroy(state);
+    results_free(&r);
+    workbench_free(&w);
+    PASS();
+}
+
 /* Taking back in two steps is taking back once; what can still be taken back shrinks with each. */
 TEST reach_shrinks_as_tokens_are_taken_back(const shape *of) {
     workbench w = workbench_new(of, 5, 6);
@@ -421,6 +437,34 @@ TEST forged_bytes_are_rejected_and_the_state_unchanged(const shape *of) {
     ASSERT(is_still(state, &before));
     free(bytes);
     free(before.bytes);
+    free(good.bytes);
+    dsv4_state_destroy(state);
+    dsv4_state_destroy(source);
+    results_free(&r);
+    workbench_free(&w);
+    PASS();
+}
+
+static void forge(unsigned char *bytes, size_t field, int64_t number) {
+    for (int i = 0; i < 8; i++) bytes[field + (size_t)i] = (unsigned char)((uint64_t)number >> (8 * i));
+}
+
+/* A stream ends below position 2^62, wherever it began. */
+TEST saved_positions_beyond_the_last_are_rejected(const shape *of) {
+    workbench w = workbench_new(of, 2, 23);
+    results r = workbench_results(&w);
+    dsv4_state *source = state_new(&w.e, 0), *state = state_new(&w.e, 0);
+    ASSERT_EQ(DSV4_OK, compress_part(&w.e, &w.s, &r, source, 0, w.s.tokens, NULL));
+    saved good = save(source);
+    const int64_t limit = (int64_t)1 << 62, tokens = limit / 2 / of->ratio * of->ratio;
+    for (int64_t beyond = -1; beyond <= 1; beyond++) {
+        forge(good.bytes, 24, limit - tokens + beyond);
+        forge(good.bytes, 32, tokens);
+        forge(good.bytes, 40, tokens);
+        sign(good.bytes, good.size);
+        ASSERT_EQ(beyond < 0 ? DSV4_OK : DSV4_ERROR_DATA, dsv4_state_restore(state, good.bytes, good.size, NULL));
+    }
+    ASSERT(dsv4_state_position(state) == limit - 1);
     free(good.bytes);
     dsv4_state_destroy(state);
     dsv4_state_destroy(source);
@@ -699,6 +743,7 @@ SUITE(streams) {
     FOR_EVERY_SHAPE(taking_back_is_as_if_the_tokens_had_never_come, &shapes[i], 1);
     FOR_EVERY_SHAPE(taking_back_is_as_if_the_tokens_had_never_come, &shapes[i], shapes[i].ratio);
     FOR_EVERY_SHAPE(taking_back_is_as_if_the_tokens_had_never_come, &shapes[i], 3 * shapes[i].ratio + 2);
+    FOR_EVERY_SHAPE(a_state_from_which_all_is_taken_back_is_a_new_one, &shapes[i]);
     FOR_EVERY_SHAPE(reach_shrinks_as_tokens_are_taken_back, &shapes[i]);
     RUN_TEST(taking_back_too_much_is_refused_and_changes_nothing);
     FOR_EVERY_SHAPE(every_accepted_prefix_equals_serial_decoding, &shapes[i]);
@@ -708,6 +753,7 @@ SUITE(streams) {
     FOR_EVERY_SHAPE(a_reset_state_is_a_new_one, &shapes[i]);
     FOR_EVERY_SHAPE(damaged_bytes_are_rejected_and_the_state_unchanged, &shapes[i]);
     FOR_EVERY_SHAPE(forged_bytes_are_rejected_and_the_state_unchanged, &shapes[i]);
+    FOR_EVERY_SHAPE(saved_positions_beyond_the_last_are_rejected, &shapes[i]);
     RUN_TEST(saved_bytes_need_no_alignment);
     for (int field = 0; field < 14; field++) RUN_TESTp(a_state_of_another_configuration_is_rejected_everywhere, field);
     RUN_TEST(a_state_moves_between_compressors_of_one_configuration);

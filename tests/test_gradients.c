@@ -920,6 +920,7 @@ TEST is_refused_and_changes_nothing(int i) {
     dsv4_options options = {NULL, 1, 0}; /* without room for bf16 sums */
     dsv4_allocator heap = dsv4_heap();
     plea p = {0};
+    ASSERT_EQ(3, parts.count);
     ASSERT_EQ(DSV4_OK, backward_part(&l, &l.e, &parts, 2, gradients_into(&got, l.dout, DSV4_F32), parts.gradient[2]));
     ASSERT_EQ(DSV4_OK, dsv4_compressor_create(&c, &l.m.params, &options, &heap, &p.e.compressor, NULL));
     ASSERT_EQ(DSV4_OK, dsv4_workspace_create(p.e.compressor, NULL, &heap, &p.e.workspace, NULL));

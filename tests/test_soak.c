@@ -76,7 +76,7 @@ static server server_new(const shape *of, uint64_t seed) {
 
 /* Its objects refer to it, so it must lie where it will stay. */
 static void server_start(server *v) {
-    int sets = 0;
+    int sets = 1; /* scalar at least */
     while (dsv4_isa_name(sets)) sets++;
     dsv4_options options = {0};
     options.isa = dsv4_isa_name((int)dice_below(&v->d, sets));

@@ -1002,8 +1002,8 @@ typedef struct dsv4__product_job {
     int64_t pairs, rows;
     float *sum;
     int64_t sum_stride;
-    int first;        /* the block starts the sum instead of being added */
-    uintptr_t next; /* what a later call will read, to be fetched into the second cache; it may end sooner, so no pointer */
+    int first;      /* the block starts the sum instead of being added */
+    uintptr_t next; /* what a later call will read, to be fetched into the second cache: no pointer, as it may end sooner */
     int64_t next_bytes;
     float *wide; /* scratch for one widened block, [DSV4__KBLOCK][32] */
 } dsv4__product_job;
@@ -1494,12 +1494,12 @@ DSV4__INLINE void DSV4__FN(tile)(const dsv4__product_job *job, int64_t row, int6
 /* All rows by all columns of a panel, the largest tiles first; a batch of a few small tiles is not left with a rest that
  * cannot keep the multipliers busy. */
 DSV4__INLINE void DSV4__FN(tiles)(const dsv4__product_job *job, const int mode, const int swap, const void *w) {
-    const int large = mode != DSV4__FN(direct) && (job->rows % DSV4__SMALL_ROWS != 0 || job->rows >= 4 * DSV4__TILE_ROWS ||
-                                                   job->rows % DSV4__TILE_ROWS == 0);
+    const int64_t height = DSV4__TILE_ROWS, rest = job->rows % height;
+    const int large = rest == 0 || job->rows >= 4 * height || job->rows % DSV4__SMALL_ROWS != 0;
     for (int64_t column = 0; column < DSV4__PANEL; column += DSV4__TILE_VECTORS * DSV4__VL) {
         int64_t row = 0;
         if (mode != DSV4__FN(direct))
-            for (; large && job->rows - row >= DSV4__TILE_ROWS; row += DSV4__TILE_ROWS)
+            for (; large && job->rows - row >= height; row += height)
                 DSV4__FN(tile)(job, row, column, DSV4__TILE_ROWS, mode, swap, w);
 #if DSV4__SMALL_ROWS > 4
         for (; job->rows - row >= 8; row += 8) DSV4__FN(tile)(job, row, column, 8, mode, swap, w);
@@ -1587,12 +1587,11 @@ DSV4__INLINE void DSV4__FN(score_row)(const dsv4__pool_job *job, const dsv4__run
     const float *ape = gated && run->ape != NULL ? run->ape + row * run->ape_stride + at.c : NULL;
     DSV4__UNROLL
     for (int v = 0; v < vectors; v++)
-        score[v] = gated ? DSV4__FN(load_some)(gate + v * DSV4__VL, at.n)
-                         : v_set(run->kv == NULL ? job->pad_gate : 0.0f);
+        score[v] =
+            gated ? DSV4__FN(load_some)(gate + v * DSV4__VL, at.n) : v_set(run->kv == NULL ? job->pad_gate : 0.0f);
     if (ape != NULL) {
         DSV4__UNROLL
-        for (int v = 0; v < vectors; v++)
-            score[v] = v_add(score[v], DSV4__FN(load_some)(ape + v * DSV4__VL, at.n));
+        for (int v = 0; v < vectors; v++) score[v] = v_add(score[v], DSV4__FN(load_some)(ape + v * DSV4__VL, at.n));
     }
     if (gated && (job->rounding & DSV4_ROUND_SCORE)) {
         DSV4__UNROLL
@@ -3166,7 +3165,12 @@ static void dsv4__pack_row(const dsv4__row_packer *packer, const void *from, int
     }
 }
 
-/* Task: packs the current terms of this thread's share of the block's rows. */
+/* Asks for memory that will be read soon, and may not exist. */
+DSV4__INLINE void dsv4__fetch(uintptr_t from, uintptr_t bytes) {
+    for (uintptr_t line = 0; line < bytes; line += 64) DSV4__PREFETCH((const void *)(from + line));
+}
+
+/* Task: packs the current terms of this thread's share of the block's rows, asking for what lies two rows on. */
 static void dsv4__pack_task(void *argument, int64_t thread) {
     const dsv4__call *call = (const dsv4__call *)argument;
     const int64_t first = call->rows * thread / call->ws->threads, end = call->rows * (thread + 1) / call->ws->threads;
@@ -3178,12 +3182,16 @@ static void dsv4__pack_task(void *argument, int64_t thread) {
     packer.terms = dsv4__min(call->term_end, call->c->config.hidden_dim) - call->term;
     packer.rows = call->rows;
     packer.packed = call->ws->x;
+    const uintptr_t number = dsv4_dtype_size(batch->x_dtype), stride = number * (uintptr_t)batch->x_stride;
+    const uintptr_t bytes = number * (uintptr_t)packer.terms;
     for (int64_t i = 0; i < call->pieces; i++) {
         const dsv4__piece *piece = &call->ws->pieces[i];
         const int64_t last = dsv4__min(end, piece->row + piece->count);
         for (int64_t row = dsv4__max(first, piece->row); row < last; row++) {
             const int64_t token = piece->token + row - piece->row;
-            dsv4__pack_row(&packer, dsv4__at(batch->x, batch->x_dtype, token * batch->x_stride + call->term), row);
+            const void *from = dsv4__at(batch->x, batch->x_dtype, token * batch->x_stride + call->term);
+            dsv4__fetch((uintptr_t)from + 2 * stride, bytes);
+            dsv4__pack_row(&packer, from, row);
         }
     }
 }

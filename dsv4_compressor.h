@@ -1003,6 +1003,7 @@ typedef struct dsv4__product_job {
     float *sum;
     int64_t sum_stride;
     int first;      /* the block starts the sum instead of being added */
+    int far;        /* the sums come from memory */
     uintptr_t next; /* what a later call will read, to be fetched into the second cache: no pointer, as it may end sooner */
     int64_t next_bytes;
     float *wide; /* scratch for one widened block, [DSV4__KBLOCK][32] */
@@ -1441,7 +1442,7 @@ DSV4__INLINE void DSV4__FN(pair)(DSV4__VF acc[][DSV4__TILE_VECTORS], const int r
     DSV4__FN(term)(acc, rows, mode, values + !swap, two, !swap);
 }
 
-/* Fetches the sums that a tile will be added to while it is being multiplied: they may lie far away. */
+/* Fetches the sums that a tile will be added to while it is being multiplied. */
 DSV4__INLINE void DSV4__FN(fetch_sums)(const float *sum, int64_t stride, const int rows) {
     DSV4__UNROLL
     for (int r = 0; r < rows; r++) {
@@ -1463,7 +1464,7 @@ DSV4__INLINE void DSV4__FN(tile)(const dsv4__product_job *job, int64_t row, int6
     const dsv4__ahead ahead = dsv4__fetch_ahead(job, row, rows);
     uintptr_t fetch = ahead.from;
     DSV4__VF acc[DSV4__TILE_ROWS][DSV4__TILE_VECTORS];
-    if (!job->first) DSV4__FN(fetch_sums)(sum, job->sum_stride, rows);
+    if (job->far) DSV4__FN(fetch_sums)(sum, job->sum_stride, rows);
     DSV4__UNROLL
     for (int r = 0; r < rows; r++) {
         DSV4__UNROLL
@@ -1491,11 +1492,11 @@ DSV4__INLINE void DSV4__FN(tile)(const dsv4__product_job *job, int64_t row, int6
     }
 }
 
-/* All rows by all columns of a panel, the largest tiles first; a batch of a few small tiles is not left with a rest that
- * cannot keep the multipliers busy. */
+/* All rows by all columns of a panel, the largest tiles first: the first one meets the weights as they come from memory,
+ * and the more it has to do meanwhile the better. But three small ones and more leave no rest that wastes time. */
 DSV4__INLINE void DSV4__FN(tiles)(const dsv4__product_job *job, const int mode, const int swap, const void *w) {
-    const int64_t height = DSV4__TILE_ROWS, rest = job->rows % height;
-    const int large = rest == 0 || job->rows >= 4 * height || job->rows % DSV4__SMALL_ROWS != 0;
+    const int64_t height = DSV4__TILE_ROWS, rest = job->rows % height, small = DSV4__SMALL_ROWS;
+    const int large = rest == 0 || job->rows % small != 0 || job->rows <= 2 * small || job->rows >= 4 * height;
     for (int64_t column = 0; column < DSV4__PANEL; column += DSV4__TILE_VECTORS * DSV4__VL) {
         int64_t row = 0;
         if (mode != DSV4__FN(direct))
@@ -2389,6 +2390,16 @@ typedef struct dsv4__terms {
     int64_t terms, columns;
 } dsv4__terms;
 
+/* A whole panel's pairs of two terms. Through an array of its own, so that compilers see that nothing overlaps. */
+static void dsv4__interleave(dsv4_bf16 *pairs, const dsv4_bf16 *even, const dsv4_bf16 *odd) {
+    dsv4_bf16 whole[2 * DSV4__PANEL];
+    for (int i = 0; i < DSV4__PANEL; i++) {
+        whole[2 * i] = even[i];
+        whole[2 * i + 1] = odd[i];
+    }
+    memcpy(pairs, whole, sizeof whole);
+}
+
 /* As a right operand: fp32 [terms][32], or bf16 [terms / 2][32][2] from bf16; made even, and 32 wide, with zeros. */
 static void dsv4__pack_terms(const dsv4__terms *source, dsv4_dtype dtype, void *to) {
     static const dsv4_bf16 zeros[DSV4__PANEL] = {0};
@@ -2407,10 +2418,13 @@ static void dsv4__pack_terms(const dsv4__terms *source, dsv4_dtype dtype, void *
         const dsv4_bf16 *even = (const dsv4_bf16 *)source->first + k * source->stride;
         const dsv4_bf16 *odd = k + 1 < source->terms ? even + source->stride : zeros;
         dsv4_bf16 *pairs = (dsv4_bf16 *)to + k * DSV4__PANEL;
-        for (int64_t i = 0; i < n; i++) {
-            pairs[2 * i] = even[i];
-            pairs[2 * i + 1] = odd[i];
-        }
+        if (n == DSV4__PANEL)
+            dsv4__interleave(pairs, even, odd);
+        else
+            for (int64_t i = 0; i < n; i++) {
+                pairs[2 * i] = even[i];
+                pairs[2 * i + 1] = odd[i];
+            }
     }
 }
 
@@ -3201,8 +3215,8 @@ static float *dsv4__group_sums(const dsv4__call *call, int64_t group) {
     return call->ws->sums + group * call->ws->block_rows * c->series * c->matrices * DSV4__PANEL;
 }
 
-/* Adds one block of terms to the projections onto one group: sums [rows, panels, 32]. `after` are the weights of the group
- * that comes next: with few rows, one panel's time is less than memory's answer takes. */
+/* Adds one block of terms to the projections onto one group: sums [rows, panels, 32]. `after` is what the last panel's
+ * weights are followed by. */
 static void dsv4__project_group(const dsv4__call *call, int64_t group, int64_t term, const void *after, float *wide) {
     const dsv4_compressor *c = call->c;
     const int64_t panels = c->series * c->matrices;
@@ -3221,7 +3235,7 @@ static void dsv4__project_group(const dsv4__call *call, int64_t group, int64_t t
         job.swap = job.w_bf16 && call->x_bf16;
         job.sum = dsv4__group_sums(call, group) + p * DSV4__PANEL;
         job.next_bytes = job.pairs * 2 * DSV4__PANEL * (job.w_bf16 ? 2 : 4);
-        job.next = (uintptr_t)after + (uintptr_t)((const unsigned char *)job.w - dsv4__panel(c, group, term, 0));
+        job.next = p + 1 < panels ? (uintptr_t)job.w + (uintptr_t)job.next_bytes : (uintptr_t)after;
         c->kernels->product(&job);
     }
 }
@@ -3992,6 +4006,7 @@ static void dsv4__dw_panels(const dsv4__back *back, int64_t matrix, int64_t firs
                             float *spare) {
     const int64_t columns = back->call.c->columns;
     job->w_bf16 = back->call.dot;
+    job->far = 1;
     for (int64_t row = 0; row < columns; row += job->rows) {
         job->rows = dsv4__min(columns - row,
                               DSV4__BLOCK_ROWS / back->call.c->kernels->tile_rows * back->call.c->kernels->tile_rows);

@@ -110,6 +110,7 @@ static dsv4_status measure(bench *b, bench_work *work, bench_result *result) {
     const double once = bench_now() - start;
     const int rounds = b->settings.quick ? QUICK_ROUNDS : once > 0.5 ? LONG_ROUNDS : ROUNDS;
     const int runs = once < 0.03 ? 1 + (int)(0.03 / (once > 1e-4 ? once : 1e-4)) : 1;
+    for (int warm = 0; warm < 4; warm++) (void)limit_rate(b, result->what, peak); /* idle memory is slow at first */
     for (int round = 0; round < rounds && status == DSV4_OK; round++) {
         limits[round] = limit_rate(b, result->what, peak);
         start = bench_now();

@@ -1107,7 +1107,7 @@ typedef struct dsv4__kernels {
 #define DSV4__VF             float
 #define DSV4__VL             1
 #define DSV4__TILE_ROWS      4
-#define DSV4__TILE_VECTORS   8
+#define DSV4__TILE_VECTORS   4
 #define v_zero()             0.0f
 #define v_set(f)             (f)
 #define v_load(p)            (*(p))

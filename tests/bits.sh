@@ -2,7 +2,7 @@
 # The same bits from every compiler and at every optimisation: tests/hashes.c, built so, reproduces tests/hashes.txt with
 # each kernel set of this CPU. (At -O2 with the compiler of the other tests, test_hashes does.) TESTS_SLOW: all of both.
 . tests/lib.sh
-simde=$(simde_flag)
+simde=${slow:+$(simde_flag)} # else in test_hashes alone
 
 reproduces() { # reproduces COMPILER FLAGS...
     program=$tmp/hashes.$serial

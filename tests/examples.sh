@@ -10,18 +10,18 @@ goes_well() {
     $CC ${FLAGS:--I. -Iexamples} $2 -DDSV4__IMPLEMENTED=1 "examples/$1.c" "$BUILD/dsv4.o" -lm -o "$tmp/$1" && "$tmp/$1"
 }
 
-# The use that the header's first page and README.md show, as somebody would paste it.
+# The use that the header's first page and README.md show, as somebody would paste it; whatever the kernels.
 first_page() { # first_page COMPILER FLAGS...
     {
         echo '#include "dsv4_compressor.h"'
         echo 'void use(dsv4_params params, const dsv4_bf16 *x, int64_t tokens, dsv4_bf16 *out) {'
         sed -n '/^ \*     dsv4_config config/,/^ \*$/s/^ \*//p' dsv4_compressor.h
         echo '}'
-    } >"$tmp/first_page.c" && grep -q 'dsv4_compress(' "$tmp/first_page.c" && "$@" -I. -c "$tmp/first_page.c" -o "$tmp/first_page.o"
+    } >"$tmp/first_page.c" && grep -q 'dsv4_compress(' "$tmp/first_page.c" && "$@" -DDSV4_COMPRESSOR_SCALAR -I. -c "$tmp/first_page.c" -o "$tmp/first_page.o"
 }
 readme() {
     sed -n '/^```c$/,/^```$/p' README.md | grep -v '^```' >"$tmp/readme.c" && grep -q 'dsv4_compress(' "$tmp/readme.c" &&
-        $CC -I. -c "$tmp/readme.c" -o "$tmp/readme.o"
+        $CC -DDSV4_COMPRESSOR_SCALAR -I. -c "$tmp/readme.c" -o "$tmp/readme.o"
 }
 try "the use on the header's first page, in C" first_page $CC -Wall -Wextra -Werror
 ! have c++ || try "the use on the header's first page, in C++" first_page c++ -x c++ -std=c++11 -Wall -Werror

@@ -28,7 +28,7 @@
  *                                and <simde/x86/sse4.1.h> is found
  *     DSV4_COMPRESSOR_SCALAR     only the scalar kernels
  *     DSV4_COMPRESSOR_NO_HEAP    leave out dsv4_heap(), and with it <stdlib.h>
- *     DSV4_COMPRESSOR_FAST_MATH  compile under -ffast-math or x87 all the same; the guarantee of equal bits is then void
+ *     DSV4_COMPRESSOR_FAST_MATH  compile under -ffast-math or x87 all the same; equal bits are then not guaranteed
  *     DSV4_ASSERT(condition)     what the library believes of itself             default: assert
  *
  * GUARANTEES. The output's bits depend on inputs, configuration and dtypes alone: not on the CPU, the kernel set, the
@@ -355,7 +355,8 @@ DSV4_API void dsv4_state_destroy(dsv4_state *state); /* NULL is fine */
 /* Back to no token seen; the next segment's position then says where the sequence begins. */
 DSV4_API dsv4_status dsv4_state_reset(dsv4_state *state, dsv4_error *error);
 
-/* Tokens seen since the sequence's first (0 for NULL), and the position the next one must have: any where none was seen. */
+/* Tokens seen since the sequence's first (0 for NULL), and the position the next one must have: any where none was
+ * seen. */
 DSV4_API int64_t dsv4_state_tokens(const dsv4_state *state);
 DSV4_API int64_t dsv4_state_position(const dsv4_state *state);
 
@@ -471,14 +472,15 @@ typedef struct dsv4_gradients {
     const dsv4_segment_gradient *segments;   /* one for each segment of the batch, or NULL */
 } dsv4_gradients;
 
-/* The backward pass of dsv4_compress on the same batch (its out and stages are not looked at). The compressor must have
- * been made with options.training. States are those from before the forward call and are not advanced. The projections
- * are recomputed, or taken from batch->kv and batch->gate where these are given beside x (what the forward call wrote to
- * stages.kv and stages.gate). Rounding counts as the identity. Where x and weights are bf16, dkv and dgate are rounded
- * to bf16 before the products that give dx, dwkv and dwgate. Sums over tokens and entries run in blocks of 256 tokens from
- * each sequence's first (an entry counts with its last token), in order, segments in the order given: cutting a sequence at
- * multiples of 256 and accumulating part by part gives the same bits. Memory: see dsv4_workspace_size; nothing grows with
- * the sequence. Errors as dsv4_compress, and DSV4_ERROR_ARGUMENT for a gradient that the configuration has not. */
+/* The backward pass of dsv4_compress on the same batch (its out and stages are not looked at). The compressor must
+ * have been made with options.training. States are those from before the forward call and are not advanced. The
+ * projections are recomputed, or taken from batch->kv and batch->gate where these are given beside x (what the
+ * forward call wrote to stages.kv and stages.gate). Rounding counts as the identity. Where x and weights are bf16,
+ * dkv and dgate are rounded to bf16 before the products that give dx, dwkv and dwgate. Sums over tokens and entries
+ * run in blocks of 256 tokens from each sequence's first (an entry counts with its last token), in order, segments
+ * in the order given: cutting a sequence at multiples of 256 and accumulating part by part gives the same bits.
+ * Memory: see dsv4_workspace_size; nothing grows with the sequence. Errors as dsv4_compress, and
+ * DSV4_ERROR_ARGUMENT for a gradient that the configuration has not. */
 DSV4_API dsv4_status dsv4_backward(const dsv4_compressor *compressor, const dsv4_batch *batch,
                                    const dsv4_gradients *gradients, dsv4_workspace *workspace, dsv4_error *error);
 
@@ -929,7 +931,8 @@ DSV4_API void dsv4_cos_sin(float angle, float *cos_out, float *sin_out) {
     *sin_out = quadrant == 0 ? s : quadrant == 1 ? c : quadrant == 2 ? -s : -c;
 }
 
-/* The pair index at which a frequency turns `rotations` times within the original context (YaRN's find_correction_dim). */
+/* The pair index at which a frequency turns `rotations` times within the original context (YaRN's
+ * find_correction_dim). */
 static double dsv4__yarn_dim(const dsv4_config *config, double rotations) {
     const double turns = config->yarn_orig_ctx / dsv4__mul(2 * DSV4__PI, rotations);
     return dsv4__mul((double)config->rope_dim, dsv4__log(turns)) / (2 * dsv4__log(config->rope_theta));
@@ -972,7 +975,8 @@ static void dsv4__frequencies(const dsv4_config *config, float *inv_freq) {
     }
 }
 
-/* Interleaved RoPE as two multiplications: even lanes take (cos, -sin), odd ones (cos, sin), against the swapped row. */
+/* Interleaved RoPE as two multiplications: even lanes take (cos, -sin), odd ones (cos, sin), against the swapped
+ * row. */
 static void dsv4__rope_row(const dsv4_config *config, const float *inv_freq, int64_t position, float *cos_row,
                            float *sin_row) {
     for (int64_t i = 0; i < config->rope_dim / 2; i++) {
@@ -1004,7 +1008,7 @@ typedef struct dsv4__product_job {
     int64_t sum_stride;
     int first;      /* the block starts the sum instead of being added */
     int far;        /* the sums come from memory */
-    uintptr_t next; /* what a later call will read, to be fetched into the second cache: no pointer, as it may end sooner */
+    uintptr_t next; /* address of what a later call will read, if it reaches that far: fetched meanwhile */
     int64_t next_bytes;
     float *wide; /* scratch for one widened block, [DSV4__KBLOCK][32] */
 } dsv4__product_job;
@@ -1396,7 +1400,8 @@ enum DSV4__FN(mode) {
     DSV4__FN(dots)    /* x and w in bf16 pairs */
 };
 
-/* Adds one term to a tile. x points at the first row's value; w at the term's columns, or, in mode direct, at its pairs. */
+/* Adds one term to a tile. x points at the first row's value; w at the term's columns, or, in mode direct, at its
+ * pairs. */
 DSV4__INLINE void DSV4__FN(term)(DSV4__VF acc[][DSV4__TILE_VECTORS], const int rows, const int mode, const float *x,
                                  const void *w, const int odd) {
     DSV4__VF column[DSV4__TILE_VECTORS];
@@ -1451,9 +1456,9 @@ DSV4__INLINE void DSV4__FN(fetch_sums)(const float *sum, int64_t stride, const i
     }
 }
 
-/* One register tile: `rows` rows by TILE_VECTORS * VL columns, from `column` on. rows, mode and swap are constants at
- * every call, so that each call becomes a loop of its own with all sums in registers. Two pairs a round: every instruction
- * that counts or steps takes a place from a multiplication. */
+/* One register tile: `rows` rows by TILE_VECTORS * VL columns, from `column` on. rows, mode and swap are constants
+ * at every call, so that each call becomes a loop of its own with all sums in registers. Two pairs a round: every
+ * instruction that counts or steps takes a place from a multiplication. */
 DSV4__INLINE void DSV4__FN(tile)(const dsv4__product_job *job, int64_t row, int64_t column, const int rows,
                                  const int mode, const int swap, const void *panel) {
     const int x_size = mode == DSV4__FN(dots) ? 2 : 4,
@@ -1492,8 +1497,9 @@ DSV4__INLINE void DSV4__FN(tile)(const dsv4__product_job *job, int64_t row, int6
     }
 }
 
-/* All rows by all columns of a panel, the largest tiles first: the first one meets the weights as they come from memory,
- * and the more it has to do meanwhile the better. But three small ones and more leave no rest that wastes time. */
+/* All rows by all columns of a panel, the largest tiles first: the first one meets the weights as they come from
+ * memory, and the more it has to do meanwhile the better. But three small ones and more leave no rest that wastes
+ * time. */
 DSV4__INLINE void DSV4__FN(tiles)(const dsv4__product_job *job, const int mode, const int swap, const void *w) {
     const int64_t height = DSV4__TILE_ROWS, rest = job->rows % height, small = DSV4__SMALL_ROWS;
     const int large = rest == 0 || job->rows % small != 0 || job->rows <= 2 * small || job->rows >= 4 * height;
@@ -1829,8 +1835,8 @@ static void DSV4__FN(finish)(const dsv4__finish_job *job) {
     DSV4__FN(put_row)(job->out, job->out_dtype, job->row, dim);
 }
 
-/* RMSNorm on the way back. `row` holds dout; after: row = gradient of the scaled row, pooled = the normalised row (which
- * dnorm needs), dpooled = r (dn - n mean(dn n)), dn = dy norm. */
+/* RMSNorm on the way back. `row` holds dout; after: row = gradient of the scaled row, pooled = the normalised row
+ * (which dnorm needs), dpooled = r (dn - n mean(dn n)), dn = dy norm. */
 static void DSV4__FN(finish_back)(const dsv4__finish_job *job) {
     const int64_t dim = job->config->head_dim, turned = job->config->rope_dim;
     float *n_row = job->pooled, *dn_row = job->dpooled;
@@ -3917,8 +3923,8 @@ static void dsv4__put_dx(const dsv4__back *back, const float *sums, int64_t h, i
     }
 }
 
-/* dx over a few panels [first, end) of hidden columns: dkv wkv, then dgate wgate. Their sums, and the block of dkv or dgate
- * that is multiplied, stay in the second cache. */
+/* dx over a few panels [first, end) of hidden columns: dkv wkv, then dgate wgate. Their sums, and the block of dkv
+ * or dgate that is multiplied, stay in the second cache. */
 static void dsv4__dx_panels(const dsv4__back *back, float *sums, int64_t first, int64_t end, dsv4__product_job *job) {
     const dsv4_compressor *c = back->call.c;
     job->rows = back->rows;
@@ -3976,7 +3982,8 @@ static void dsv4__copy_rows(float *to, int64_t to_stride, const float *from, int
     for (int64_t r = 0; r < rows; r++) memcpy(to + r * to_stride, from + r * from_stride, (size_t)n * sizeof(float));
 }
 
-/* Rows [row, row + rows) of one weight's gradient over panel i of the hidden columns: every part is a block of the sum. */
+/* Rows [row, row + rows) of one weight's gradient over panel i of the hidden columns: every part is a block of the
+ * sum. */
 static void dsv4__dw_tile(const dsv4__back *back, int64_t matrix, int64_t row, int64_t i, dsv4__product_job *job,
                           float *spare) {
     const dsv4_dtype dtype = back->call.dot ? DSV4_BF16 : DSV4_F32;
@@ -4000,8 +4007,8 @@ static void dsv4__dw_tile(const dsv4__back *back, int64_t matrix, int64_t row, i
     if (n < DSV4__PANEL) dsv4__copy_rows(sums, stride, spare, DSV4__PANEL, job->rows, n);
 }
 
-/* A weight's gradient over the panels [first, end): some rows at a time, which stay in the second cache while the panels
- * of x pass by. */
+/* A weight's gradient over the panels [first, end): some rows at a time, which stay in the second cache while the
+ * panels of x pass by. */
 static void dsv4__dw_panels(const dsv4__back *back, int64_t matrix, int64_t first, int64_t end, dsv4__product_job *job,
                             float *spare) {
     const int64_t columns = back->call.c->columns;

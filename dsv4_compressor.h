@@ -571,20 +571,37 @@ file without them, or define DSV4_COMPRESSOR_FAST_MATH to give the guarantee up.
 #endif
 #endif
 
-#if defined(__GNUC__)
+/* What a sanitizer watches is compiled as written: unrolled and inlined, every access with its checks, the kernels
+ * would take a compiler minutes. */
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+#define DSV4__SANITIZED 1
+#elif defined(DSV4__CLANG) && defined(__has_feature)
+#if __has_feature(address_sanitizer) || __has_feature(undefined_behavior_sanitizer) || \
+    __has_feature(memory_sanitizer) || __has_feature(thread_sanitizer)
+#define DSV4__SANITIZED 1
+#endif
+#endif
+
+#if defined(__GNUC__) && !defined(DSV4__SANITIZED)
 #define DSV4__INLINE            __attribute__((always_inline)) static inline
+#else
+#define DSV4__INLINE            static inline
+#endif
+
+#if defined(__GNUC__)
 #define DSV4__UNUSED            __attribute__((unused))
 #define DSV4__PREFETCH(pointer) __builtin_prefetch((pointer), 0, 2) /* to the second cache, to be read */
 #define DSV4__PREFETCH_SUM(pointer) __builtin_prefetch((pointer), 1, 3)
 #else
-#define DSV4__INLINE static inline
 #define DSV4__UNUSED
 #define DSV4__PREFETCH(pointer) ((void)(pointer))
 #define DSV4__PREFETCH_SUM(pointer) ((void)(pointer))
 #endif
 
 /* Register tiles are loops of constant length over arrays of vectors: only fully unrolled do they stay in registers. */
-#if defined(DSV4__CLANG)
+#if defined(DSV4__SANITIZED)
+#define DSV4__UNROLL
+#elif defined(DSV4__CLANG)
 #define DSV4__UNROLL _Pragma("clang loop unroll(full)")
 #elif defined(DSV4__GCC) && DSV4__GCC >= 8
 #define DSV4__UNROLL _Pragma("GCC unroll 32")

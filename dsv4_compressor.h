@@ -2766,6 +2766,7 @@ enum {
     DSV4__BLOCK_ROWS = 224,          /* at most, in one block */
     DSV4__BLOCK_BYTES = 1664 * 1024, /* of a block's projections and packed x, for each thread */
     DSV4__CHUNK_PARTS = 64,          /* at most, in one chunk of the backward pass */
+    DSV4__SLABS = 8,                 /* chunks whose tokens are added to the weights' gradients in one go */
     DSV4__DX_PANELS = 8,             /* panels of dx that a thread works on at a time */
     DSV4__TRAINING_PARTS = 16        /* fp32 arrays of dsv4__training */
 };
@@ -2795,19 +2796,26 @@ typedef struct dsv4__part {
     int64_t t, count, row; /* tokens [t, t + count); row of the chunk for the first; an odd count takes a row more */
 } dsv4__part;
 
+/* A part that is still to be added to the weights' gradients: a block of their sums. */
+typedef struct dsv4__token_block {
+    int64_t slab, row, count; /* tokens from `row` of the slab on */
+} dsv4__token_block;
+
 /* What dsv4_backward works in. */
 typedef struct dsv4__training {
     int64_t context_rows, windows;     /* rows and windows that a chunk can need */
     int64_t d_stride;                  /* of dkv and dgate: their rows do not fall on the same cache sets */
     dsv4__part *parts;                 /* [DSV4__CHUNK_PARTS] */
+    dsv4__token_block *blocks;         /* [DSV4__SLABS * DSV4__CHUNK_PARTS] */
     float *kv, *gate;                  /* [context_rows, columns] recomputed */
     float *normed, *dscaled, *dpooled; /* [windows, head_dim] */
     float *dkv, *dgate;                /* [DSV4__KBLOCK, d_stride] */
-    float *d_rows, *d_columns;         /* dkv and dgate, packed */
+    float *d_rows;                     /* dkv and dgate as left operands: [blocks of columns][rows][256] */
+    float *d_columns;                  /* [DSV4__SLABS, matrices, columns, DSV4__KBLOCK]; for the weights' gradients */
     float *dape, *dape_block;          /* [ratio, columns] */
     float *dnorm, *dnorm_block;        /* [head_dim] */
     float *dx_sums;                    /* [threads, DSV4__DX_PANELS, DSV4__KBLOCK, 32] */
-    float *x_panels;                   /* [panels of hidden columns, DSV4__KBLOCK, 32] */
+    float *x_panels;                   /* [DSV4__SLABS, panels of hidden columns, DSV4__KBLOCK, 32] */
     float *weight_sums;                /* [matrices, columns, hidden_dim made a multiple of 32] for bf16 gradients */
 } dsv4__training;
 
@@ -2839,7 +2847,7 @@ typedef struct dsv4__scratch {
 
 typedef struct dsv4__workspace_layout {
     uint64_t carry, pieces, pooled, x, sums, scratch;
-    uint64_t training[DSV4__TRAINING_PARTS], parts;
+    uint64_t training[DSV4__TRAINING_PARTS], parts, blocks;
     dsv4__size size;
 } dsv4__workspace_layout;
 
@@ -2861,17 +2869,18 @@ static void dsv4__training_parts(const dsv4_compressor *c, int threads, dsv4__tr
                                                      {terms, t->d_stride},
                                                      {terms, t->d_stride},
                                                      {c->matrices * column_blocks * terms, terms},
-                                                     {c->matrices * c->columns, terms},
+                                                     {DSV4__SLABS * c->matrices * c->columns, terms},
                                                      {ratio, c->columns},
                                                      {ratio, c->columns},
                                                      {1, dim},
                                                      {1, dim},
                                                      {(int64_t)threads * DSV4__DX_PANELS * terms, DSV4__PANEL},
-                                                     {terms, width},
+                                                     {DSV4__SLABS * terms, width},
                                                      {sums, width}};
     for (int i = 0; i < DSV4__TRAINING_PARTS; i++)
         layout->training[i] = dsv4__reserve(&layout->size, shapes[i][0], shapes[i][1], sizeof(float));
     layout->parts = dsv4__reserve(&layout->size, DSV4__CHUNK_PARTS, 1, sizeof(dsv4__part));
+    layout->blocks = dsv4__reserve(&layout->size, DSV4__SLABS * DSV4__CHUNK_PARTS, 1, sizeof(dsv4__token_block));
 }
 
 static void dsv4__place_training(dsv4__training *t, unsigned char *base, const dsv4__workspace_layout *layout) {
@@ -2881,6 +2890,7 @@ static void dsv4__place_training(dsv4__training *t, unsigned char *base, const d
                                                   &t->dnorm_block, &t->dx_sums, &t->x_panels,   &t->weight_sums};
     for (int i = 0; i < DSV4__TRAINING_PARTS; i++) *arrays[i] = (float *)(void *)(base + layout->training[i]);
     t->parts = (dsv4__part *)(void *)(base + layout->parts);
+    t->blocks = (dsv4__token_block *)(void *)(base + layout->blocks);
 }
 
 static dsv4__workspace_layout dsv4__workspace_parts(dsv4_workspace *ws, size_t carry_bytes) {
@@ -3568,6 +3578,8 @@ DSV4_API dsv4_status dsv4_compress(const dsv4_compressor *compressor, const dsv4
  *     entries    from dout back through RoPE and RMSNorm to dpooled
  *     windows    from dpooled back through softmax to dkv and dgate of the part's rows
  *     products   dx = dkv wkv + dgate wgate;  dwkv += dkv^T x;  dwgate += dgate^T x
+ * The weights' gradients are too large for any cache: what they need of some chunks is laid by in slabs, so that each of
+ * their numbers is fetched once for all of these.
  * ------------------------------------------------------------------------------------------------------------ */
 
 /* What a backward call adds to a call. The arrays are parts of the workspace. */
@@ -3577,10 +3589,11 @@ typedef struct dsv4__back {
     const dsv4__training *room;
     int recompute;
     int round;           /* dkv and dgate are rounded to bf16: x and weights are */
-    int started;         /* some part has been added to the sums of products */
+    int started;         /* some part has been added to the weights' gradients */
     int64_t parts, rows; /* of the chunk; rows padded to pairs */
     int64_t context, windows;
     int64_t segment, done;
+    int64_t slabs, blocks; /* laid by for the weights' gradients */
 } dsv4__back;
 
 /* Which sums over tokens or entries are wanted at all. */
@@ -3881,33 +3894,66 @@ static void dsv4__windows_back_task(void *argument, int64_t thread) {
         }
 }
 
-/* dkv or dgate as a left operand: [blocks of columns][rows][256] for dx, [columns][256 rows] for the weights. */
+/* dkv or dgate of the chunk, packed by rows. */
 static float *dsv4__d_rows(const dsv4__back *back, int64_t matrix) {
     return back->room->d_rows +
            matrix * dsv4__ceil_div(back->call.c->columns, DSV4__KBLOCK) * DSV4__KBLOCK * DSV4__KBLOCK;
 }
 
-static float *dsv4__d_columns(const dsv4__back *back, int64_t matrix) {
-    return back->room->d_columns + matrix * back->call.c->columns * DSV4__KBLOCK;
+/* dkv or dgate of a slab, by columns. */
+static float *dsv4__d_columns(const dsv4__back *back, int64_t slab, int64_t matrix) {
+    const dsv4_compressor *c = back->call.c;
+    return back->room->d_columns + (slab * c->matrices + matrix) * c->columns * DSV4__KBLOCK;
 }
 
-/* Columns [first, end) turned into rows, 8 rows of the source at a time so that they fit the first cache's ways. */
-static void dsv4__transpose(const dsv4__back *back, const float *from, float *to, int64_t first, int64_t end) {
-    const int64_t stride = back->room->d_stride;
+/* x of a slab from row `row` on, over panel i of the hidden columns. */
+static void *dsv4__x_panel(const dsv4__back *back, int64_t slab, int64_t i, int64_t row) {
+    const int64_t panels = dsv4__ceil_div(back->call.c->config.hidden_dim, DSV4__PANEL);
+    return dsv4__at_mutable(back->room->x_panels, back->call.dot ? DSV4_BF16 : DSV4_F32,
+                            ((slab * panels + i) * DSV4__KBLOCK + row) * DSV4__PANEL);
+}
+
+static int dsv4__wants_weights(const dsv4__back *back) {
+    return back->g.dwkv.data != NULL || back->g.dwgate.data != NULL;
+}
+
+/* to[column][row] = from[row][column], for rows [row, row_end) and up to 256 columns; both lie 256 numbers apart. Four
+ * rows at a time, so that what is written are not single numbers. */
+#define DSV4__TRANSPOSE(NAME, NUMBER)                                                                           \
+    static void NAME(const NUMBER *from, NUMBER *to, int64_t row, int64_t row_end, int64_t columns) {           \
+        for (; row + 4 <= row_end; row += 4)                                                                    \
+            for (int64_t column = 0; column < columns; column++) {                                              \
+                const NUMBER *top = from + row * DSV4__KBLOCK + column;                                         \
+                const NUMBER four[4] = {top[0], top[DSV4__KBLOCK], top[2 * DSV4__KBLOCK], top[3 * DSV4__KBLOCK]}; \
+                memcpy(to + column * DSV4__KBLOCK + row, four, sizeof four);                                    \
+            }                                                                                                   \
+        for (; row < row_end; row++)                                                                            \
+            for (int64_t column = 0; column < columns; column++)                                                \
+                to[column * DSV4__KBLOCK + row] = from[row * DSV4__KBLOCK + column];                            \
+    }
+DSV4__TRANSPOSE(dsv4__transpose_bf16, dsv4_bf16)
+DSV4__TRANSPOSE(dsv4__transpose_f32, float)
+
+/* Lays rows [row, end) of packed dkv or dgate out by columns. */
+static void dsv4__transpose(const dsv4__back *back, int64_t matrix, int64_t row, int64_t end) {
     const dsv4_dtype dtype = back->call.dot ? DSV4_BF16 : DSV4_F32;
-    for (int64_t row = 0; row < back->rows; row += 8)
-        for (int64_t column = first; column < end; column++)
-            for (int64_t r = row; r < dsv4__min(row + 8, back->rows); r++)
-                dsv4__put(to, dtype, column * DSV4__KBLOCK + r, from[r * stride + column]);
+    for (int64_t first = 0; first < back->call.c->columns; first += DSV4__KBLOCK) {
+        const int64_t columns = dsv4__min(back->call.c->columns - first, DSV4__KBLOCK);
+        const void *from = dsv4__at(dsv4__d_rows(back, matrix), dtype, first * back->rows);
+        void *to = dsv4__at_mutable(dsv4__d_columns(back, back->slabs, matrix), dtype, first * DSV4__KBLOCK);
+        if (dtype == DSV4_BF16)
+            dsv4__transpose_bf16((const dsv4_bf16 *)from, (dsv4_bf16 *)to, row, end, columns);
+        else
+            dsv4__transpose_f32((const float *)from, (float *)to, row, end, columns);
+    }
 }
 
-/* Task: lays dkv and dgate out for the products; rows for dx by rows, for the weights by columns. */
+/* Task: lays this thread's rows of dkv and dgate out for the products: by rows for dx, by columns for the weights. */
 static void dsv4__pack_back_task(void *argument, int64_t thread) {
     const dsv4__back *back = (const dsv4__back *)argument;
     const dsv4_compressor *c = back->call.c;
     const int64_t threads = back->call.ws->threads;
-    const int64_t row = back->rows * thread / threads, row_end = back->rows * (thread + 1) / threads;
-    const int64_t column = c->columns * thread / threads, column_end = c->columns * (thread + 1) / threads;
+    const int64_t row = back->rows * thread / threads, end = back->rows * (thread + 1) / threads;
     for (int64_t m = 0; m < c->matrices; m++) {
         const float *from = m == 0 ? back->room->dkv : back->room->dgate;
         dsv4__row_packer packer;
@@ -3917,10 +3963,8 @@ static void dsv4__pack_back_task(void *argument, int64_t thread) {
         packer.terms = c->columns;
         packer.rows = back->rows;
         packer.packed = dsv4__d_rows(back, m);
-        for (int64_t r = row; r < row_end && back->g.dx.data != NULL; r++)
-            dsv4__pack_row(&packer, from + r * back->room->d_stride, r);
-        if (back->g.dwkv.data != NULL || back->g.dwgate.data != NULL)
-            dsv4__transpose(back, from, dsv4__d_columns(back, m), column, column_end);
+        for (int64_t r = row; r < end; r++) dsv4__pack_row(&packer, from + r * back->room->d_stride, r);
+        if (dsv4__wants_weights(back)) dsv4__transpose(back, m, row, end);
     }
 }
 
@@ -3979,8 +4023,7 @@ static void dsv4__pack_x_panel(const dsv4__back *back, int64_t i) {
         source.stride = batch->x_stride;
         source.terms = part->count;
         source.columns = dsv4__min(back->call.c->config.hidden_dim - i * DSV4__PANEL, DSV4__PANEL);
-        dsv4__pack_terms(&source, dtype,
-                         dsv4__at_mutable(back->room->x_panels, dtype, (i * DSV4__KBLOCK + part->row) * DSV4__PANEL));
+        dsv4__pack_terms(&source, dtype, dsv4__x_panel(back, back->slabs, i, part->row));
     }
 }
 
@@ -3999,8 +4042,7 @@ static void dsv4__copy_rows(float *to, int64_t to_stride, const float *from, int
     for (int64_t r = 0; r < rows; r++) memcpy(to + r * to_stride, from + r * from_stride, (size_t)n * sizeof(float));
 }
 
-/* Rows [row, row + rows) of one weight's gradient over panel i of the hidden columns: every part is a block of the
- * sum. */
+/* Rows [row, row + rows) of one weight's gradient over panel i of the hidden columns: adds the blocks laid by. */
 static void dsv4__dw_tile(const dsv4__back *back, int64_t matrix, int64_t row, int64_t i, dsv4__product_job *job,
                           float *spare) {
     const dsv4_dtype dtype = back->call.dot ? DSV4_BF16 : DSV4_F32;
@@ -4011,14 +4053,16 @@ static void dsv4__dw_tile(const dsv4__back *back, int64_t matrix, int64_t row, i
     job->sum_stride = n < DSV4__PANEL ? (int64_t)DSV4__PANEL : stride;
     if (n < DSV4__PANEL && (back->started || back->g.accumulate))
         dsv4__copy_rows(spare, DSV4__PANEL, sums, stride, job->rows, n);
-    for (int64_t p = 0; p < back->parts; p++) {
-        const dsv4__part *part = &back->room->parts[p];
-        job->x = dsv4__at(dsv4__d_columns(back, matrix), dtype, row * DSV4__KBLOCK + part->row);
-        job->w = dsv4__at(back->room->x_panels, dtype, (i * DSV4__KBLOCK + part->row) * DSV4__PANEL);
-        job->pairs = dsv4__padded(part->count) / 2;
-        job->first = !back->started && p == 0 && !back->g.accumulate;
-        job->next_bytes = job->pairs * 2 * DSV4__PANEL * (job->w_bf16 ? 2 : 4);
-        job->next = (uintptr_t)((const char *)job->w + job->next_bytes);
+    for (int64_t b = 0; b < back->blocks; b++) {
+        const dsv4__token_block *block = &back->room->blocks[b];
+        job->x = dsv4__at(dsv4__d_columns(back, block->slab, matrix), dtype, row * DSV4__KBLOCK + block->row);
+        job->w = dsv4__x_panel(back, block->slab, i, block->row);
+        job->pairs = dsv4__padded(block->count) / 2;
+        job->first = !back->started && b == 0 && !back->g.accumulate;
+        job->far = b == 0;
+        const dsv4__token_block *after = &back->room->blocks[(b + 1) % back->blocks];
+        job->next = (uintptr_t)dsv4__x_panel(back, after->slab, i + (b + 1) / back->blocks, after->row);
+        job->next_bytes = dsv4__padded(after->count) * DSV4__PANEL * (job->w_bf16 ? 2 : 4);
         back->call.c->kernels->product(job);
     }
     if (n < DSV4__PANEL) dsv4__copy_rows(sums, stride, spare, DSV4__PANEL, job->rows, n);
@@ -4030,7 +4074,6 @@ static void dsv4__dw_panels(const dsv4__back *back, int64_t matrix, int64_t firs
                             float *spare) {
     const int64_t columns = back->call.c->columns;
     job->w_bf16 = back->call.dot;
-    job->far = 1;
     for (int64_t row = 0; row < columns; row += job->rows) {
         job->rows = dsv4__min(columns - row,
                               DSV4__BLOCK_ROWS / back->call.c->kernels->tile_rows * back->call.c->kernels->tile_rows);
@@ -4038,25 +4081,59 @@ static void dsv4__dw_panels(const dsv4__back *back, int64_t matrix, int64_t firs
     }
 }
 
-/* Task: dx and the weights' gradients over this thread's hidden columns. */
-static void dsv4__products_task(void *argument, int64_t thread) {
+static dsv4__product_job dsv4__back_job(const dsv4__back *back, const dsv4__scratch *scratch) {
+    dsv4__product_job job;
+    memset(&job, 0, sizeof job);
+    job.dot = back->call.dot;
+    job.swap = back->round;
+    job.wide = scratch->wide;
+    return job;
+}
+
+/* Task: over this thread's hidden columns, dx, and x laid by for the weights' gradients. */
+static void dsv4__tokens_task(void *argument, int64_t thread) {
     const dsv4__back *back = (const dsv4__back *)argument;
     const int64_t threads = back->call.ws->threads;
     const int64_t panels = dsv4__ceil_div(back->call.c->config.hidden_dim, DSV4__PANEL);
     const int64_t first = panels * thread / threads, end = panels * (thread + 1) / threads;
     const dsv4__scratch scratch = dsv4__scratch_of(back->call.ws, thread);
-    dsv4__product_job job;
-    memset(&job, 0, sizeof job);
-    job.dot = back->call.dot;
-    job.swap = back->round;
-    job.wide = scratch.wide;
+    dsv4__product_job job = dsv4__back_job(back, &scratch);
     float *sums = back->room->dx_sums + thread * DSV4__DX_PANELS * DSV4__KBLOCK * DSV4__PANEL;
     for (int64_t i = first; i < end && back->g.dx.data != NULL; i += DSV4__DX_PANELS)
         dsv4__dx_panels(back, sums, i, dsv4__min(i + DSV4__DX_PANELS, end), &job);
-    if (back->g.dwkv.data == NULL && back->g.dwgate.data == NULL) return;
-    for (int64_t i = first; i < end; i++) dsv4__pack_x_panel(back, i);
+    for (int64_t i = first; i < end && dsv4__wants_weights(back); i++) dsv4__pack_x_panel(back, i);
+}
+
+/* Task: adds what is laid by to the weights' gradients, over this thread's hidden columns. */
+static void dsv4__weights_task(void *argument, int64_t thread) {
+    const dsv4__back *back = (const dsv4__back *)argument;
+    const int64_t threads = back->call.ws->threads;
+    const int64_t panels = dsv4__ceil_div(back->call.c->config.hidden_dim, DSV4__PANEL);
+    const int64_t first = panels * thread / threads, end = panels * (thread + 1) / threads;
+    const dsv4__scratch scratch = dsv4__scratch_of(back->call.ws, thread);
+    dsv4__product_job job = dsv4__back_job(back, &scratch);
     if (back->g.dwkv.data != NULL) dsv4__dw_panels(back, 0, first, end, &job, scratch.spare);
     if (back->g.dwgate.data != NULL) dsv4__dw_panels(back, 1, first, end, &job, scratch.spare);
+}
+
+static void dsv4__add_weights(dsv4__back *back) {
+    const int64_t work = back->slabs * DSV4__KBLOCK * back->call.c->columns * back->call.c->config.hidden_dim;
+    if (back->slabs == 0) return;
+    dsv4__for_threads(&back->call, dsv4__weights_task, back, work);
+    back->started = 1;
+    back->slabs = back->blocks = 0;
+}
+
+/* The chunk's tokens are laid by as one slab. */
+static void dsv4__lay_by(dsv4__back *back) {
+    for (int64_t p = 0; p < back->parts; p++) {
+        dsv4__token_block *block = &back->room->blocks[back->blocks++];
+        block->slab = back->slabs;
+        block->row = back->room->parts[p].row;
+        block->count = back->room->parts[p].count;
+    }
+    back->slabs++;
+    if (back->slabs == DSV4__SLABS) dsv4__add_weights(back);
 }
 
 static void dsv4__run_chunk(dsv4__back *back) {
@@ -4067,10 +4144,10 @@ static void dsv4__run_chunk(dsv4__back *back) {
     dsv4__for_threads(call, dsv4__repool_task, back, work * 16);
     dsv4__for_threads(call, dsv4__entries_back_task, back, back->windows * c->config.head_dim * 16);
     dsv4__for_threads(call, dsv4__windows_back_task, back, work * 16);
-    if (back->g.dx.data == NULL && back->g.dwkv.data == NULL && back->g.dwgate.data == NULL) return;
+    if (back->g.dx.data == NULL && !dsv4__wants_weights(back)) return;
     dsv4__for_threads(call, dsv4__pack_back_task, back, work * 4);
-    dsv4__for_threads(call, dsv4__products_task, back, work * c->config.hidden_dim);
-    back->started = 1;
+    dsv4__for_threads(call, dsv4__tokens_task, back, work * c->config.hidden_dim);
+    if (dsv4__wants_weights(back)) dsv4__lay_by(back);
 }
 
 /* The gradient of the state before a segment: rows whose window closes later still are those of the state after it; the
@@ -4235,6 +4312,7 @@ DSV4_API dsv4_status dsv4_backward(const dsv4_compressor *compressor, const dsv4
     dsv4__begin_sum(&back, &back.g.dnorm, back.room->dnorm, c->config.head_dim);
     for (int64_t m = 0; m < c->matrices && back.g.accumulate; m++) dsv4__begin_weights(&back, m);
     while (dsv4__next_chunk(&back)) dsv4__run_chunk(&back);
+    dsv4__add_weights(&back);
     for (int64_t m = 0; m < c->matrices && !back.g.accumulate && !back.started; m++) dsv4__begin_weights(&back, m);
     dsv4__clear_tails(&back);
     dsv4__end_sum(&back.g.dape, back.room->dape, c->config.no_ape ? 0 : c->config.ratio * c->columns);

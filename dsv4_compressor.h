@@ -590,7 +590,7 @@ file without them, or define DSV4_COMPRESSOR_FAST_MATH to give the guarantee up.
 
 #if defined(__GNUC__)
 #define DSV4__UNUSED            __attribute__((unused))
-#define DSV4__PREFETCH(pointer) __builtin_prefetch((pointer), 0, 2) /* to the second cache, to be read */
+#define DSV4__PREFETCH(pointer) __builtin_prefetch((pointer), 0, 3)
 #define DSV4__PREFETCH_SUM(pointer) __builtin_prefetch((pointer), 1, 3)
 #else
 #define DSV4__UNUSED
@@ -1515,11 +1515,11 @@ DSV4__INLINE void DSV4__FN(tile)(const dsv4__product_job *job, int64_t row, int6
 }
 
 /* All rows by all columns of a panel, the largest tiles first: the first one meets the weights as they come from
- * memory, and the more it has to do meanwhile the better. But three small ones and more leave no rest that wastes
- * time. */
+ * memory, and the more it has to do meanwhile the better. But where small ones leave no rest, which would waste time,
+ * these do. */
 DSV4__INLINE void DSV4__FN(tiles)(const dsv4__product_job *job, const int mode, const int swap, const void *w) {
     const int64_t height = DSV4__TILE_ROWS, rest = job->rows % height, small = DSV4__SMALL_ROWS;
-    const int large = rest == 0 || job->rows % small != 0 || job->rows <= 2 * small || job->rows >= 4 * height;
+    const int large = rest == 0 || job->rows % small != 0 || job->rows >= 4 * height;
     for (int64_t column = 0; column < DSV4__PANEL; column += DSV4__TILE_VECTORS * DSV4__VL) {
         int64_t row = 0;
         if (mode != DSV4__FN(direct))
@@ -2276,10 +2276,11 @@ static int64_t dsv4__panel_offset(const dsv4_compressor *c, int64_t panel) {
     return bytes;
 }
 
+/* A panel's block of terms from `term` on. Group by group, each from its first term to its last. */
 static unsigned char *dsv4__panel(const dsv4_compressor *c, int64_t group, int64_t term, int64_t panel) {
     const int64_t block = dsv4__min(c->terms - term, DSV4__KBLOCK);
     const int64_t term_bytes = dsv4__panel_offset(c, c->series * c->matrices);
-    return c->panels + term * c->groups * term_bytes + block * (group * term_bytes + dsv4__panel_offset(c, panel));
+    return c->panels + (group * c->terms + term) * term_bytes + block * dsv4__panel_offset(c, panel);
 }
 
 /* The block of `matrix` from term (its row) `term` on, for the hidden columns of a group of 32. */
@@ -2404,6 +2405,11 @@ static void dsv4__pack_weights(const dsv4_compressor *c, const dsv4_params *para
             }
 }
 
+/* Asks for memory that will be read soon, and may not exist. */
+DSV4__INLINE void dsv4__fetch(uintptr_t from, uintptr_t bytes) {
+    for (uintptr_t line = 0; line < bytes; line += 64) DSV4__PREFETCH((const void *)(from + line));
+}
+
 /* Rows of a matrix that are the terms of a product, and up to 32 of their columns. */
 typedef struct dsv4__terms {
     const dsv4__kernels *kernels;
@@ -2423,6 +2429,13 @@ static void dsv4__interleave(dsv4_bf16 *pairs, const dsv4_bf16 *even, const dsv4
     memcpy(pairs, whole, sizeof whole);
 }
 
+/* Asks for a term some way behind the k-th: terms lie too far apart for the CPU to guess. */
+static void dsv4__fetch_term(const dsv4__terms *source, int64_t k) {
+    const uintptr_t number = dsv4_dtype_size(source->dtype);
+    dsv4__fetch((uintptr_t)source->first + (uintptr_t)((k + 16) * source->stride) * number,
+                (uintptr_t)source->columns * number);
+}
+
 /* As a right operand: fp32 [terms][32], or bf16 [terms / 2][32][2] from bf16; made even, and 32 wide, with zeros. */
 static void dsv4__pack_terms(const dsv4__terms *source, dsv4_dtype dtype, void *to) {
     static const dsv4_bf16 zeros[DSV4__PANEL] = {0};
@@ -2432,6 +2445,7 @@ static void dsv4__pack_terms(const dsv4__terms *source, dsv4_dtype dtype, void *
     for (int64_t k = 0; k < source->terms && dtype == DSV4_F32; k++) {
         const void *from = dsv4__at(source->first, source->dtype, k * source->stride);
         float *row = (float *)to + k * DSV4__PANEL;
+        dsv4__fetch_term(source, k);
         if (source->dtype == DSV4_F32)
             memcpy(row, from, (size_t)n * sizeof *row);
         else
@@ -2441,6 +2455,8 @@ static void dsv4__pack_terms(const dsv4__terms *source, dsv4_dtype dtype, void *
         const dsv4_bf16 *even = (const dsv4_bf16 *)source->first + k * source->stride;
         const dsv4_bf16 *odd = k + 1 < source->terms ? even + source->stride : zeros;
         dsv4_bf16 *pairs = (dsv4_bf16 *)to + k * DSV4__PANEL;
+        dsv4__fetch_term(source, k);
+        dsv4__fetch_term(source, k + 1);
         if (n == DSV4__PANEL)
             dsv4__interleave(pairs, even, odd);
         else
@@ -2757,9 +2773,9 @@ DSV4_API dsv4_status dsv4_state_restore(dsv4_state *state, const void *bytes, si
 /* ------------------------------------------------------------------------------------------------------------
  * 3k. Workspace
  *
- * Tokens are worked on in blocks of up to 224 rows, whose projections onto all groups stay in the second cache. Blocks of
- * terms are outermost: their part of x is packed and, while it too is in that cache, all weights for these terms pass by
- * once. Then each task pools the closing windows over some groups of channels, and then finishes some entries.
+ * Tokens are worked on in blocks of up to 224 rows, whose projections onto all groups stay in the second cache. Some
+ * blocks of terms are outermost: their part of x is packed and, while it too is in that cache, all weights for these terms
+ * pass by once, group by group. Then each task pools the closing windows over some groups of channels, and then finishes some entries.
  * ------------------------------------------------------------------------------------------------------------ */
 
 enum {
@@ -2902,9 +2918,7 @@ static dsv4__workspace_layout dsv4__workspace_parts(dsv4_workspace *ws, size_t c
     memset(&layout, 0, sizeof layout);
     ws->block_rows = dsv4__max(dsv4__min(DSV4__BLOCK_BYTES / row_bytes, DSV4__BLOCK_ROWS) / tile, 1) * tile;
     ws->slots = ws->block_rows / c->config.ratio + 32;
-    const int64_t least = ws->block_rows * DSV4__KBLOCK * (int64_t)sizeof(float);
-    const int64_t spare = (int64_t)DSV4__BLOCK_BYTES * ws->threads - ws->block_rows * kept * (int64_t)sizeof(float);
-    ws->x_bytes = dsv4__max(dsv4__min(spare, least * dsv4__ceil_div(c->terms, DSV4__KBLOCK)), least);
+    ws->x_bytes = ws->block_rows * DSV4__KBLOCK * (int64_t)sizeof(float);
     ws->scratch_numbers = (c->training ? 2 : 1) * DSV4__KBLOCK * DSV4__PANEL;
     ws->scratch_numbers = dsv4__max(ws->scratch_numbers, c->config.head_dim + 3 * c->config.rope_dim);
     ws->scratch_numbers = dsv4__max(ws->scratch_numbers, c->series * c->config.ratio * DSV4__PANEL);
@@ -3212,11 +3226,6 @@ static void dsv4__pack_row(const dsv4__row_packer *packer, const void *from, int
     }
 }
 
-/* Asks for memory that will be read soon, and may not exist. */
-DSV4__INLINE void dsv4__fetch(uintptr_t from, uintptr_t bytes) {
-    for (uintptr_t line = 0; line < bytes; line += 64) DSV4__PREFETCH((const void *)(from + line));
-}
-
 /* Task: packs the current terms of this thread's share of the block's rows, asking for what lies two rows on. */
 static void dsv4__pack_task(void *argument, int64_t thread) {
     const dsv4__call *call = (const dsv4__call *)argument;
@@ -3280,10 +3289,12 @@ static void dsv4__project_task(void *argument, int64_t thread) {
     const int64_t threads = call->ws->threads;
     const int64_t first = c->groups * thread / threads, end = c->groups * (thread + 1) / threads;
     const dsv4__scratch scratch = dsv4__scratch_of(call->ws, thread);
-    for (int64_t term = call->term; term < call->term_end; term += DSV4__KBLOCK)
-        for (int64_t group = first; group < end; group++) {
-            const int64_t then = term + DSV4__KBLOCK < c->terms ? term + DSV4__KBLOCK : 0;
-            const void *after = group + 1 < end ? dsv4__panel(c, group + 1, term, 0) : dsv4__panel(c, first, then, 0);
+    for (int64_t group = first; group < end; group++)
+        for (int64_t term = call->term; term < call->term_end; term += DSV4__KBLOCK) {
+            const int64_t next_group = group + 1 < end ? group + 1 : first;
+            const int64_t next_term = group + 1 < end ? call->term : call->term_end < c->terms ? call->term_end : 0;
+            const void *after = term + DSV4__KBLOCK < call->term_end ? dsv4__panel(c, group, term + DSV4__KBLOCK, 0)
+                                                                     : dsv4__panel(c, next_group, next_term, 0);
             dsv4__project_group(call, group, term, after, scratch.wide);
         }
     if (call->term_end < c->terms || !(c->config.rounding & DSV4_ROUND_PROJECTION)) return;
@@ -3917,19 +3928,21 @@ static int dsv4__wants_weights(const dsv4__back *back) {
     return back->g.dwkv.data != NULL || back->g.dwgate.data != NULL;
 }
 
-/* to[column][row] = from[row][column], for rows [row, row_end) and up to 256 columns; both lie 256 numbers apart. Four
+/* to[column][row] = from[row][column], for rows [row, row_end) and up to 256 columns; both lie 256 numbers apart. Some
  * rows at a time, so that what is written are not single numbers. */
-#define DSV4__TRANSPOSE(NAME, NUMBER)                                                                           \
-    static void NAME(const NUMBER *from, NUMBER *to, int64_t row, int64_t row_end, int64_t columns) {           \
-        for (; row + 4 <= row_end; row += 4)                                                                    \
-            for (int64_t column = 0; column < columns; column++) {                                              \
-                const NUMBER *top = from + row * DSV4__KBLOCK + column;                                         \
-                const NUMBER four[4] = {top[0], top[DSV4__KBLOCK], top[2 * DSV4__KBLOCK], top[3 * DSV4__KBLOCK]}; \
-                memcpy(to + column * DSV4__KBLOCK + row, four, sizeof four);                                    \
-            }                                                                                                   \
-        for (; row < row_end; row++)                                                                            \
-            for (int64_t column = 0; column < columns; column++)                                                \
-                to[column * DSV4__KBLOCK + row] = from[row * DSV4__KBLOCK + column];                            \
+#define DSV4__TRANSPOSE(NAME, NUMBER)                                                                   \
+    static void NAME(const NUMBER *from, NUMBER *to, int64_t row, int64_t row_end, int64_t columns) {   \
+        enum { ROWS = 8 };                                                                              \
+        for (; row + ROWS <= row_end; row += ROWS)                                                      \
+            for (int64_t column = 0; column < columns; column++) {                                      \
+                NUMBER numbers[ROWS];                                                                   \
+                DSV4__UNROLL                                                                            \
+                for (int r = 0; r < ROWS; r++) numbers[r] = from[(row + r) * DSV4__KBLOCK + column];    \
+                memcpy(to + column * DSV4__KBLOCK + row, numbers, sizeof numbers);                      \
+            }                                                                                           \
+        for (; row < row_end; row++)                                                                    \
+            for (int64_t column = 0; column < columns; column++)                                        \
+                to[column * DSV4__KBLOCK + row] = from[row * DSV4__KBLOCK + column];                    \
     }
 DSV4__TRANSPOSE(dsv4__transpose_bf16, dsv4_bf16)
 DSV4__TRANSPOSE(dsv4__transpose_f32, float)
@@ -3968,19 +3981,26 @@ static void dsv4__pack_back_task(void *argument, int64_t thread) {
     }
 }
 
-/* Writes n columns of the chunk's dx from sums [rows, 32]. */
-static void dsv4__put_dx(const dsv4__back *back, const float *sums, int64_t h, int64_t n) {
+/* Writes a row of the chunk's dx over panels [first, end), from sums of it that lie a panel's rows apart. */
+static void dsv4__put_dx_row(const dsv4__back *back, const float *sums, int64_t token, int64_t first, int64_t end) {
     const dsv4_gradient *dx = &back->g.dx;
+    for (int64_t i = first; i < end; i++, sums += DSV4__KBLOCK * DSV4__PANEL) {
+        const int64_t h = i * DSV4__PANEL, n = dsv4__min(back->call.c->config.hidden_dim - h, DSV4__PANEL);
+        void *to = dsv4__at_mutable(dx->data, dx->dtype, token * back->g.dx_stride + h);
+        if (dx->dtype == DSV4_BF16)
+            back->call.c->kernels->narrow((dsv4_bf16 *)to, sums, n);
+        else
+            memcpy(to, sums, (size_t)n * sizeof(float));
+    }
+}
+
+/* Row by row, so that a row's neighbouring lines are written together. */
+static void dsv4__put_dx(const dsv4__back *back, const float *sums, int64_t first, int64_t end) {
     for (int64_t p = 0; p < back->parts; p++) {
         const dsv4__part *part = &back->room->parts[p];
-        for (int64_t i = 0; i < part->count; i++) {
-            const int64_t to = (part->segment->token + part->t - part->seen + i) * back->g.dx_stride + h;
-            const float *from = sums + (part->row + i) * DSV4__PANEL;
-            if (dx->dtype == DSV4_BF16)
-                back->call.c->kernels->narrow((dsv4_bf16 *)dx->data + to, from, n);
-            else
-                memcpy((float *)dx->data + to, from, (size_t)n * sizeof(float));
-        }
+        const int64_t token = part->segment->token + part->t - part->seen;
+        for (int64_t i = 0; i < part->count; i++)
+            dsv4__put_dx_row(back, sums + (part->row + i) * DSV4__PANEL, token + i, first, end);
     }
 }
 
@@ -4004,9 +4024,7 @@ static void dsv4__dx_panels(const dsv4__back *back, float *sums, int64_t first, 
                                                     : (const unsigned char *)job->w + job->next_bytes);
                 c->kernels->product(job);
             }
-    for (int64_t i = first; i < end; i++)
-        dsv4__put_dx(back, sums + (i - first) * DSV4__KBLOCK * DSV4__PANEL, i * DSV4__PANEL,
-                     dsv4__min(c->config.hidden_dim - i * DSV4__PANEL, DSV4__PANEL));
+    dsv4__put_dx(back, sums, first, end);
 }
 
 /* The hidden columns of panel i of every part's x, as right operands: terms are tokens. */

@@ -2857,7 +2857,7 @@ struct dsv4_workspace {
 /* A thread's scratch. */
 typedef struct dsv4__scratch {
     float *wide;  /* [DSV4__KBLOCK, 32], or the scores of a window, [rows, 32] */
-    float *spare; /* [DSV4__BLOCK_ROWS, 32] on the way back, for sums of a panel that the array has no room for */
+    float *spare; /* [DSV4__BLOCK_ROWS, 32] on the way back, for sums that are not added up where they lie */
     float *row, *swapped, *cos_row, *sin_row; /* share the space of both */
 } dsv4__scratch;
 
@@ -4060,16 +4060,18 @@ static void dsv4__copy_rows(float *to, int64_t to_stride, const float *from, int
     for (int64_t r = 0; r < rows; r++) memcpy(to + r * to_stride, from + r * from_stride, (size_t)n * sizeof(float));
 }
 
-/* Rows [row, row + rows) of one weight's gradient over panel i of the hidden columns: adds the blocks laid by. */
+/* Rows [row, row + rows) of one weight's gradient over panel i of the hidden columns: adds the blocks laid by. Sums
+ * that many blocks are added to are copied: their rows fall on few sets of the caches. */
 static void dsv4__dw_tile(const dsv4__back *back, int64_t matrix, int64_t row, int64_t i, dsv4__product_job *job,
                           float *spare) {
     const dsv4_dtype dtype = back->call.dot ? DSV4_BF16 : DSV4_F32;
     int64_t stride;
     float *sums = dsv4__weight_sums(back, matrix, &stride) + row * stride + i * DSV4__PANEL;
     const int64_t n = dsv4__min(back->call.c->config.hidden_dim - i * DSV4__PANEL, DSV4__PANEL);
-    job->sum = n < DSV4__PANEL ? spare : sums;
-    job->sum_stride = n < DSV4__PANEL ? (int64_t)DSV4__PANEL : stride;
-    if (n < DSV4__PANEL && (back->started || back->g.accumulate))
+    const int apart = n < DSV4__PANEL || back->blocks > 2;
+    job->sum = apart ? spare : sums;
+    job->sum_stride = apart ? (int64_t)DSV4__PANEL : stride;
+    if (apart && (back->started || back->g.accumulate))
         dsv4__copy_rows(spare, DSV4__PANEL, sums, stride, job->rows, n);
     for (int64_t b = 0; b < back->blocks; b++) {
         const dsv4__token_block *block = &back->room->blocks[b];
@@ -4077,13 +4079,13 @@ static void dsv4__dw_tile(const dsv4__back *back, int64_t matrix, int64_t row, i
         job->w = dsv4__x_panel(back, block->slab, i, block->row);
         job->pairs = dsv4__padded(block->count) / 2;
         job->first = !back->started && b == 0 && !back->g.accumulate;
-        job->far = b == 0;
+        job->far = !apart && b == 0;
         const dsv4__token_block *after = &back->room->blocks[(b + 1) % back->blocks];
         job->next = (uintptr_t)dsv4__x_panel(back, after->slab, i + (b + 1) / back->blocks, after->row);
         job->next_bytes = dsv4__padded(after->count) * DSV4__PANEL * (job->w_bf16 ? 2 : 4);
         back->call.c->kernels->product(job);
     }
-    if (n < DSV4__PANEL) dsv4__copy_rows(sums, stride, spare, DSV4__PANEL, job->rows, n);
+    if (apart) dsv4__copy_rows(sums, stride, spare, DSV4__PANEL, job->rows, n);
 }
 
 /* A weight's gradient over the panels [first, end): some rows at a time, which stay in the second cache while the

@@ -861,13 +861,6 @@ DSV4__INLINE float dsv4__fma(float a, float b, float c) {
 #endif
 }
 
-/* Horner's rule. */
-static double dsv4__polynomial(double x, const double *coefficients, int count) {
-    double sum = coefficients[count - 1];
-    for (int i = count - 2; i >= 0; i--) sum = dsv4__mul(sum, x) + coefficients[i];
-    return sum;
-}
-
 #define DSV4__LN2 0.6931471805599453094
 #define DSV4__PI  3.14159265358979323846
 
@@ -912,14 +905,16 @@ static double dsv4__reduce(float angle, unsigned *quadrant) {
         (bits >> 23) - 150u + 30u; /* bit of the table, whose first word stands for 32 leading zeros */
     const unsigned word = start / 32, shift = start % 32;
     uint32_t window[3];
+    DSV4__UNROLL
     for (unsigned i = 0; i < 3; i++)
         window[i] = (uint32_t)(((((uint64_t)two_over_pi[word + i] << 32) | two_over_pi[word + i + 1]) << shift) >> 32);
     const uint64_t turns = ((mantissa * window[0]) << 32) + mantissa * window[1] + ((mantissa * window[2]) >> 32);
     const uint64_t nearest = (turns + ((uint64_t)1 << 61)) >> 62;
     const uint64_t rest = turns - (nearest << 62);
+    int64_t quarter; /* of two's complement: no branch, which angles at random would mispredict */
+    memcpy(&quarter, &rest, sizeof quarter);
     *quadrant = (unsigned)(nearest & 3u);
-    const double quarter = (rest >> 63) ? -(double)(0 - rest) : (double)rest;
-    return dsv4__mul(quarter, DSV4__PI / 2 / 4611686018427387904.0);
+    return dsv4__mul((double)quarter, DSV4__PI / 2 / 4611686018427387904.0);
 }
 
 DSV4_API void dsv4_cos_sin(float angle, float *cos_out, float *sin_out) {
@@ -932,8 +927,8 @@ DSV4_API void dsv4_cos_sin(float angle, float *cos_out, float *sin_out) {
                                     1.0 / 479001600,
                                     -1.0 / 87178291200.0,
                                     1.0 / 20922789888000.0};
-    static const double sine[] = {1.0,          -1.0 / 6,        1.0 / 120,          -1.0 / 5040,
-                                  1.0 / 362880, -1.0 / 39916800, 1.0 / 6227020800.0, -1.0 / 1307674368000.0};
+    static const double sine[] = {1.0,          -1.0 / 6,        1.0 / 120,          -1.0 / 5040, 1.0 / 362880,
+                                  -1.0 / 39916800, 1.0 / 6227020800.0, -1.0 / 1307674368000.0, 0.0};
     unsigned quadrant = 0;
     double rest = (double)angle;
     if (!(angle >= 0 && angle < INFINITY)) {
@@ -942,10 +937,16 @@ DSV4_API void dsv4_cos_sin(float angle, float *cos_out, float *sin_out) {
     }
     if (angle > 0.78539816f) rest = dsv4__reduce(angle, &quadrant);
     const double square = dsv4__mul(rest, rest);
-    const float c = (float)dsv4__polynomial(square, cosine, 9);
-    const float s = (float)dsv4__mul(rest, dsv4__polynomial(square, sine, 8));
-    *cos_out = quadrant == 0 ? c : quadrant == 1 ? -s : quadrant == 2 ? -c : s;
-    *sin_out = quadrant == 0 ? s : quadrant == 1 ? c : quadrant == 2 ? -s : -c;
+    double even = cosine[8], odd = sine[8]; /* Horner's rule */
+    DSV4__UNROLL
+    for (int i = 7; i >= 0; i--) {
+        even = dsv4__mul(even, square) + cosine[i];
+        odd = dsv4__mul(odd, square) + sine[i];
+    }
+    const uint32_t c = dsv4__bits((float)even), s = dsv4__bits((float)dsv4__mul(rest, odd));
+    const uint32_t swap = (c ^ s) & (0u - (quadrant & 1u)); /* without branches here too */
+    *cos_out = dsv4__from_bits(c ^ swap ^ (((quadrant + 1u) & 2u) << 30));
+    *sin_out = dsv4__from_bits(s ^ swap ^ ((quadrant & 2u) << 30));
 }
 
 /* The pair index at which a frequency turns `rotations` times within the original context (YaRN's
@@ -1056,18 +1057,44 @@ typedef struct dsv4__window {
     int run_count;
 } dsv4__window;
 
+/* Rows of kv and gate that the next window will read, from memory: pieces of `bytes`, one for each row and series. */
+typedef struct dsv4__rows_ahead {
+    uintptr_t kv, gate; /* addresses of the first piece; they may not exist */
+    int64_t rows, series;
+    int64_t stride, series_stride; /* bytes from row to row, from series to series */
+    int64_t bytes;
+    int64_t row, at, due; /* the next piece's row and series, and the share of it that is due */
+} dsv4__rows_ahead;
+
 typedef struct dsv4__pool_job {
     const dsv4__window *window;
     int64_t channels;
     uint32_t rounding;
     float pad_gate;
     float *scores;  /* scratch, [rows of the window, 32] */
-    int64_t fetch;  /* numbers from a row to that of the next window, where rows come from memory; else 0 */
     float *pooled;  /* [channels] */
     float *weights; /* [rows of the window, weights_stride] or NULL */
     int64_t weights_stride;
     const float *dpooled; /* [channels], on the way back */
+    dsv4__rows_ahead ahead;
 } dsv4__pool_job;
+
+/* Asks for memory that will be read soon, and may not exist. */
+DSV4__INLINE void dsv4__fetch(uintptr_t from, uintptr_t bytes) {
+    for (uintptr_t line = 0; line < bytes; line += 64) DSV4__PREFETCH((const void *)(from + line));
+}
+
+/* Asks for `share` / `whole` of the rows ahead: row by row, so that the CPU's own prefetching can follow, kv first. */
+DSV4__INLINE void dsv4__fetch_rows(dsv4__rows_ahead *ahead, int64_t share, int64_t whole) {
+    for (ahead->due += 2 * ahead->rows * ahead->series * share; ahead->due >= whole; ahead->due -= whole) {
+        const int64_t row = ahead->row < ahead->rows ? ahead->row : ahead->row - ahead->rows;
+        const uintptr_t first = ahead->row < ahead->rows ? ahead->kv : ahead->gate;
+        dsv4__fetch(first + (uintptr_t)(row * ahead->stride + ahead->at * ahead->series_stride),
+                    (uintptr_t)ahead->bytes);
+        ahead->at = ahead->at + 1 < ahead->series ? ahead->at + 1 : 0;
+        ahead->row += ahead->at == 0;
+    }
+}
 
 /* One pooled row to one entry. `row` is scratch of head_dim numbers, `swapped` of rope_dim. */
 typedef struct dsv4__finish_job {
@@ -1627,16 +1654,6 @@ DSV4__INLINE DSV4__VF DSV4__FN(value)(const dsv4__run *run, int64_t row, int64_t
     return run->kv == NULL ? v_zero() : DSV4__FN(load_some)(run->kv + row * run->stride + c, n);
 }
 
-/* Projections that come from memory: the same row of the next window. */
-DSV4__INLINE void DSV4__FN(fetch_row)(const dsv4__pool_job *job, const dsv4__run *run, int64_t row, DSV4__FN(span) at,
-                                      const int vectors) {
-    const uintptr_t offset = (uintptr_t)(row * run->stride + at.c + job->fetch) * sizeof(float);
-    for (uintptr_t line = 0; line < (uintptr_t)vectors * DSV4__VL * sizeof(float); line += 64) {
-        DSV4__PREFETCH((const void *)((uintptr_t)run->kv + offset + line));
-        DSV4__PREFETCH((const void *)((uintptr_t)run->gate + offset + line));
-    }
-}
-
 /* Writes the scores to job->scores [rows, vectors * VL]; their maximum to s->top. */
 DSV4__INLINE void DSV4__FN(scores)(const dsv4__pool_job *job, DSV4__FN(span) at, const int vectors,
                                    DSV4__FN(softmax) *s) {
@@ -1648,7 +1665,6 @@ DSV4__INLINE void DSV4__FN(scores)(const dsv4__pool_job *job, DSV4__FN(span) at,
         for (int64_t row = 0; row < run.count; row++) {
             DSV4__VF score[DSV4__POOL_VECTORS];
             DSV4__FN(score_row)(job, &run, row, at, vectors, score);
-            if (job->fetch != 0) DSV4__FN(fetch_row)(job, &run, row, at, vectors);
             DSV4__UNROLL
             for (int v = 0; v < vectors; v++, scores += DSV4__VL) {
                 v_store(scores, score[v]);
@@ -1746,13 +1762,17 @@ DSV4__INLINE void DSV4__FN(pool_back_span)(const dsv4__pool_job *job, DSV4__FN(s
 
 /* The pooled row of a window, or its gradient. */
 DSV4__INLINE void DSV4__FN(spans)(const dsv4__pool_job *job, const int back) {
+    const int64_t wide = DSV4__POOL_VECTORS * DSV4__VL;
+    dsv4__rows_ahead ahead = job->ahead;
     DSV4__FN(span) at;
     at.n = DSV4__VL;
-    for (at.c = 0; at.c + DSV4__POOL_VECTORS * DSV4__VL <= job->channels; at.c += DSV4__POOL_VECTORS * DSV4__VL)
+    for (at.c = 0; at.c + wide <= job->channels; at.c += wide) {
+        dsv4__fetch_rows(&ahead, wide, job->channels);
         if (back)
             DSV4__FN(pool_back_span)(job, at, DSV4__POOL_VECTORS);
         else
             DSV4__FN(pool_span)(job, at, DSV4__POOL_VECTORS);
+    }
     for (; at.c < job->channels; at.c += DSV4__VL) {
         at.n = dsv4__min(job->channels - at.c, DSV4__VL);
         if (back)
@@ -2403,11 +2423,6 @@ static void dsv4__pack_weights(const dsv4_compressor *c, const dsv4_params *para
                 source.terms = dsv4__min(c->config.hidden_dim - source.term, DSV4__KBLOCK);
                 dsv4__pack_panel(&source, dsv4__panel(c, group, source.term, panel));
             }
-}
-
-/* Asks for memory that will be read soon, and may not exist. */
-DSV4__INLINE void dsv4__fetch(uintptr_t from, uintptr_t bytes) {
-    for (uintptr_t line = 0; line < bytes; line += 64) DSV4__PREFETCH((const void *)(from + line));
 }
 
 /* Rows of a matrix that are the terms of a product, and up to 32 of their columns. */
@@ -3414,9 +3429,26 @@ static dsv4__pool_job dsv4__pool_settings(const dsv4__call *call, const dsv4__so
     job.rounding = config->rounding;
     job.pad_gate = config->pad_gate;
     job.scores = dsv4__scratch_of(call->ws, thread).wide;
-    job.fetch = call->batch.kv != NULL && source->gate != NULL ? config->ratio * source->stride : 0;
     if (job.rounding & DSV4_ROUND_SCORE) job.pad_gate = dsv4_bf16_to_f32(dsv4_bf16_from_f32(job.pad_gate));
     return job;
+}
+
+/* What follows window w of a piece, where projections are given. */
+static dsv4__rows_ahead dsv4__rows_behind(const dsv4__call *call, const dsv4__piece *piece, const dsv4__source *source,
+                                          int64_t w) {
+    dsv4__rows_ahead ahead;
+    memset(&ahead, 0, sizeof ahead);
+    if (call->batch.kv == NULL || source->gate == NULL) return ahead;
+    const int64_t number = (int64_t)sizeof(float);
+    ahead.rows = call->c->config.ratio;
+    ahead.series = call->c->series;
+    ahead.stride = source->stride * number;
+    ahead.series_stride = source->series * number;
+    ahead.bytes = source->channels * number;
+    const int64_t offset = (piece->source_row + (w + 1) * ahead.rows - piece->t) * ahead.stride;
+    ahead.kv = (uintptr_t)source->kv + (uintptr_t)offset;
+    ahead.gate = (uintptr_t)source->gate + (uintptr_t)offset;
+    return ahead;
 }
 
 /* Pools the windows of the block that close, over the source's channels. */
@@ -3431,6 +3463,7 @@ static void dsv4__pool_block(const dsv4__call *call, const dsv4__source *source,
         const dsv4__piece *piece = &call->ws->pieces[i];
         for (int64_t j = 0; j < piece->windows; j++) {
             window = dsv4__window_rows(call, piece, source, piece->window + j);
+            job.ahead = dsv4__rows_behind(call, piece, source, piece->window + j);
             job.pooled = call->ws->pooled + (piece->slot + j) * dim + source->channel;
             job.weights = call->batch.stages.weights;
             if (job.weights != NULL) job.weights += (piece->entry + j) * rows * dim + source->channel;

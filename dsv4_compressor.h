@@ -583,18 +583,18 @@ file without them, or define DSV4_COMPRESSOR_FAST_MATH to give the guarantee up.
 #endif
 
 #if defined(__GNUC__) && !defined(DSV4__SANITIZED)
-#define DSV4__INLINE            __attribute__((always_inline)) static inline
+#define DSV4__INLINE __attribute__((always_inline)) static inline
 #else
-#define DSV4__INLINE            static inline
+#define DSV4__INLINE static inline
 #endif
 
 #if defined(__GNUC__)
-#define DSV4__UNUSED            __attribute__((unused))
-#define DSV4__PREFETCH(pointer) __builtin_prefetch((pointer), 0, 3)
+#define DSV4__UNUSED                __attribute__((unused))
+#define DSV4__PREFETCH(pointer)     __builtin_prefetch((pointer), 0, 3)
 #define DSV4__PREFETCH_SUM(pointer) __builtin_prefetch((pointer), 1, 3)
 #else
 #define DSV4__UNUSED
-#define DSV4__PREFETCH(pointer) ((void)(pointer))
+#define DSV4__PREFETCH(pointer)     ((void)(pointer))
 #define DSV4__PREFETCH_SUM(pointer) ((void)(pointer))
 #endif
 
@@ -927,8 +927,9 @@ DSV4_API void dsv4_cos_sin(float angle, float *cos_out, float *sin_out) {
                                     1.0 / 479001600,
                                     -1.0 / 87178291200.0,
                                     1.0 / 20922789888000.0};
-    static const double sine[] = {1.0,          -1.0 / 6,        1.0 / 120,          -1.0 / 5040, 1.0 / 362880,
-                                  -1.0 / 39916800, 1.0 / 6227020800.0, -1.0 / 1307674368000.0, 0.0};
+    static const double sine[] = {1.0,          -1.0 / 6,        1.0 / 120,          -1.0 / 5040,
+                                  1.0 / 362880, -1.0 / 39916800, 1.0 / 6227020800.0, -1.0 / 1307674368000.0,
+                                  0.0};
     unsigned quadrant = 0;
     double rest = (double)angle;
     if (!(angle >= 0 && angle < INFINITY)) {
@@ -2229,9 +2230,9 @@ DSV4_API dsv4_status dsv4_rope_frequencies(const dsv4_config *config, float *inv
 /* ------------------------------------------------------------------------------------------------------------
  * 3i. The compressor: weights packed in panels
  *
- * A group is 32 channels of every series: the columns that pooling needs together. Its panels are, for each series, kv's
- * 32 columns and gate's. Memory runs block of 256 terms, group, panel, pair of terms, column, term of the pair: decoding
- * reads it once from end to end, and prefill keeps one block of one panel in the first cache for many rows.
+ * A group is 32 channels of every series: the columns that pooling needs together. Its panels are, for each series,
+ * kv's 32 columns and gate's. Memory runs group, block of 256 terms, panel, pair of terms, column, term of the pair:
+ * decoding reads it once from end to end, and prefill keeps one block of one panel in the first cache for many rows.
  * ------------------------------------------------------------------------------------------------------------ */
 
 struct dsv4_compressor {
@@ -2789,8 +2790,9 @@ DSV4_API dsv4_status dsv4_state_restore(dsv4_state *state, const void *bytes, si
  * 3k. Workspace
  *
  * Tokens are worked on in blocks of up to 224 rows, whose projections onto all groups stay in the second cache. Some
- * blocks of terms are outermost: their part of x is packed and, while it too is in that cache, all weights for these terms
- * pass by once, group by group. Then each task pools the closing windows over some groups of channels, and then finishes some entries.
+ * blocks of terms are outermost: their part of x is packed and, while it too is in that cache, all weights for these
+ * terms pass by once, group by group. Then each task pools the closing windows over some groups of channels, and then
+ * finishes some entries.
  * ------------------------------------------------------------------------------------------------------------ */
 
 enum {
@@ -3616,14 +3618,14 @@ DSV4_API dsv4_status dsv4_compress(const dsv4_compressor *compressor, const dsv4
  * 3m. Gradients
  *
  * Tokens are worked on in chunks of up to 256, made of parts: the tokens of one segment in one block of 256 of its
- * sequence, so that a part's sums are whole blocks of the numeric contract. What a part needs is a function of the windows
- * that touch it, so parts do not depend on each other:
+ * sequence, so that a part's sums are whole blocks of the numeric contract. What a part needs is a function of the
+ * windows that touch it, so parts do not depend on each other:
  *     recompute  kv and gate of these windows' rows (unless they are given), and pool them
  *     entries    from dout back through RoPE and RMSNorm to dpooled
  *     windows    from dpooled back through softmax to dkv and dgate of the part's rows
  *     products   dx = dkv wkv + dgate wgate;  dwkv += dkv^T x;  dwgate += dgate^T x
- * The weights' gradients are too large for any cache: what they need of some chunks is laid by in slabs, so that each of
- * their numbers is fetched once for all of these.
+ * The weights' gradients are too large for any cache: what they need of some chunks is laid by in slabs, so that each
+ * of their numbers is fetched once for all of these.
  * ------------------------------------------------------------------------------------------------------------ */
 
 /* What a backward call adds to a call. The arrays are parts of the workspace. */
@@ -3963,19 +3965,19 @@ static int dsv4__wants_weights(const dsv4__back *back) {
 
 /* to[column][row] = from[row][column], for rows [row, row_end) and up to 256 columns; both lie 256 numbers apart. Some
  * rows at a time, so that what is written are not single numbers. */
-#define DSV4__TRANSPOSE(NAME, NUMBER)                                                                   \
-    static void NAME(const NUMBER *from, NUMBER *to, int64_t row, int64_t row_end, int64_t columns) {   \
-        enum { ROWS = 8 };                                                                              \
-        for (; row + ROWS <= row_end; row += ROWS)                                                      \
-            for (int64_t column = 0; column < columns; column++) {                                      \
-                NUMBER numbers[ROWS];                                                                   \
-                DSV4__UNROLL                                                                            \
-                for (int r = 0; r < ROWS; r++) numbers[r] = from[(row + r) * DSV4__KBLOCK + column];    \
-                memcpy(to + column * DSV4__KBLOCK + row, numbers, sizeof numbers);                      \
-            }                                                                                           \
-        for (; row < row_end; row++)                                                                    \
-            for (int64_t column = 0; column < columns; column++)                                        \
-                to[column * DSV4__KBLOCK + row] = from[row * DSV4__KBLOCK + column];                    \
+#define DSV4__TRANSPOSE(NAME, NUMBER)                                                                 \
+    static void NAME(const NUMBER *from, NUMBER *to, int64_t row, int64_t row_end, int64_t columns) { \
+        enum { ROWS = 8 };                                                                            \
+        for (; row + ROWS <= row_end; row += ROWS)                                                    \
+            for (int64_t column = 0; column < columns; column++) {                                    \
+                NUMBER numbers[ROWS];                                                                 \
+                DSV4__UNROLL                                                                          \
+                for (int r = 0; r < ROWS; r++) numbers[r] = from[(row + r) * DSV4__KBLOCK + column];  \
+                memcpy(to + column * DSV4__KBLOCK + row, numbers, sizeof numbers);                    \
+            }                                                                                         \
+        for (; row < row_end; row++)                                                                  \
+            for (int64_t column = 0; column < columns; column++)                                      \
+                to[column * DSV4__KBLOCK + row] = from[row * DSV4__KBLOCK + column];                  \
     }
 DSV4__TRANSPOSE(dsv4__transpose_bf16, dsv4_bf16)
 DSV4__TRANSPOSE(dsv4__transpose_f32, float)
@@ -4114,7 +4116,8 @@ static void dsv4__dw_tile(const dsv4__back *back, int64_t matrix, int64_t row, i
         job->first = !back->started && b == 0 && !back->g.accumulate;
         job->far = !apart && b == 0;
         const dsv4__token_block *after = &back->room->blocks[(b + 1) % back->blocks];
-        job->next = (uintptr_t)dsv4__x_panel(back, after->slab, i + (b + 1) / back->blocks, after->row);
+        job->next = (uintptr_t)dsv4__x_panel(back, after->slab, i, after->row);
+        if (b + 1 == back->blocks) job->next += DSV4__KBLOCK * DSV4__PANEL * dsv4_dtype_size(dtype);
         job->next_bytes = dsv4__padded(after->count) * DSV4__PANEL * (job->w_bf16 ? 2 : 4);
         back->call.c->kernels->product(job);
     }
@@ -4134,39 +4137,44 @@ static void dsv4__dw_panels(const dsv4__back *back, int64_t matrix, int64_t firs
     }
 }
 
-static dsv4__product_job dsv4__back_job(const dsv4__back *back, const dsv4__scratch *scratch) {
+/* A thread's share of the hidden columns, as panels, and what it multiplies in. */
+typedef struct dsv4__hidden_share {
+    int64_t first, end;
+    dsv4__scratch scratch;
     dsv4__product_job job;
-    memset(&job, 0, sizeof job);
-    job.dot = back->call.dot;
-    job.swap = back->round;
-    job.wide = scratch->wide;
-    return job;
+} dsv4__hidden_share;
+
+static dsv4__hidden_share dsv4__hidden_share_of(const dsv4__back *back, int64_t thread) {
+    const int64_t panels = dsv4__ceil_div(back->call.c->config.hidden_dim, DSV4__PANEL);
+    const int64_t threads = back->call.ws->threads;
+    dsv4__hidden_share share;
+    memset(&share, 0, sizeof share);
+    share.first = panels * thread / threads;
+    share.end = panels * (thread + 1) / threads;
+    share.scratch = dsv4__scratch_of(back->call.ws, thread);
+    share.job.dot = back->call.dot;
+    share.job.swap = back->round;
+    share.job.wide = share.scratch.wide;
+    return share;
 }
 
 /* Task: over this thread's hidden columns, dx, and x laid by for the weights' gradients. */
 static void dsv4__tokens_task(void *argument, int64_t thread) {
     const dsv4__back *back = (const dsv4__back *)argument;
-    const int64_t threads = back->call.ws->threads;
-    const int64_t panels = dsv4__ceil_div(back->call.c->config.hidden_dim, DSV4__PANEL);
-    const int64_t first = panels * thread / threads, end = panels * (thread + 1) / threads;
-    const dsv4__scratch scratch = dsv4__scratch_of(back->call.ws, thread);
-    dsv4__product_job job = dsv4__back_job(back, &scratch);
+    dsv4__hidden_share share = dsv4__hidden_share_of(back, thread);
     float *sums = back->room->dx_sums + thread * DSV4__DX_PANELS * DSV4__KBLOCK * DSV4__PANEL;
-    for (int64_t i = first; i < end && back->g.dx.data != NULL; i += DSV4__DX_PANELS)
-        dsv4__dx_panels(back, sums, i, dsv4__min(i + DSV4__DX_PANELS, end), &job);
-    for (int64_t i = first; i < end && dsv4__wants_weights(back); i++) dsv4__pack_x_panel(back, i);
+    for (int64_t i = share.first; i < share.end && back->g.dx.data != NULL; i += DSV4__DX_PANELS)
+        dsv4__dx_panels(back, sums, i, dsv4__min(i + DSV4__DX_PANELS, share.end), &share.job);
+    for (int64_t i = share.first; i < share.end && dsv4__wants_weights(back); i++) dsv4__pack_x_panel(back, i);
 }
 
 /* Task: adds what is laid by to the weights' gradients, over this thread's hidden columns. */
 static void dsv4__weights_task(void *argument, int64_t thread) {
     const dsv4__back *back = (const dsv4__back *)argument;
-    const int64_t threads = back->call.ws->threads;
-    const int64_t panels = dsv4__ceil_div(back->call.c->config.hidden_dim, DSV4__PANEL);
-    const int64_t first = panels * thread / threads, end = panels * (thread + 1) / threads;
-    const dsv4__scratch scratch = dsv4__scratch_of(back->call.ws, thread);
-    dsv4__product_job job = dsv4__back_job(back, &scratch);
-    if (back->g.dwkv.data != NULL) dsv4__dw_panels(back, 0, first, end, &job, scratch.spare);
-    if (back->g.dwgate.data != NULL) dsv4__dw_panels(back, 1, first, end, &job, scratch.spare);
+    dsv4__hidden_share share = dsv4__hidden_share_of(back, thread);
+    for (int64_t m = 0; m < back->call.c->matrices; m++)
+        if ((m == 0 ? back->g.dwkv.data : back->g.dwgate.data) != NULL)
+            dsv4__dw_panels(back, m, share.first, share.end, &share.job, share.scratch.spare);
 }
 
 static void dsv4__add_weights(dsv4__back *back) {
@@ -4387,8 +4395,8 @@ DSV4_API dsv4_status dsv4_backward(const dsv4_compressor *compressor, const dsv4
  *
  * Permission is hereby granted, free of charge, to any person obtaining a copy of this software and associated
  * documentation files (the "Software"), to deal in the Software without restriction, including without limitation the
- * rights to use, copy, modify, merge, publish, distribute, sublicense, and/or sell copies of the Software, and to permit
- * persons to whom the Software is furnished to do so, subject to the following conditions:
+ * rights to use, copy, modify, merge, publish, distribute, sublicense, and/or sell copies of the Software, and to
+ * permit persons to whom the Software is furnished to do so, subject to the following conditions:
  *
  * The above copyright notice and this permission notice shall be included in all copies or substantial portions of the
  * Software.

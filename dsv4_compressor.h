@@ -4128,11 +4128,11 @@ static void dsv4__dw_tile(const dsv4__back *back, int64_t matrix, int64_t row, i
  * panels of x pass by. */
 static void dsv4__dw_panels(const dsv4__back *back, int64_t matrix, int64_t first, int64_t end, dsv4__product_job *job,
                             float *spare) {
-    const int64_t columns = back->call.c->columns;
+    const int64_t columns = back->call.c->columns, tile = back->call.c->kernels->tile_rows;
     job->w_bf16 = back->call.dot;
     for (int64_t row = 0; row < columns; row += job->rows) {
-        job->rows = dsv4__min(columns - row,
-                              DSV4__BLOCK_ROWS / back->call.c->kernels->tile_rows * back->call.c->kernels->tile_rows);
+        job->rows = dsv4__min(columns - row, DSV4__BLOCK_ROWS / tile * tile);
+        DSV4_ASSERT(job->rows <= DSV4__BLOCK_ROWS); /* what spare holds */
         for (int64_t i = first; i < end; i++) dsv4__dw_tile(back, matrix, row, i, job, spare);
     }
 }

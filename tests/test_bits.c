@@ -110,6 +110,7 @@ TEST multiply_adds_are_rounded_once(void) {
         {-0x1.000002p0f, -0x1.0002p0f, 0x1.fffcp-26f, 0xBF800001},
         {1, 13325, 0x1.3ac5p-38f, 0x3F800001},                         /* 2^-24 + 2^-54: above it */
         {-1, 13325, -0x1.3ac5p-38f, 0xBF800001},
+        {1, 11801, 5823191 * 0x1p-60f, 0x3F800001},                    /* 2^-24 + 2^-52 - 2^-60 */
         {0x1.000002p0f, 13325, -0x1.3ac5p-38f, 0x3F800000},
         {0x1.000004p0f, -0x1.0002p0f, 0x1.fffcp-26f, 0x3F800002},
         {1, 0x1p-24f, 1, 0x3F800000},                                  /* exactly the middle: to even */

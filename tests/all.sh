@@ -33,7 +33,7 @@ installs() {
 }
 # TEST [OPTIONS]
 valgrind_on() {
-    spawn "$*" valgrind --quiet --error-exitcode=9 --leak-check=full "$out/valgrind/tests/"$*
+    spawn "$*" env SOAK_SECONDS=5 valgrind --quiet --error-exitcode=9 --leak-check=full "$out/valgrind/tests/"$*
 }
 under_valgrind() {
     make_ tests BUILD="$out/valgrind" CFLAGS='-O2 -g' SIMDE= || return 1

@@ -42,8 +42,8 @@ under_valgrind() {
     valgrind_on test_streams
     for some in carried thousands refused; do valgrind_on test_gradients -t $some; done
     for test in tests/test_*.c; do
-        name=$(basename "$test" .c)
-        case $name in test_extremes | test_gradients | test_streams) ;; *) valgrind_on "$name" ;; esac
+        program=$(basename "$test" .c)
+        case $program in test_extremes | test_gradients | test_streams) ;; *) valgrind_on "$program" ;; esac
     done
     finish
 }

@@ -1045,6 +1045,16 @@ DSV4__INLINE dsv4__ahead dsv4__fetch_ahead(const dsv4__product_job *job, int64_t
     return ahead;
 }
 
+/* How many tiles of `height` rows to begin with: as many as fit, or up to three fewer where tiles of `small` rows then
+ * leave less, since those that are lower still keep the multipliers waiting for their own sums. */
+DSV4__INLINE int64_t dsv4__large_tiles(int64_t rows, int64_t height, int64_t small) {
+    const int64_t most = rows / height;
+    int64_t best = most;
+    for (int64_t tiles = most - 1; tiles >= 0 && tiles >= most - 3; tiles--)
+        if ((rows - tiles * height) % small < (rows - best * height) % small) best = tiles;
+    return best;
+}
+
 /* Rows of one window that lie evenly in memory. kv NULL: the rows that window 0 lacks; gate, ape NULL: 0. */
 typedef struct dsv4__run {
     const float *kv, *gate, *ape;
@@ -1543,15 +1553,13 @@ DSV4__INLINE void DSV4__FN(tile)(const dsv4__product_job *job, int64_t row, int6
 }
 
 /* All rows by all columns of a panel, the largest tiles first: the first one meets the weights as they come from
- * memory, and the more it has to do meanwhile the better. But where small ones leave no rest, which would waste time,
- * these do. */
+ * memory, and the more it has to do meanwhile the better. */
 DSV4__INLINE void DSV4__FN(tiles)(const dsv4__product_job *job, const int mode, const int swap, const void *w) {
-    const int64_t height = DSV4__TILE_ROWS, rest = job->rows % height, small = DSV4__SMALL_ROWS;
-    const int large = rest == 0 || job->rows % small != 0 || job->rows >= 4 * height;
+    const int64_t large = dsv4__large_tiles(job->rows, DSV4__TILE_ROWS, DSV4__SMALL_ROWS) * DSV4__TILE_ROWS;
     for (int64_t column = 0; column < DSV4__PANEL; column += DSV4__TILE_VECTORS * DSV4__VL) {
         int64_t row = 0;
         if (mode != DSV4__FN(direct))
-            for (; large && job->rows - row >= height; row += height)
+            for (; row < large; row += DSV4__TILE_ROWS)
                 DSV4__FN(tile)(job, row, column, DSV4__TILE_ROWS, mode, swap, w);
 #if DSV4__SMALL_ROWS > 4
         for (; job->rows - row >= 8; row += 8) DSV4__FN(tile)(job, row, column, 8, mode, swap, w);
@@ -2847,7 +2855,7 @@ typedef struct dsv4__training {
     float *d_columns;                  /* [DSV4__SLABS, matrices, columns, DSV4__KBLOCK]; for the weights' gradients */
     float *dape, *dape_block;          /* [ratio, columns] */
     float *dnorm, *dnorm_block;        /* [head_dim] */
-    float *dx_sums;                    /* [threads, DSV4__DX_PANELS, DSV4__KBLOCK, 32] */
+    float *dx_sums;                    /* [threads, DSV4__KBLOCK, DSV4__DX_PANELS, 32] */
     float *x_panels;                   /* [DSV4__SLABS, panels of hidden columns, DSV4__KBLOCK, 32] */
     float *weight_sums;                /* [matrices, columns, hidden_dim made a multiple of 32] for bf16 gradients */
 } dsv4__training;
@@ -4016,26 +4024,22 @@ static void dsv4__pack_back_task(void *argument, int64_t thread) {
     }
 }
 
-/* Writes a row of the chunk's dx over panels [first, end), from sums of it that lie a panel's rows apart. */
-static void dsv4__put_dx_row(const dsv4__back *back, const float *sums, int64_t token, int64_t first, int64_t end) {
-    const dsv4_gradient *dx = &back->g.dx;
-    for (int64_t i = first; i < end; i++, sums += DSV4__KBLOCK * DSV4__PANEL) {
-        const int64_t h = i * DSV4__PANEL, n = dsv4__min(back->call.c->config.hidden_dim - h, DSV4__PANEL);
-        void *to = dsv4__at_mutable(dx->data, dx->dtype, token * back->g.dx_stride + h);
-        if (dx->dtype == DSV4_BF16)
-            back->call.c->kernels->narrow((dsv4_bf16 *)to, sums, n);
-        else
-            memcpy(to, sums, (size_t)n * sizeof(float));
-    }
-}
-
-/* Row by row, so that a row's neighbouring lines are written together. */
+/* Writes the chunk's dx over panels [first, end) from the sums of it: rows of DSV4__DX_PANELS panels. */
 static void dsv4__put_dx(const dsv4__back *back, const float *sums, int64_t first, int64_t end) {
+    const dsv4_gradient *dx = &back->g.dx;
+    const int64_t h = first * DSV4__PANEL;
+    const int64_t n = dsv4__min(end * DSV4__PANEL, back->call.c->config.hidden_dim) - h;
     for (int64_t p = 0; p < back->parts; p++) {
         const dsv4__part *part = &back->room->parts[p];
         const int64_t token = part->segment->token + part->t - part->seen;
-        for (int64_t i = 0; i < part->count; i++)
-            dsv4__put_dx_row(back, sums + (part->row + i) * DSV4__PANEL, token + i, first, end);
+        for (int64_t i = 0; i < part->count; i++) {
+            const float *from = sums + (part->row + i) * DSV4__DX_PANELS * DSV4__PANEL;
+            void *to = dsv4__at_mutable(dx->data, dx->dtype, (token + i) * back->g.dx_stride + h);
+            if (dx->dtype == DSV4_BF16)
+                back->call.c->kernels->narrow((dsv4_bf16 *)to, from, n);
+            else
+                memcpy(to, from, (size_t)n * sizeof(float));
+        }
     }
 }
 
@@ -4044,7 +4048,7 @@ static void dsv4__put_dx(const dsv4__back *back, const float *sums, int64_t firs
 static void dsv4__dx_panels(const dsv4__back *back, float *sums, int64_t first, int64_t end, dsv4__product_job *job) {
     const dsv4_compressor *c = back->call.c;
     job->rows = back->rows;
-    job->sum_stride = DSV4__PANEL;
+    job->sum_stride = (int64_t)DSV4__DX_PANELS * DSV4__PANEL;
     for (int64_t m = 0; m < c->matrices; m++)
         for (int64_t k = 0; k < c->columns; k += DSV4__KBLOCK)
             for (int64_t i = first; i < end; i++) {
@@ -4053,10 +4057,10 @@ static void dsv4__dx_panels(const dsv4__back *back, float *sums, int64_t first, 
                 job->w_bf16 = c->w_bf16[m];
                 job->pairs = dsv4__padded(dsv4__min(c->columns - k, DSV4__KBLOCK)) / 2;
                 job->first = m == 0 && k == 0;
-                job->sum = sums + (i - first) * DSV4__KBLOCK * DSV4__PANEL;
+                job->sum = sums + (i - first) * DSV4__PANEL;
                 job->next_bytes = job->pairs * 2 * DSV4__PANEL * (job->w_bf16 ? 2 : 4);
                 job->next = (uintptr_t)(i + 1 < end ? dsv4__back_panel(c, i + 1, m, k)
-                                                    : (const unsigned char *)job->w + job->next_bytes);
+                                                    : dsv4__back_panel(c, first, m, k) + job->next_bytes);
                 c->kernels->product(job);
             }
     dsv4__put_dx(back, sums, first, end);

@@ -3200,6 +3200,7 @@ static void dsv4__take_piece(dsv4__call *call) {
     piece->position = segment->position - seen + piece->window * ratio;
     call->rows += piece->count;
     call->entries += piece->windows;
+    DSV4_ASSERT(call->entries <= call->ws->slots);
     call->done = piece->count < left ? call->done + piece->count : 0;
     if (call->done == 0) call->segment++;
 }

@@ -31,7 +31,9 @@ START = "#if defined(DSV4_COMPRESSOR_IMPLEMENTATION)"
 # The quick suites, those first that take least time for what they notice; then what wants all kernel sets.
 SCALAR_TESTS = ["test_hashes", "test_api", "test_seed", "test_golden", "test_oracle", "test_streams", "test_gradients"]
 ALL_TESTS = ["test_hurts", "test_bits -t multiply_adds_are_rounded_once", "test_bits -t objects_take_the_memory",
-             "test_bits -t every_kernel_set", "test_bits -t published_models", *SCALAR_TESTS]
+             "test_bits -t every_kernel_set", "test_bits -t published_models",
+             "test_extremes -t nothing_is_read_or_written_past_the_end", "test_extremes -t gradients_do_not_pass_the_end",
+             *SCALAR_TESTS]
 
 # What a token may become.
 SWAPS = {

@@ -6,8 +6,8 @@
 #include <float.h>
 
 #include "fences.h"
+#include "gradient_support.h"
 #include "runner.h"
-#include "shapes.h"
 
 /* ---- Guard pages ------------------------------------------------------------------------------------------- */
 
@@ -52,6 +52,70 @@ TEST nothing_is_read_or_written_past_the_end(const char *isa, int narrow) {
         for (int i = 0; i < STAGE_COUNT; i++) fenced_free(&stages[i]);
         fenced_free(&x);
         results_free(&plain);
+    }
+    PASS();
+}
+
+typedef struct fences {
+    fenced all[DSV4_PARAM_COUNT + GRADIENTS + 4];
+    int count;
+} fences;
+
+static void fence_one(fences *f, void **array, size_t bytes) { fence(&f->all[f->count++], array, bytes); }
+
+/* Everything that a backward call is given; `r` for its kv and gate. */
+static fences fence_lesson(lesson *l, gradient_set *g, results *r) {
+    fences f = {0};
+    for (int i = 0; i < DSV4_PARAM_COUNT; i++) {
+        dsv4_array *param = model_array(&l->m.params, i);
+        fence_one(&f, &l->m.data[i], (size_t)l->m.info[i].count * dsv4_dtype_size(param->dtype));
+        param->data = l->m.data[i];
+    }
+    for (int i = 0; i < GRADIENTS; i++) fence_one(&f, &g->data[i], g->bytes[i]);
+    fence_one(&f, &l->s.x, (size_t)(l->s.tokens * l->config.hidden_dim) * dsv4_dtype_size(l->s.dtype));
+    fence_one(&f, &l->dout, (size_t)(l->entries * l->config.head_dim) * dsv4_dtype_size(l->dout_dtype));
+    fence_one(&f, &r->stage[STAGE_KV], r->bytes[STAGE_KV]);
+    fence_one(&f, &r->stage[STAGE_GATE], r->bytes[STAGE_GATE]);
+    return f;
+}
+
+/* Frees what is in fenced memory, and then the rest. */
+static void fenced_lesson_free(fences *f, lesson *l, gradient_set *g, results *r) {
+    for (int i = 0; i < f->count; i++) fenced_free(&f->all[i]);
+    memset(l->m.data, 0, sizeof l->m.data);
+    memset(g->data, 0, sizeof g->data);
+    l->s.x = l->dout = r->stage[STAGE_KV] = r->stage[STAGE_GATE] = NULL;
+    results_free(r);
+    lesson_free(l);
+}
+
+/* The same on the way back: recomputing, and from the forward pass's rows. */
+TEST gradients_do_not_pass_the_end(const char *isa, int narrow) {
+    for (int tail = 0; tail <= 34; tail++) {
+        const dsv4_dtype dtype = narrow ? DSV4_BF16 : DSV4_F32;
+        shape of = {"", 16 + tail, 17 + tail, 1 + tail % 3, 2, tail % 2, 0, 0, 0, {DSV4_F32}, dtype, dtype};
+        for (int i = 0; i < DSV4_PARAM_COUNT; i++) of.param[i] = (narrow + tail) % 3 ? DSV4_BF16 : DSV4_F32;
+        lesson l = lesson_of(&of, 11, 1);
+        results r = results_new(&l.config, DSV4_F32, l.s.tokens, l.entries);
+        gradient_set plain = gradient_set_new(&l.config, dtype, l.s.tokens);
+        gradient_set g = gradient_set_new(&l.config, dtype, l.s.tokens);
+        ASSERT_EQ(DSV4_OK, compress_whole(&l.e, &l.s, &r, NULL));
+        ASSERT_EQ(DSV4_OK, backward_whole(&l, &l.e, &plain));
+
+        fences f = fence_lesson(&l, &g, &r);
+        engine e = trainer_new(&l.m, isa, NULL);
+        dsv4_segment whole = segment_new(0, l.s.tokens, l.s.position, 0, NULL);
+        dsv4_batch b = lesson_batch(&l, &whole, 1);
+        dsv4_gradients to = gradients_into(&g, l.dout, dtype);
+        for (int given = 0; given <= 1; given++) {
+            b.kv = given ? r.stage[STAGE_KV] : NULL;
+            b.gate = given ? r.stage[STAGE_GATE] : NULL;
+            ASSERT_EQ(DSV4_OK, dsv4_backward(e.compressor, &b, &to, e.workspace, NULL));
+            ASSERT_STR_EQ("no gradient", gradient_name(gradient_difference(&plain, &g, 0)));
+        }
+        engine_free(&e);
+        gradient_set_free(&plain);
+        fenced_lesson_free(&f, &l, &g, &r);
     }
     PASS();
 }
@@ -246,6 +310,8 @@ SUITE(extremes) {
             snprintf(suffix, sizeof suffix, "%s_%s", isa, narrow ? "bf16" : "f32");
             greatest_set_test_suffix(suffix);
             RUN_TESTp(nothing_is_read_or_written_past_the_end, isa, narrow);
+            greatest_set_test_suffix(suffix);
+            RUN_TESTp(gradients_do_not_pass_the_end, isa, narrow);
         }
     }
     RUN_TEST(conversions_do_not_pass_the_end);

@@ -668,6 +668,36 @@ TEST hundreds_of_windows_close_in_one_call(const shape *of) {
     PASS();
 }
 
+/* Any number of sequences that close a window with one token each, and then one that closes several. */
+TEST windows_of_one_token_and_of_many_close_in_one_call(const shape *of) {
+    enum { MOST = 100, WINDOWS = 3 };
+    workbench w = workbench_new(of, WINDOWS, 29);
+    const int64_t last = w.config.ratio - 1;
+    const size_t row = w.whole.bytes[STAGE_OUT] / WINDOWS;
+    results r = results_new(&w.config, w.out_dtype, w.s.tokens, MOST + WINDOWS);
+    const char *expected = w.whole.stage[STAGE_OUT], *out = r.stage[STAGE_OUT];
+    dsv4_state *open = state_new(&w.e, 0), *states[MOST];
+    dsv4_segment segments[MOST + 1];
+    ASSERT_EQ(DSV4_OK, compress_part(&w.e, &w.s, &r, open, 0, last, NULL));
+    for (int i = 0; i < MOST; i++) states[i] = state_new(&w.e, 0);
+    for (int n = 1; n <= MOST; n++) {
+        for (int i = 0; i < n; i++) {
+            ASSERT_EQ(DSV4_OK, dsv4_state_copy(states[i], open, NULL));
+            segments[i] = segment_new(last, 1, w.s.position + last, i, states[i]);
+        }
+        segments[n] = segment_new(0, w.s.tokens, w.s.position, n, NULL);
+        dsv4_batch b = batch_new(&w.s, &r, segments, n + 1);
+        ASSERT_EQ(DSV4_OK, dsv4_compress(w.e.compressor, &b, w.e.workspace, NULL));
+        for (int i = 0; i < n; i++) ASSERT_MEM_EQ(expected, out + (size_t)i * row, row);
+        ASSERT_MEM_EQ(expected, out + (size_t)n * row, WINDOWS * row);
+    }
+    for (int i = 0; i < MOST; i++) dsv4_state_destroy(states[i]);
+    dsv4_state_destroy(open);
+    results_free(&r);
+    workbench_free(&w);
+    PASS();
+}
+
 /* A call that fails at its last segment has not advanced the states of the first. */
 TEST a_failed_call_advances_no_state(void) {
     workbench w = workbench_new(&shapes[0], 4, 18);
@@ -759,6 +789,7 @@ SUITE(streams) {
     RUN_TEST(a_state_moves_between_compressors_of_one_configuration);
     FOR_EVERY_SHAPE(sequences_that_share_calls_do_not_mix, &shapes[i]);
     FOR_EVERY_SHAPE(hundreds_of_windows_close_in_one_call, &shapes[i]);
+    FOR_EVERY_SHAPE(windows_of_one_token_and_of_many_close_in_one_call, &shapes[i]);
     RUN_TEST(a_failed_call_advances_no_state);
     FOR_EVERY_SHAPE(a_state_is_no_larger_than_what_it_waits_for, &shapes[i]);
 }

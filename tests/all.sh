@@ -63,6 +63,6 @@ step coverage make_ coverage
 step check-san make_ check-san
 step check-cross make_ check-cross
 step fuzz make_ fuzz FUZZ_SECONDS="$seconds"
-step mutate make_ mutate MUTATE="${MUTATE:---seconds 240}"
+step mutate make_ mutate MUTATE="${MUTATE:---seconds 150}"
 ! have valgrind || step valgrind under_valgrind
 awk '{ passed += $1; failed += $3 } END { print passed + 0 " passed, " failed + 0 " failed"; exit failed > 0 }' "$out/sums"

@@ -37,13 +37,17 @@ valgrind_on() {
 }
 under_valgrind() {
     make_ tests BUILD="$out/valgrind" CFLAGS='-O2 -g' SIMDE= || return 1
-    # Without the extremes, which are large (guard pages do to them what valgrind would), and of the gradients, which take
-    # a quarter of an hour, with those that move memory about; the sanitizers see all of both.
-    valgrind_on test_streams
+    # Without the extremes, which are large (guard pages do to them what valgrind would); of the suites that take a quarter
+    # of an hour together, what moves memory about. The sanitizers see all of them.
+    for some in transferred close_in_one_call taking_back a_failed; do valgrind_on test_streams -t $some; done
     for some in carried thousands refused; do valgrind_on test_gradients -t $some; done
+    for some in layers_of segments strides objects; do valgrind_on test_bits -t $some; done
     for test in tests/test_*.c; do
         program=$(basename "$test" .c)
-        case $program in test_extremes | test_gradients | test_streams) ;; *) valgrind_on "$program" ;; esac
+        case $program in
+            test_extremes | test_gradients | test_streams | test_bits) ;;
+            *) valgrind_on "$program" ;;
+        esac
     done
     finish
 }

@@ -60,7 +60,7 @@
 #include <stdint.h>
 
 /* A change of the third number keeps API and bits; of the second may add to the API; of the first may change both. */
-#define DSV4_COMPRESSOR_VERSION "1.0.0"
+#define DSV4_COMPRESSOR_VERSION "2.0.0"
 
 #ifndef DSV4_API
 #if defined(DSV4_COMPRESSOR_STATIC) && (defined(__GNUC__) || defined(__clang__))
@@ -100,7 +100,7 @@ typedef enum dsv4_status {
 #define DSV4_STATUS_NAME(name, text) name,
     DSV4_STATUSES(DSV4_STATUS_NAME)
 #undef DSV4_STATUS_NAME
-    DSV4_STATUS_COUNT
+        DSV4_STATUS_COUNT
 } dsv4_status;
 
 /* What went wrong, in one line that names the argument and its numbers. Where a function takes a `dsv4_error *`, NULL
@@ -141,24 +141,55 @@ DSV4_API void dsv4_bf16_to_f32_array(float *destination, const dsv4_bf16 *source
  * 2c. Configuration, and the parameters it asks for
  * ============================================================================================================ */
 
-/* Where a result is rounded to bf16 (and kept as fp32). An output in bf16 is rounded at its end in any case. */
-enum {
-    DSV4_ROUND_PROJECTION = 1 << 0, /* kv and gate after the projections */
-    DSV4_ROUND_SCORE = 1 << 1,      /* ape, gate + ape, and pad_gate */
-    DSV4_ROUND_WEIGHT = 1 << 2,     /* the softmax weights, which are computed in fp32 always */
-    DSV4_ROUND_PRODUCT = 1 << 3,    /* each kv * weight */
-    DSV4_ROUND_POOLED = 1 << 4,     /* the pooled row */
-    DSV4_ROUND_NORMED = 1 << 5,     /* the normalised row, before norm's scale */
-    DSV4_ROUND_SCALED = 1 << 6,     /* and after it */
-    DSV4_ROUND_TRIG = 1 << 7,       /* cos and sin */
+/* Where a result is rounded to bf16 (and kept as fp32), in the order of the pipeline. An output in bf16 is rounded at
+ * its end in any case. */
+#define DSV4_ROUNDING_POINTS(X)                                                                            \
+    X(DSV4_ROUND_PARAMS, "params", 1 << 8)         /* wkv, wgate and norm, where they are given in fp32 */ \
+    X(DSV4_ROUND_PROJECTION, "projection", 1 << 0) /* kv and gate after the projections */                 \
+    X(DSV4_ROUND_SCORE, "score", 1 << 1)           /* ape, gate + ape, and pad_gate */                     \
+    X(DSV4_ROUND_WEIGHT, "weight", 1 << 2)         /* the softmax weights, computed in fp32 always */      \
+    X(DSV4_ROUND_PRODUCT, "product", 1 << 3)       /* each kv * weight */                                  \
+    X(DSV4_ROUND_POOLED, "pooled", 1 << 4)         /* the pooled row */                                    \
+    X(DSV4_ROUND_NORMED, "normed", 1 << 5)         /* the normalised row, before norm's scale */           \
+    X(DSV4_ROUND_SCALED, "scaled", 1 << 6)         /* and after it */                                      \
+    X(DSV4_ROUND_TRIG, "trig", 1 << 7)             /* cos and sin */                                       \
+    X(DSV4_ROUND_ROTATED, "rotated", 1 << 9)       /* in RoPE each product, then their sum */              \
+    X(DSV4_ROUND_ROW, "row", 1 << 10)              /* the entry after RoPE, whatever the type of out */
 
-    /* The pipelines these points were read from. */
-    DSV4_ROUNDING_NONE = 0,
-    DSV4_ROUNDING_DEEPSEEK = DSV4_ROUND_POOLED | DSV4_ROUND_SCALED, /* DeepSeek's inference code */
-    DSV4_ROUNDING_MAXTEXT = DSV4_ROUNDING_DEEPSEEK | DSV4_ROUND_PROJECTION | DSV4_ROUND_WEIGHT | DSV4_ROUND_PRODUCT |
-                            DSV4_ROUND_NORMED,                                              /* MaxText, pre-training */
-    DSV4_ROUNDING_TRANSFORMERS = DSV4_ROUNDING_MAXTEXT | DSV4_ROUND_SCORE | DSV4_ROUND_TRIG /* Hugging Face */
+/* The pipelines that these points were read from, as sums of them. References change: a preset keeps its meaning, a
+ * pipeline that moves gets a new one. */
+#define DSV4_ROUNDINGS(X)                                                                                        \
+    X(DSV4_ROUNDING_NONE, "none", 0)                                                                             \
+    X(DSV4_ROUNDING_DEEPSEEK, "deepseek", /* DeepSeek's inference code */                                        \
+      DSV4_ROUND_POOLED | DSV4_ROUND_SCALED | DSV4_ROUND_ROW)                                                    \
+    X(DSV4_ROUNDING_MAXTEXT, "maxtext", /* MaxText's pre-training, operation by operation */                     \
+      DSV4_ROUND_PARAMS | DSV4_ROUND_PROJECTION | DSV4_ROUND_WEIGHT | DSV4_ROUND_PRODUCT | DSV4_ROUND_POOLED |   \
+          DSV4_ROUND_NORMED | DSV4_ROUND_SCALED | DSV4_ROUND_ROW)                                                \
+    X(DSV4_ROUNDING_TRANSFORMERS, "transformers", /* Hugging Face's, a model loaded as bf16, 5.20.2 and later */ \
+      DSV4_ROUND_PROJECTION | DSV4_ROUND_WEIGHT | DSV4_ROUND_PRODUCT | DSV4_ROUND_POOLED | DSV4_ROUND_SCALED |   \
+          DSV4_ROUND_TRIG | DSV4_ROUND_ROW)                                                                      \
+    X(DSV4_ROUNDING_TRANSFORMERS_5_8, "transformers-5.8", /* as it was in 5.8 */                                 \
+      DSV4_ROUND_PROJECTION | DSV4_ROUND_SCORE | DSV4_ROUND_WEIGHT | DSV4_ROUND_PRODUCT | DSV4_ROUND_POOLED |    \
+          DSV4_ROUND_NORMED | DSV4_ROUND_SCALED | DSV4_ROUND_TRIG | DSV4_ROUND_ROW)                              \
+    X(DSV4_ROUNDING_VLLM, "vllm", DSV4_ROUND_ROW) /* also SGLang, llama.cpp: fp32 up to the entry */             \
+    X(DSV4_ROUNDING_NEMO, "nemo",                 /* NeMo Automodel */                                           \
+      DSV4_ROUND_POOLED | DSV4_ROUND_SCALED | DSV4_ROUND_TRIG | DSV4_ROUND_ROW)                                  \
+    X(DSV4_ROUNDING_MEGATRON, "megatron", DSV4_ROUNDING_TRANSFORMERS | DSV4_ROUND_ROTATED) /* Megatron Core */
+
+enum {
+#define DSV4_ROUNDING_VALUE(name, text, bits) name = bits,
+    DSV4_ROUNDING_POINTS(DSV4_ROUNDING_VALUE) DSV4_ROUNDINGS(DSV4_ROUNDING_VALUE)
+#undef DSV4_ROUNDING_VALUE
+        DSV4_ROUNDING_TEXT_SIZE = 96 /* bytes that the name of any sum of points fits in */
 };
+
+/* The name of a rounding: of a preset, "transformers", or of its points, "projection+weight+pooled". DSV4_ERROR_BUFFER
+ * where `size` bytes of `text` do not hold it (DSV4_ROUNDING_TEXT_SIZE do), DSV4_ERROR_ARGUMENT for unknown bits. */
+DSV4_API dsv4_status dsv4_rounding_name(uint32_t rounding, char *text, size_t size, dsv4_error *error);
+
+/* And back: names of presets and points, joined by '+'. DSV4_ERROR_ARGUMENT for an unknown name; the message lists those
+ * that there are. */
+DSV4_API dsv4_status dsv4_rounding_parse(const char *text, uint32_t *rounding, dsv4_error *error);
 
 /* What a compressor is. A field of 0 takes the default that its comment names; the first three have none. */
 typedef struct dsv4_config {
@@ -171,7 +202,7 @@ typedef struct dsv4_config {
     int no_gate;           /* 1: no gate projection; only where a window has one row (ratio 1, no overlap) */
     uint32_t rounding;     /* DSV4_ROUND_... bits or a DSV4_ROUNDING_... preset; 0: none */
     float eps;             /* RMSNorm's, > 0; 0: 1e-6 */
-    float pad_gate;        /* score of the rows that window 0 lacks, < 0, -INFINITY allowed; 0: -1e4 */
+    float pad_gate;        /* score of the rows that window 0 lacks, < 0; 0: -INFINITY, which weighs exactly 0 */
     double rope_theta;     /* > 1; 0: 160000 */
     double yarn_factor;    /* >= 1; 0 or 1: no YaRN */
     double yarn_orig_ctx;  /* original context in tokens; 0: 65536 */
@@ -194,7 +225,7 @@ typedef enum dsv4_preset {
 #define DSV4_PRESET_NAME(name, text, h, d, m, overlap, no_ape, eps) name,
     DSV4_PRESETS(DSV4_PRESET_NAME)
 #undef DSV4_PRESET_NAME
-    DSV4_PRESET_COUNT
+        DSV4_PRESET_COUNT
 } dsv4_preset;
 
 /* The configuration of a published model: R 64, theta 160000, YaRN factor 16 over 65536, rounding `deepseek`. Any other
@@ -615,7 +646,8 @@ extern "C" {
 
 enum {
     DSV4__PANEL = 32,   /* output columns of a packed weight panel, and channels of a group */
-    DSV4__KBLOCK = 256, /* terms of a dot product that share an accumulator; part of the numeric contract */
+    DSV4__KBLOCK = 256, /* terms of a dot product of bf16 that share an accumulator; part of the numeric contract */
+    DSV4__FBLOCK = 128, /* the same where an operand is fp32 */
     DSV4__LANES = 16,   /* partial sums of a mean of squares; part of the numeric contract */
     DSV4__MAX_RUNS = 12 /* places in memory that a window's rows can be spread over, with room to spare */
 };
@@ -1579,6 +1611,23 @@ static void DSV4__FN(widen_panel)(const dsv4_bf16 *w, int64_t pairs, float *wide
         }
 }
 
+/* With an fp32 operand: blocks of half the terms, for a smaller error. Each is a job of its own, followed by the next. */
+static void DSV4__FN(fused)(const dsv4__product_job *job, const int mode, const void *w) {
+    const char *x = (const char *)job->x;
+    const int64_t term_bytes = DSV4__PANEL * (mode == DSV4__FN(direct) ? 2 : 4);
+    dsv4__product_job block = *job;
+    for (int64_t done = 0; done < job->pairs; done += block.pairs) {
+        const char *part = (const char *)w + 2 * done * term_bytes;
+        block.x = x + 2 * done * (int64_t)sizeof(float);
+        block.pairs = dsv4__min(job->pairs - done, DSV4__FBLOCK / 2);
+        block.first = job->first && done == 0;
+        block.far = job->far && done == 0;
+        block.next = job->next + (uintptr_t)(job->next_bytes * done / job->pairs);
+        block.next_bytes = job->next_bytes * block.pairs / job->pairs;
+        DSV4__FN(tiles)(&block, mode, 0, part);
+    }
+}
+
 static void DSV4__FN(product)(const dsv4__product_job *job) {
     const void *w = job->w;
 #if defined(DSV4__DOT)
@@ -1592,7 +1641,7 @@ static void DSV4__FN(product)(const dsv4__product_job *job) {
         if (job->swap)
             DSV4__FN(tiles)(job, DSV4__FN(direct), 1, w);
         else
-            DSV4__FN(tiles)(job, DSV4__FN(direct), 0, w);
+            DSV4__FN(fused)(job, DSV4__FN(direct), w);
         return;
     }
 #endif
@@ -1601,7 +1650,7 @@ static void DSV4__FN(product)(const dsv4__product_job *job) {
         w = job->wide;
     }
     if (!job->swap)
-        DSV4__FN(tiles)(job, DSV4__FN(chain), 0, w);
+        DSV4__FN(fused)(job, DSV4__FN(chain), w);
     else
 #if defined(DSV4__FUSED)
         DSV4__FN(tiles)(job, DSV4__FN(chain), 1, w);
@@ -1610,9 +1659,11 @@ static void DSV4__FN(product)(const dsv4__product_job *job) {
 #endif
 }
 
-/* e^x for x <= 0, within 2 ulp: x = n ln 2 + r, e^r = 1 + r + r^2 q(r). 0 where the result would be subnormal. */
+/* e^x for x <= 0, within 2 ulp: x = n ln 2 + r, e^r = 1 + r + r^2 q(r). 0 where the result would be subnormal. What is
+ * further down, -INFINITY above all, is brought up to where arithmetic on it is harmless. */
 DSV4__INLINE DSV4__VF DSV4__FN(exp)(DSV4__VF x) {
     const DSV4__VF magic = v_set(DSV4__MAGIC);
+    x = v_max(v_set(-88.0f), x); /* in this order NaN stays */
     const DSV4__VF t = v_fma(x, v_set(1.44269504f), magic);
     const DSV4__VF n = v_sub(t, magic);
     DSV4__VF r = v_fma(n, v_set(-0.693147182f), x);
@@ -1665,7 +1716,7 @@ DSV4__INLINE DSV4__VF DSV4__FN(value)(const dsv4__run *run, int64_t row, int64_t
 
 /* Writes the scores to job->scores [rows, vectors * VL]; their maximum to s->top. */
 DSV4__INLINE void DSV4__FN(scores)(const dsv4__pool_job *job, DSV4__FN(span) at, const int vectors,
-                                   DSV4__FN(softmax) *s) {
+                                   DSV4__FN(softmax) * s) {
     float *scores = job->scores;
     DSV4__UNROLL
     for (int v = 0; v < vectors; v++) s->top[v] = v_set(-INFINITY);
@@ -1685,7 +1736,7 @@ DSV4__INLINE void DSV4__FN(scores)(const dsv4__pool_job *job, DSV4__FN(span) at,
 
 /* Sums the scores' exponentials; `keep` puts these where the scores were. */
 DSV4__INLINE void DSV4__FN(exponentials)(const dsv4__pool_job *job, DSV4__FN(span) at, const int vectors,
-                                         const int keep, DSV4__FN(softmax) *s) {
+                                         const int keep, DSV4__FN(softmax) * s) {
     float *scores = job->scores;
     DSV4__UNROLL
     for (int v = 0; v < vectors; v++) s->den[v] = s->sum[v] = v_zero();
@@ -1706,7 +1757,7 @@ DSV4__INLINE void DSV4__FN(exponentials)(const dsv4__pool_job *job, DSV4__FN(spa
 /* Where softmax weights are wanted one by one, rounded presets and the stage: sum becomes that of the rounded ones. On
  * arrays of its own, so that the other steps' stay in registers. */
 DSV4__INLINE void DSV4__FN(one_by_one)(const dsv4__pool_job *job, DSV4__FN(span) at, const int vectors,
-                                       DSV4__FN(softmax) *s) {
+                                       DSV4__FN(softmax) * s) {
     const float *e = job->scores;
     float *weights = job->weights;
     DSV4__FN(softmax) own = *s;
@@ -1860,35 +1911,42 @@ static void DSV4__FN(normalise)(const dsv4__finish_job *job, float scale) {
     }
 }
 
-/* row = row * cos + swapped * sin, in place, sin signed per lane. */
-static void DSV4__FN(rotate)(float *row, float *swapped, const float *cos_row, const float *sin_row, int64_t count) {
-    for (int64_t i = 0; i < count; i++) swapped[i] = row[i ^ 1];
+/* The last rope_dim channels of `row` turn: row * cos + swapped * sin, in place, sin signed per lane. `rounded`: each
+ * product and their sum are. */
+static void DSV4__FN(rotate)(const dsv4__finish_job *job, int rounded) {
+    const int64_t count = job->config->rope_dim;
+    float *row = job->row + job->config->head_dim - count;
+    for (int64_t i = 0; i < count; i++) job->swapped[i] = row[i ^ 1];
     for (int64_t i = 0; i < count; i += DSV4__VL) {
         const int64_t n = dsv4__min(count - i, DSV4__VL);
-        const DSV4__VF side = v_mul(DSV4__FN(load_some)(swapped + i, n), DSV4__FN(load_some)(sin_row + i, n));
-        const DSV4__VF turned = v_fma(DSV4__FN(load_some)(row + i, n), DSV4__FN(load_some)(cos_row + i, n), side);
+        const DSV4__VF straight = DSV4__FN(load_some)(row + i, n), cosine = DSV4__FN(load_some)(job->cos_row + i, n);
+        const DSV4__VF side = v_mul(DSV4__FN(load_some)(job->swapped + i, n), DSV4__FN(load_some)(job->sin_row + i, n));
+        const DSV4__VF turned =
+            rounded ? v_round(v_add(v_round(v_mul(straight, cosine)), v_round(side))) : v_fma(straight, cosine, side);
         DSV4__FN(store_some)(row + i, turned, n);
     }
 }
 
 /* RMSNorm, norm's scale, RoPE, store. */
 static void DSV4__FN(finish)(const dsv4__finish_job *job) {
-    const int64_t dim = job->config->head_dim, turned = job->config->rope_dim;
-    if (job->config->rounding & DSV4_ROUND_POOLED) DSV4__FN(round)(job->pooled, dim);
+    const int64_t dim = job->config->head_dim;
+    const uint32_t rounding = job->config->rounding;
+    if (rounding & DSV4_ROUND_POOLED) DSV4__FN(round)(job->pooled, dim);
     DSV4__FN(normalise)(job, DSV4__FN(scale)(job->pooled, dim, job->config->eps));
     if (job->latent != NULL) DSV4__FN(put_row)(job->latent, job->out_dtype, job->row, dim);
-    DSV4__FN(rotate)(job->row + dim - turned, job->swapped, job->cos_row, job->sin_row, turned);
+    DSV4__FN(rotate)(job, (rounding & DSV4_ROUND_ROTATED) != 0);
+    if (rounding & DSV4_ROUND_ROW) DSV4__FN(round)(job->row, dim);
     DSV4__FN(put_row)(job->out, job->out_dtype, job->row, dim);
 }
 
 /* RMSNorm on the way back. `row` holds dout; after: row = gradient of the scaled row, pooled = the normalised row
  * (which dnorm needs), dpooled = r (dn - n mean(dn n)), dn = dy norm. */
 static void DSV4__FN(finish_back)(const dsv4__finish_job *job) {
-    const int64_t dim = job->config->head_dim, turned = job->config->rope_dim;
+    const int64_t dim = job->config->head_dim;
     float *n_row = job->pooled, *dn_row = job->dpooled;
     if (job->config->rounding & DSV4_ROUND_POOLED) DSV4__FN(round)(n_row, dim);
     const float scale = DSV4__FN(scale)(n_row, dim, job->config->eps);
-    DSV4__FN(rotate)(job->row + dim - turned, job->swapped, job->cos_row, job->sin_row, turned);
+    DSV4__FN(rotate)(job, 0);
     for (int64_t c = 0; c < dim; c += DSV4__VL) {
         const int64_t n = dsv4__min(dim - c, DSV4__VL);
         const DSV4__VF dy = DSV4__FN(load_some)(job->row + c, n), norm = DSV4__FN(load_some)(job->norm + c, n);
@@ -2002,9 +2060,7 @@ static int dsv4__always(void) { return 1; }
 
 #if defined(DSV4__X86)
 /* Every condition is asked for, not only up to the first that fails: what one CPU runs is then all there is to run. */
-static int dsv4__has_avx2(void) {
-    return (__builtin_cpu_supports("avx2") != 0) & (__builtin_cpu_supports("fma") != 0);
-}
+static int dsv4__has_avx2(void) { return (__builtin_cpu_supports("avx2") != 0) & (__builtin_cpu_supports("fma") != 0); }
 
 static int dsv4__has_avx512(void) {
     return dsv4__has_avx2() & (__builtin_cpu_supports("avx512f") != 0) & (__builtin_cpu_supports("avx512bw") != 0) &
@@ -2127,6 +2183,76 @@ DSV4_API const char *dsv4_preset_name(dsv4_preset preset) {
     return (unsigned)preset < (unsigned)DSV4_PRESET_COUNT ? names[preset] : NULL;
 }
 
+/* Roundings by name: presets first, so that a sum which has a name of its own gets it, then points. */
+static const struct {
+    const char *name;
+    uint32_t bits;
+} dsv4__roundings[] = {
+#define DSV4__ROUNDING_ROW(name, text, bits) {text, name},
+    DSV4_ROUNDINGS(DSV4__ROUNDING_ROW) DSV4_ROUNDING_POINTS(DSV4__ROUNDING_ROW)};
+
+enum {
+#define DSV4__ROUNDING_COUNT(name, text, bits) +1
+    DSV4__ROUNDING_PRESETS = 0 DSV4_ROUNDINGS(DSV4__ROUNDING_COUNT),
+    DSV4__ROUNDING_NAMES = DSV4__ROUNDING_PRESETS DSV4_ROUNDING_POINTS(DSV4__ROUNDING_COUNT)
+};
+
+#define DSV4__ROUNDING_SUM(name, text, bits) | (name)
+static const uint32_t dsv4__all_points = 0 DSV4_ROUNDING_POINTS(DSV4__ROUNDING_SUM);
+
+DSV4_API dsv4_status dsv4_rounding_name(uint32_t rounding, char *text, size_t size, dsv4_error *error) {
+    size_t used = 0;
+    DSV4__TRY(dsv4__need(text, "text", error));
+    if ((rounding & ~dsv4__all_points) != 0)
+        return dsv4__fail(error, DSV4_ERROR_ARGUMENT, "rounding is 0x%lx, beyond the points that are known",
+                          (unsigned long)rounding);
+    for (int i = 0; i < DSV4__ROUNDING_NAMES; i++) {
+        const int preset = i < DSV4__ROUNDING_PRESETS;
+        const uint32_t bits = dsv4__roundings[i].bits;
+        if (preset ? rounding != bits : (rounding & bits) == 0) continue;
+        const size_t length = strlen(dsv4__roundings[i].name), joint = used > 0;
+        if (size < used + joint + length + 1)
+            return dsv4__fail(error, DSV4_ERROR_BUFFER, "%llu bytes do not hold the name of rounding 0x%lx",
+                              (unsigned long long)size, (unsigned long)rounding);
+        if (joint) text[used++] = '+';
+        memcpy(text + used, dsv4__roundings[i].name, length + 1);
+        used += length;
+        if (preset) break;
+    }
+    return DSV4_OK;
+}
+
+/* The rounding that the first `length` characters name, or -1. */
+static int64_t dsv4__rounding_term(const char *text, size_t length) {
+    for (int i = 0; i < DSV4__ROUNDING_NAMES; i++)
+        if (strlen(dsv4__roundings[i].name) == length && memcmp(dsv4__roundings[i].name, text, length) == 0)
+            return dsv4__roundings[i].bits;
+    return -1;
+}
+
+DSV4_API dsv4_status dsv4_rounding_parse(const char *text, uint32_t *rounding, dsv4_error *error) {
+#define DSV4__ROUNDING_LIST(name, text, bits) " " text
+    uint32_t sum = 0;
+    DSV4__TRY(dsv4__need(text, "text", error));
+    DSV4__TRY(dsv4__need(rounding, "rounding", error));
+    for (const char *rest = text;;) {
+        size_t length = 0;
+        while (rest[length] != '\0' && rest[length] != '+') length++;
+        const int64_t bits = dsv4__rounding_term(rest, length);
+        if (bits < 0)
+            return dsv4__fail(
+                error, DSV4_ERROR_ARGUMENT,
+                "no rounding \"%.*s\"; presets:" DSV4_ROUNDINGS(
+                    DSV4__ROUNDING_LIST) "; points, joined by +:" DSV4_ROUNDING_POINTS(DSV4__ROUNDING_LIST),
+                (int)(length < 24 ? length : 24), rest);
+        sum |= (uint32_t)bits;
+        if (rest[length] == '\0') break;
+        rest += length + 1;
+    }
+    *rounding = sum;
+    return DSV4_OK;
+}
+
 /* The configuration with its defaults in place. */
 static dsv4_config dsv4__resolve(const dsv4_config *config) {
     dsv4_config full = *config;
@@ -2134,7 +2260,7 @@ static dsv4_config dsv4__resolve(const dsv4_config *config) {
     full.no_ape = config->no_ape != 0;
     full.no_gate = config->no_gate != 0;
     if (full.eps == 0) full.eps = 1e-6f;
-    if (full.pad_gate == 0) full.pad_gate = -1e4f;
+    if (full.pad_gate == 0) full.pad_gate = -INFINITY;
     if (full.rope_theta == 0) full.rope_theta = 160000;
     if (full.yarn_factor == 0) full.yarn_factor = 1;
     if (full.yarn_orig_ctx == 0) full.yarn_orig_ctx = 65536;
@@ -2168,7 +2294,7 @@ DSV4_API dsv4_status dsv4_config_check(const dsv4_config *config, dsv4_error *er
     if (full.no_gate && (full.ratio != 1 || full.overlap))
         return dsv4__fail(error, DSV4_ERROR_CONFIG, "no_gate with windows of %lld rows to weigh",
                           (long long)(full.ratio * (1 + full.overlap)));
-    if ((full.rounding & ~0xffu) != 0)
+    if ((full.rounding & ~dsv4__all_points) != 0)
         return dsv4__fail(error, DSV4_ERROR_CONFIG, "rounding is 0x%lx, beyond the points that are known",
                           (unsigned long)full.rounding);
     if (!(full.pad_gate < 0)) return dsv4__fail(error, DSV4_ERROR_CONFIG, "pad_gate is %g, not below 0", full.pad_gate);
@@ -2363,8 +2489,9 @@ static dsv4_status dsv4__compressor_plan(const dsv4_config *config, const dsv4_p
     c->columns = c->series * c->config.head_dim;
     c->groups = dsv4__ceil_div(c->config.head_dim, DSV4__PANEL);
     c->terms = (c->config.hidden_dim + 1) / 2 * 2;
-    c->w_bf16[0] = params->wkv.dtype == DSV4_BF16;
-    c->w_bf16[1] = params->wgate.dtype == DSV4_BF16;
+    const int rounded = (c->config.rounding & DSV4_ROUND_PARAMS) != 0; /* as if they had been given in bf16 */
+    c->w_bf16[0] = rounded || params->wkv.dtype == DSV4_BF16;
+    c->w_bf16[1] = rounded || params->wgate.dtype == DSV4_BF16;
     if (options != NULL && options->training)
         c->training = DSV4__BACK | (options->bf16_gradients ? DSV4__BF16_SUMS : 0);
     return DSV4_OK;
@@ -2402,6 +2529,16 @@ static void dsv4__pack_bf16(const dsv4__panel_source *source, dsv4_bf16 *to) {
         }
 }
 
+/* The same from fp32, rounded: parameters of a preset that rounds them. */
+static void dsv4__pack_rounded(const dsv4__panel_source *source, dsv4_bf16 *to) {
+    const float *from = (const float *)source->matrix.data + source->row * source->columns + source->term;
+    memset(to, 0, (size_t)(source->padded * DSV4__PANEL) * sizeof *to);
+    for (int64_t first = 0; first < source->terms; first += 16)
+        for (int64_t r = 0; r < source->rows; r++)
+            for (int64_t k = first; k < dsv4__min(first + 16, source->terms); k++)
+                to[k / 2 * 2 * DSV4__PANEL + 2 * r + k % 2] = dsv4_bf16_from_f32(from[r * source->columns + k]);
+}
+
 static void dsv4__pack_f32(const dsv4__panel_source *source, float *to) {
     const float *from = (const float *)source->matrix.data + source->row * source->columns + source->term;
     memset(to, 0, (size_t)(source->padded * DSV4__PANEL) * sizeof *to);
@@ -2411,9 +2548,11 @@ static void dsv4__pack_f32(const dsv4__panel_source *source, float *to) {
                 to[k * DSV4__PANEL + r] = from[r * source->columns + k];
 }
 
-static void dsv4__pack_panel(const dsv4__panel_source *source, void *to) {
+static void dsv4__pack_panel(const dsv4__panel_source *source, int to_bf16, void *to) {
     if (source->matrix.dtype == DSV4_BF16)
         dsv4__pack_bf16(source, (dsv4_bf16 *)to);
+    else if (to_bf16)
+        dsv4__pack_rounded(source, (dsv4_bf16 *)to);
     else
         dsv4__pack_f32(source, (float *)to);
 }
@@ -2430,7 +2569,7 @@ static void dsv4__pack_weights(const dsv4_compressor *c, const dsv4_params *para
                 source.rows = dsv4__min(c->config.head_dim - group * DSV4__PANEL, DSV4__PANEL);
                 source.padded = dsv4__min(c->terms - source.term, DSV4__KBLOCK);
                 source.terms = dsv4__min(c->config.hidden_dim - source.term, DSV4__KBLOCK);
-                dsv4__pack_panel(&source, dsv4__panel(c, group, source.term, panel));
+                dsv4__pack_panel(&source, c->w_bf16[panel % c->matrices], dsv4__panel(c, group, source.term, panel));
             }
 }
 
@@ -2460,9 +2599,20 @@ static void dsv4__fetch_term(const dsv4__terms *source, int64_t k) {
                 (uintptr_t)source->columns * number);
 }
 
-/* As a right operand: fp32 [terms][32], or bf16 [terms / 2][32][2] from bf16; made even, and 32 wide, with zeros. */
+/* Two terms of a panel, rounded where they are fp32; `odd` NULL: 0. */
+static void dsv4__pack_pair(const dsv4__terms *source, const void *even, const void *odd, dsv4_bf16 *pairs) {
+    const dsv4_array terms[2] = {{even, source->dtype}, {odd, source->dtype}};
+    if (source->columns == DSV4__PANEL && source->dtype == DSV4_BF16 && odd != NULL) {
+        dsv4__interleave(pairs, (const dsv4_bf16 *)even, (const dsv4_bf16 *)odd);
+        return;
+    }
+    for (int64_t i = 0; i < source->columns; i++)
+        for (int k = 0; k < 2; k++)
+            pairs[2 * i + k] = terms[k].data == NULL ? 0 : dsv4_bf16_from_f32(dsv4__get(terms[k], i));
+}
+
+/* As a right operand: fp32 [terms][32], or bf16 [terms / 2][32][2]; made even, and 32 wide, with zeros. */
 static void dsv4__pack_terms(const dsv4__terms *source, dsv4_dtype dtype, void *to) {
-    static const dsv4_bf16 zeros[DSV4__PANEL] = {0};
     const int64_t padded = (source->terms + 1) / 2 * 2, n = source->columns;
     if (padded > source->terms || n < DSV4__PANEL)
         memset(to, 0, (size_t)(padded * DSV4__PANEL) * dsv4_dtype_size(dtype));
@@ -2476,18 +2626,11 @@ static void dsv4__pack_terms(const dsv4__terms *source, dsv4_dtype dtype, void *
             source->kernels->widen(row, (const dsv4_bf16 *)from, n);
     }
     for (int64_t k = 0; k < source->terms && dtype == DSV4_BF16; k += 2) {
-        const dsv4_bf16 *even = (const dsv4_bf16 *)source->first + k * source->stride;
-        const dsv4_bf16 *odd = k + 1 < source->terms ? even + source->stride : zeros;
-        dsv4_bf16 *pairs = (dsv4_bf16 *)to + k * DSV4__PANEL;
+        const void *even = dsv4__at(source->first, source->dtype, k * source->stride);
+        const void *odd = dsv4__at(source->first, source->dtype, (k + 1) * source->stride);
         dsv4__fetch_term(source, k);
         dsv4__fetch_term(source, k + 1);
-        if (n == DSV4__PANEL)
-            dsv4__interleave(pairs, even, odd);
-        else
-            for (int64_t i = 0; i < n; i++) {
-                pairs[2 * i] = even[i];
-                pairs[2 * i + 1] = odd[i];
-            }
+        dsv4__pack_pair(source, even, k + 1 < source->terms ? odd : NULL, (dsv4_bf16 *)to + k * DSV4__PANEL);
     }
 }
 
@@ -2503,7 +2646,7 @@ static void dsv4__pack_back_weights(const dsv4_compressor *c, const dsv4_params 
             source.dtype = matrix->dtype;
             source.first = dsv4__at(matrix->data, matrix->dtype, h);
             source.columns = dsv4__min(c->config.hidden_dim - h, DSV4__PANEL);
-            dsv4__pack_terms(&source, matrix->dtype, dsv4__back_panel(c, h / DSV4__PANEL, m, 0));
+            dsv4__pack_terms(&source, c->w_bf16[m] ? DSV4_BF16 : DSV4_F32, dsv4__back_panel(c, h / DSV4__PANEL, m, 0));
         }
 }
 
@@ -2529,6 +2672,7 @@ DSV4_API dsv4_status dsv4_compressor_create(const dsv4_config *config, const dsv
     if (c->ape != NULL && (c->config.rounding & DSV4_ROUND_SCORE))
         c->kernels->round_array(c->ape, c->config.ratio * c->columns);
     for (int64_t i = 0; i < c->config.head_dim; i++) c->norm[i] = dsv4__get(params->norm, i);
+    if (c->config.rounding & DSV4_ROUND_PARAMS) c->kernels->round_array(c->norm, c->config.head_dim);
     dsv4__frequencies(&c->config, c->inv_freq);
     c->back_panels = base + layout.back_panels;
     dsv4__pack_weights(c, params);
@@ -4111,8 +4255,7 @@ static void dsv4__dw_tile(const dsv4__back *back, int64_t matrix, int64_t row, i
     const int apart = n < DSV4__PANEL || back->blocks > 2;
     job->sum = apart ? spare : sums;
     job->sum_stride = apart ? (int64_t)DSV4__PANEL : stride;
-    if (apart && (back->started || back->g.accumulate))
-        dsv4__copy_rows(spare, DSV4__PANEL, sums, stride, job->rows, n);
+    if (apart && (back->started || back->g.accumulate)) dsv4__copy_rows(spare, DSV4__PANEL, sums, stride, job->rows, n);
     for (int64_t b = 0; b < back->blocks; b++) {
         const dsv4__token_block *block = &back->room->blocks[b];
         job->x = dsv4__at(dsv4__d_columns(back, block->slab, matrix), dtype, row * DSV4__KBLOCK + block->row);

@@ -23,13 +23,14 @@ static const char usage[] =
     "Reads weights (wkv, wgate, ape, norm; checkpoint spellings are known) and hidden states x [B, S, H] or [S, H],\n"
     "writes the compressed entries `out` [B, S / ratio, D]. Settings not given come from the weights file's metadata.\n"
     "\n"
-    "  --preset none|deepseek|maxtext|transformers   where to round to bf16; default: deepseek for BF16 x, none for "
-    "F32\n"
+    "  --preset NAME        where to round to bf16: none, deepseek, maxtext, transformers, transformers-5.8, vllm,\n"
+    "                       nemo, megatron, or points such as projection+weight+pooled; default: deepseek for BF16 x,\n"
+    "                       none for F32\n"
     "  --ratio M            tokens per entry, where there is no ape to tell\n"
     "  --rope-dim R         channels turned by RoPE (64)      --rope-theta T       its base (160000)\n"
     "  --yarn-factor F      1: no YaRN (16)                   --yarn-orig-ctx N    original context (65536)\n"
     "  --yarn-beta-fast X   (32)                              --yarn-beta-slow X   (1)\n"
-    "  --eps E              RMSNorm's (1e-6)                  --pad-gate G         of rows before the first (-1e4)\n"
+    "  --eps E              RMSNorm's (1e-6)                  --pad-gate G         of rows before the first (-inf)\n"
     "  --start POSITION     of each row's first token (0)     --drop-tail          ignore what fills no window\n"
     "  --stages             also write kv, gate, pooled, latent\n"
     "  --backward NAME      read out's gradient from the input file, write dx, dwkv, dwgate, dape, dnorm\n"
@@ -93,7 +94,7 @@ static const struct setting {
     {"--yarn-beta-fast", "yarn_beta_fast", 0, DBL_MIN, DBL_MAX, 32},
     {"--yarn-beta-slow", "yarn_beta_slow", 0, DBL_MIN, DBL_MAX, 1},
     {"--eps", "eps", 0, FLT_MIN, FLT_MAX, 1e-6},
-    {"--pad-gate", NULL, 0, -HUGE_VAL, -FLT_MIN, -1e4},
+    {"--pad-gate", NULL, 0, -HUGE_VAL, -FLT_MIN, -HUGE_VAL},
     {"--chunk", NULL, 1, 1, 0x1p62, 0},
     {"--threads", NULL, 1, 1, POOL_THREADS, 0},
 };
@@ -186,7 +187,7 @@ static int parse_number(int i, const char *text, const char *where, number *valu
 typedef struct job {
     options o;
     number values[SETTINGS];
-    const char *preset;
+    char preset[DSV4_ROUNDING_TEXT_SIZE];
     st_file weights, input;
     const st_tensor *param[DSV4_PARAM_COUNT];
     const st_tensor *x, *dout;
@@ -252,24 +253,15 @@ static int read_settings(job *j) {
 }
 
 static int read_preset(job *j) {
-    static const struct {
-        const char *name;
-        uint32_t rounding;
-    } presets[] = {{"none", DSV4_ROUNDING_NONE},
-                   {"deepseek", DSV4_ROUNDING_DEEPSEEK},
-                   {"maxtext", DSV4_ROUNDING_MAXTEXT},
-                   {"transformers", DSV4_ROUNDING_TRANSFORMERS}};
+    dsv4_error error = {DSV4_OK, ""};
     const char *wanted = j->o.preset ? j->o.preset : st_metadata(&j->weights, "preset");
-    if (!wanted) wanted = presets[j->x->dtype == ST_BF16].name;
-    for (size_t i = 0; i < sizeof presets / sizeof *presets; i++) {
-        if (strcmp(wanted, presets[i].name) == 0) {
-            j->preset = presets[i].name;
-            j->config.rounding = presets[i].rounding;
-            return 0;
-        }
+    if (!wanted) wanted = j->x->dtype == ST_BF16 ? "deepseek" : "none";
+    if (dsv4_rounding_parse(wanted, &j->config.rounding, &error) == DSV4_OK &&
+        dsv4_rounding_name(j->config.rounding, j->preset, sizeof j->preset, &error) == DSV4_OK) {
+        return 0;
     }
-    return fail(TROUBLE, "%s%s: no preset '%.40s'; there are none, deepseek, maxtext and transformers",
-                j->o.preset ? "--preset" : j->o.weights, j->o.preset ? "" : ": metadata 'preset'", wanted);
+    return fail(TROUBLE, "%s%s: %s", j->o.preset ? "--preset" : j->o.weights,
+                j->o.preset ? "" : ": metadata 'preset'", error.text);
 }
 
 /* What the shapes do not tell. */

@@ -238,7 +238,8 @@ typedef struct oracle_task {
 
 SUPPORT int lesson_narrow(const lesson *l) {
     const dsv4_params *p = &l->m.params;
-    return l->s.dtype == DSV4_BF16 && p->wkv.dtype == DSV4_BF16 && (!p->wgate.data || p->wgate.dtype == DSV4_BF16);
+    const int wide = p->wkv.dtype == DSV4_F32 || (p->wgate.data && p->wgate.dtype == DSV4_F32);
+    return l->s.dtype == DSV4_BF16 && (!wide || (l->config.rounding & DSV4_ROUND_PARAMS));
 }
 
 SUPPORT oracle_task oracle_task_of(const lesson *l) {

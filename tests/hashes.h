@@ -7,10 +7,10 @@
 
 #include "shapes.h"
 
-enum { HASH_LINES = 400 };
+enum { HASH_LINES = 500 };
 
 typedef struct hash_line {
-    char name[64];
+    char name[96];
     uint64_t hash;
 } hash_line;
 
@@ -82,9 +82,6 @@ SUPPORT model hash_model(const shape *of, uint32_t rounding) {
 SUPPORT void hash_shape(const shape *of, int64_t windows, uint32_t rounding, const char *isa, int stages,
                         hash_list *list) {
     static const int64_t cut[] = {3, 1, 230};
-    static const char *const point[] = {"none", "deepseek", "maxtext", "transformers"};
-    static const uint32_t presets[] = {DSV4_ROUNDING_NONE, DSV4_ROUNDING_DEEPSEEK, DSV4_ROUNDING_MAXTEXT,
-                                       DSV4_ROUNDING_TRANSFORMERS};
     model m = hash_model(of, rounding);
     sequence s = shape_sequence(of, windows * of->ratio, 99);
     s.position = 1000003;
@@ -93,10 +90,9 @@ SUPPORT void hash_shape(const shape *of, int64_t windows, uint32_t rounding, con
     results parts = results_new(&m.config, of->out, s.tokens, windows);
     hash_need(compress_whole(&e, &s, &whole, NULL) == DSV4_OK, of->name);
     hash_need(compress_cut(&e, &s, &parts, cut, 3, NULL) == DSV4_OK, of->name);
-    char name[48] = "";
-    if (stages) snprintf(name, sizeof name, "%s", of->name);
-    for (size_t i = 0; i < 4 && !stages; i++)
-        if (presets[i] == rounding) snprintf(name, sizeof name, "%s.%s", of->name, point[i]);
+    char name[64], point[DSV4_ROUNDING_TEXT_SIZE];
+    hash_need(dsv4_rounding_name(rounding, point, sizeof point, NULL) == DSV4_OK, "rounding_name");
+    snprintf(name, sizeof name, stages ? "%s" : "%s.%.24s", of->name, point);
     for (int i = stages ? STAGE_KV : STAGE_OUT; i < STAGE_COUNT; i++) {
         dsv4_dtype dtype = i >= STAGE_LATENT ? of->out : DSV4_F32;
         if (whole.count[i] > 0) hash_add(list, name, stage_name(i), hash_array(whole.stage[i], dtype, whole.count[i]));
@@ -162,14 +158,12 @@ SUPPORT void hash_conversions(hash_list *list) {
 /* ---- All --------------------------------------------------------------------------------------------------- */
 
 SUPPORT void hash_all(const char *isa, hash_list *list) {
-    static const uint32_t presets[] = {DSV4_ROUNDING_NONE, DSV4_ROUNDING_DEEPSEEK, DSV4_ROUNDING_MAXTEXT,
-                                       DSV4_ROUNDING_TRANSFORMERS};
     list->count = 0;
     hash_conversions(list);
     for (int i = 0; i < SHAPE_COUNT; i++) {
         hash_shape(&shapes[i], 6, shapes[i].rounding, isa, 1, list);
         hash_saved(&shapes[i], isa, list);
-        for (int p = 0; p < 4; p++) hash_shape(&shapes[i], 6, presets[p], isa, 0, list);
+        for (int p = 0; p < ROUNDING_COUNT; p++) hash_shape(&shapes[i], 6, roundings[p].bits, isa, 0, list);
     }
     for (int i = 0; i < LONG_SHAPE_COUNT; i++)
         hash_shape(&long_shapes[i], long_windows(&long_shapes[i]) / 3 + 1, long_shapes[i].rounding, isa, 1, list);
@@ -198,7 +192,7 @@ SUPPORT int hash_read(hash_list *list) {
     while (fgets(text, sizeof text, file) && list->count < HASH_LINES) {
         hash_line *line = &list->lines[list->count];
         unsigned long high = 0, low = 0;
-        if (sscanf(text, "%8lx%8lx %63s", &high, &low, line->name) != 3) break;
+        if (sscanf(text, "%8lx%8lx %95s", &high, &low, line->name) != 3) break;
         line->hash = (uint64_t)high << 32 | low;
         list->count++;
     }

@@ -24,11 +24,18 @@ enum {
     ORACLE_NORMED = 32,
     ORACLE_SCALED = 64,
     ORACLE_TRIG = 128,
+    ORACLE_PARAMS = 256, /* the caller of these functions rounds the parameters */
+    ORACLE_ROTATED = 512,
+    ORACLE_ROW = 1024,
 
     ORACLE_NONE = 0,
-    ORACLE_DEEPSEEK = 16 + 64,
-    ORACLE_MAXTEXT = 1 + 4 + 8 + 16 + 32 + 64,
-    ORACLE_TRANSFORMERS = 255
+    ORACLE_DEEPSEEK = 16 + 64 + 1024,
+    ORACLE_MAXTEXT = 256 + 1 + 4 + 8 + 16 + 32 + 64 + 1024,
+    ORACLE_TRANSFORMERS = 1 + 4 + 8 + 16 + 64 + 128 + 1024,
+    ORACLE_TRANSFORMERS_5_8 = 255 + 1024,
+    ORACLE_VLLM = 1024,
+    ORACLE_NEMO = 16 + 64 + 128 + 1024,
+    ORACLE_MEGATRON = 1 + 4 + 8 + 16 + 64 + 128 + 512 + 1024
 };
 
 typedef struct oracle_config {
@@ -225,6 +232,15 @@ ORACLE_FN void oracle_frequencies(const oracle_config *c, double *inv_freq) {
     }
 }
 
+/* The sum of two products in RoPE, rounded where the point `rotated` asks for it; the error of each leans up. */
+ORACLE_FN double oracle_turn(const oracle_config *c, double a, double b) {
+    double lean = c->lean * oracle_unit, stray = 2 * lean * (fabs(a) + fabs(b));
+    if (!(c->rounding & ORACLE_ROTATED)) return a + b + stray;
+    a = oracle_bf16(a + lean * fabs(a));
+    b = oracle_bf16(b + lean * fabs(b));
+    return oracle_bf16(a + b + lean * fabs(a + b));
+}
+
 /* out [entries, D] from latent [entries, D]; `start` is the position of the sequence's first token */
 ORACLE_FN void oracle_rope(const oracle_config *c, const double *latent, int64_t entries, int64_t start, double *out) {
     double *inv_freq = calloc((size_t)c->rope_dim / 2 + 1, sizeof *inv_freq);
@@ -234,7 +250,7 @@ ORACLE_FN void oracle_rope(const oracle_config *c, const double *latent, int64_t
     for (int64_t e = 0; e < entries; e++) {
         const double *row = latent + e * c->head_dim;
         double *turned = out + e * c->head_dim, position = oracle_f32((double)(start + e * c->ratio));
-        for (int64_t d = 0; d < plain; d++) turned[d] = row[d];
+        for (int64_t d = 0; d < plain; d++) turned[d] = oracle_round(c, ORACLE_ROW, row[d]);
         for (int64_t i = 0; i < c->rope_dim / 2; i++) {
             double angle = oracle_f32(position * inv_freq[i]), cosine = cos(angle), sine = sin(angle);
             double stray_cos = c->lean * 2 * oracle_unit * fabs(cosine);
@@ -245,8 +261,8 @@ ORACLE_FN void oracle_rope(const oracle_config *c, const double *latent, int64_t
             double bs = b * oracle_round(c, ORACLE_TRIG, sine - sign_b * stray_sin);
             double bc = b * oracle_round(c, ORACLE_TRIG, cosine + sign_b * stray_cos);
             double as = a * oracle_round(c, ORACLE_TRIG, sine + sign_a * stray_sin);
-            turned[plain + 2 * i] = ac - bs + c->lean * 2 * oracle_unit * (fabs(ac) + fabs(bs));
-            turned[plain + 2 * i + 1] = bc + as + c->lean * 2 * oracle_unit * (fabs(bc) + fabs(as));
+            turned[plain + 2 * i] = oracle_round(c, ORACLE_ROW, oracle_turn(c, ac, -bs));
+            turned[plain + 2 * i + 1] = oracle_round(c, ORACLE_ROW, oracle_turn(c, bc, as));
         }
     }
     free(inv_freq);

@@ -52,8 +52,10 @@ ORACLE_FN double oracle_bf16_slack(double v, double stray) { return oracle_bf16(
 ORACLE_FN void oracle_rope_back(const oracle_config *c, const double *dout, int64_t position, double *row) {
     double *basis = oracle_array(c->head_dim), *turned = oracle_array(c->head_dim);
     const int64_t plain = c->head_dim - c->rope_dim;
+    oracle_config exact = *c;
+    exact.rounding &= ORACLE_TRIG; /* the other points are the identity on the way back */
     for (int64_t d = plain; d < c->head_dim; d += 2) basis[d] = 1;
-    oracle_rope(c, basis, 1, position, turned);
+    oracle_rope(&exact, basis, 1, position, turned);
     for (int64_t d = 0; d < plain; d++) row[d] = dout[d];
     for (int64_t d = plain; d < c->head_dim; d += 2) {
         row[d] = dout[d] * turned[d] + dout[d + 1] * turned[d + 1];

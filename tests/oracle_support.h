@@ -20,7 +20,7 @@ SUPPORT oracle_config oracle_config_of(const dsv4_config *c) {
     o.no_gate = c->no_gate;
     o.rounding = c->rounding;
     o.eps = or_default((double)c->eps, (double)1e-6f);
-    o.pad_gate = or_default((double)c->pad_gate, -1e4);
+    o.pad_gate = or_default((double)c->pad_gate, -INFINITY);
     o.rope_theta = or_default(c->rope_theta, 160000);
     o.yarn_factor = or_default(c->yarn_factor, 1);
     o.yarn_orig_ctx = or_default(c->yarn_orig_ctx, 65536);
@@ -36,13 +36,19 @@ SUPPORT double *doubles(const void *data, dsv4_dtype dtype, int64_t count) {
     return d;
 }
 
-/* Arrays that the configuration lacks come out empty. */
+/* One parameter; empty where the configuration has none. Rounding point `params`: of all but ape. */
+SUPPORT double *oracle_param(const model *m, dsv4_array array, dsv4_param param) {
+    const int64_t count = m->info[param].count;
+    double *d = doubles(array.data, array.dtype, count);
+    for (int64_t i = 0; i < count && (m->config.rounding & DSV4_ROUND_PARAMS) && param != DSV4_APE; i++)
+        d[i] = oracle_bf16(d[i]);
+    return d;
+}
+
 SUPPORT oracle_params oracle_params_of(const model *m) {
     const dsv4_params *p = &m->params;
-    oracle_params o = {doubles(p->wkv.data, p->wkv.dtype, m->info[DSV4_WKV].count),
-                       doubles(p->wgate.data, p->wgate.dtype, m->info[DSV4_WGATE].count),
-                       doubles(p->ape.data, p->ape.dtype, m->info[DSV4_APE].count),
-                       doubles(p->norm.data, p->norm.dtype, m->info[DSV4_NORM].count)};
+    oracle_params o = {oracle_param(m, p->wkv, DSV4_WKV), oracle_param(m, p->wgate, DSV4_WGATE),
+                       oracle_param(m, p->ape, DSV4_APE), oracle_param(m, p->norm, DSV4_NORM)};
     return o;
 }
 

@@ -28,6 +28,19 @@
 
 enum { POISON = 0xA5 }; /* what result arrays hold before a call */
 
+/* The rounding presets; and how many points there are. */
+SUPPORT const struct {
+    const char *name;
+    uint32_t bits;
+} roundings[] = {
+#define ROUNDING_ROW(name, text, bits) {text, name},
+    DSV4_ROUNDINGS(ROUNDING_ROW)};
+enum {
+#define ROUNDING_ONE(name, text, bits) +1
+    ROUNDING_COUNT = sizeof roundings / sizeof *roundings,
+    ROUNDING_POINTS = 0 DSV4_ROUNDING_POINTS(ROUNDING_ONE)
+};
+
 /* ---- Reproducible numbers (SplitMix64) --------------------------------------------------------------------- */
 
 typedef struct dice {

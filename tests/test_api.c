@@ -211,8 +211,74 @@ TEST rounding_presets_are_made_of_their_points(void) {
     ASSERT_EQ_FMT((unsigned)ORACLE_DEEPSEEK, (unsigned)DSV4_ROUNDING_DEEPSEEK, "%#x");
     ASSERT_EQ_FMT((unsigned)ORACLE_MAXTEXT, (unsigned)DSV4_ROUNDING_MAXTEXT, "%#x");
     ASSERT_EQ_FMT((unsigned)ORACLE_TRANSFORMERS, (unsigned)DSV4_ROUNDING_TRANSFORMERS, "%#x");
+    ASSERT_EQ_FMT((unsigned)ORACLE_TRANSFORMERS_5_8, (unsigned)DSV4_ROUNDING_TRANSFORMERS_5_8, "%#x");
+    ASSERT_EQ_FMT((unsigned)ORACLE_VLLM, (unsigned)DSV4_ROUNDING_VLLM, "%#x");
+    ASSERT_EQ_FMT((unsigned)ORACLE_NEMO, (unsigned)DSV4_ROUNDING_NEMO, "%#x");
+    ASSERT_EQ_FMT((unsigned)ORACLE_MEGATRON, (unsigned)DSV4_ROUNDING_MEGATRON, "%#x");
     ASSERT_EQ_FMT((unsigned)ORACLE_SCORE, (unsigned)DSV4_ROUND_SCORE, "%#x");
     ASSERT_EQ_FMT((unsigned)ORACLE_TRIG, (unsigned)DSV4_ROUND_TRIG, "%#x");
+    PASS();
+}
+
+TEST every_rounding_has_a_name_that_reads_back(void) {
+    char text[DSV4_ROUNDING_TEXT_SIZE];
+    for (uint32_t bits = 0; bits < 1u << ROUNDING_POINTS; bits++) {
+        uint32_t back = ~bits;
+        ASSERT_EQ(DSV4_OK, dsv4_rounding_name(bits, text, sizeof text, NULL));
+        ASSERT_EQ(DSV4_OK, dsv4_rounding_parse(text, &back, NULL));
+        ASSERTm(text, bits == back);
+    }
+    for (int i = 0; i < ROUNDING_COUNT; i++) {
+        ASSERT_EQ(DSV4_OK, dsv4_rounding_name(roundings[i].bits, text, sizeof text, NULL));
+        ASSERT_STR_EQ(roundings[i].name, text);
+    }
+    PASS();
+}
+
+TEST names_of_presets_and_points_can_be_joined(void) {
+    static const struct {
+        const char *text;
+        uint32_t bits;
+    } rows[] = {{"none", 0},
+                {"row", DSV4_ROUND_ROW},
+                {"vllm", DSV4_ROUND_ROW},
+                {"pooled+scaled+row", DSV4_ROUNDING_DEEPSEEK},
+                {"row+pooled+row", DSV4_ROUND_ROW | DSV4_ROUND_POOLED},
+                {"transformers+score", DSV4_ROUNDING_TRANSFORMERS | DSV4_ROUND_SCORE},
+                {"none+params", DSV4_ROUND_PARAMS}};
+    for (size_t i = 0; i < sizeof rows / sizeof *rows; i++) {
+        uint32_t bits = 1u << 31;
+        ASSERT_EQ(DSV4_OK, dsv4_rounding_parse(rows[i].text, &bits, NULL));
+        ASSERTm(rows[i].text, rows[i].bits == bits);
+    }
+    PASS();
+}
+
+TEST an_unknown_rounding_is_refused_and_the_known_ones_listed(void) {
+    static const char *const texts[] = {"",     "+",    "deep",        "deepseekk", "Deepseek",
+                                        "row+", "+row", "row++pooled", "row pooled"};
+    uint32_t bits = 77;
+    for (size_t i = 0; i < sizeof texts / sizeof *texts; i++)
+        ASSERT_FAILS(DSV4_ERROR_ARGUMENT, "deepseek transformers-5.8 megatron projection row",
+                     dsv4_rounding_parse(texts[i], &bits, &error));
+    ASSERT_FAILS(DSV4_ERROR_ARGUMENT, "\"somethingthatisnotathing\";",
+                 dsv4_rounding_parse("somethingthatisnotathing_atall_of_any_length", &bits, &error));
+    ASSERT_EQ(DSV4_ERROR_NULL, dsv4_rounding_parse(NULL, &bits, NULL));
+    ASSERT_EQ(DSV4_ERROR_NULL, dsv4_rounding_parse("row", NULL, NULL));
+    ASSERT_EQ_FMT(77u, (unsigned)bits, "%u");
+    PASS();
+}
+
+TEST a_name_that_does_not_fit_is_refused(void) {
+    char text[DSV4_ROUNDING_TEXT_SIZE] = "", all[DSV4_ROUNDING_TEXT_SIZE];
+    const uint32_t points = (1u << ROUNDING_POINTS) - 1;
+    ASSERT_EQ(DSV4_OK, dsv4_rounding_name(points, all, sizeof all, NULL));
+    const size_t needed = strlen(all) + 1;
+    ASSERT_EQ(DSV4_OK, dsv4_rounding_name(points, text, needed, NULL));
+    for (size_t size = 0; size < needed; size++)
+        ASSERT_EQ(DSV4_ERROR_BUFFER, dsv4_rounding_name(points, text, size, NULL));
+    ASSERT_FAILS(DSV4_ERROR_ARGUMENT, "0x800", dsv4_rounding_name(points + 1, text, sizeof text, &error));
+    ASSERT_EQ(DSV4_ERROR_NULL, dsv4_rounding_name(0, NULL, 0, NULL));
     PASS();
 }
 
@@ -233,7 +299,7 @@ TEST rounding_presets_are_made_of_their_points(void) {
     X(no_gate_with_a_window, c->no_gate = 1, "no_gate 8")                  \
     X(no_gate_with_overlap, (c->no_gate = 1, c->ratio = 1), "no_gate 2")   \
     X(no_gate_ratio_2, (c->no_gate = 1, c->ratio = 2, c->overlap = 0), "no_gate 2") \
-    X(unknown_rounding, c->rounding = 256, "rounding 0x100")               \
+    X(unknown_rounding, c->rounding = 2048, "rounding 0x800")              \
     X(negative_eps, c->eps = -1e-6f, "eps -1e-06")                         \
     X(nan_eps, c->eps = NAN, "eps nan")                                    \
     X(infinite_eps, c->eps = INFINITY, "eps inf")                          \
@@ -305,7 +371,7 @@ TEST a_bad_configuration_is_refused_everywhere(const struct bad_config *bad) {
     X(pad_just_below_nought, c->pad_gate = -FLT_MIN)                                              \
     X(infinite_pad, c->pad_gate = -INFINITY)                                                      \
     X(rope_over_all, c->rope_dim = c->head_dim)                                                   \
-    X(all_rounding, c->rounding = 255)                                                            \
+    X(all_rounding, c->rounding = 2047)                                                           \
     X(largest_ratio, c->ratio = INT32_MAX)                                                        \
     X(largest_hidden_dim, c->hidden_dim = INT32_MAX)                                              \
     X(largest_head_dim, c->head_dim = INT32_MAX)                                                  \
@@ -335,7 +401,7 @@ TEST a_zero_field_takes_its_default(void) {
     dsv4_config c = shape_config(&shapes[1]), full = c;
     c.yarn_factor = 0;
     full.eps = 1e-6f;
-    full.pad_gate = -1e4f;
+    full.pad_gate = -INFINITY;
     full.rope_theta = 160000;
     full.yarn_factor = 1;
     full.yarn_orig_ctx = 65536;
@@ -1237,6 +1303,10 @@ SUITE(api) {
     RUN_TEST(presets_are_the_published_models);
     RUN_TEST(no_preset_is_a_zeroed_configuration_that_is_refused);
     RUN_TEST(rounding_presets_are_made_of_their_points);
+    RUN_TEST(every_rounding_has_a_name_that_reads_back);
+    RUN_TEST(names_of_presets_and_points_can_be_joined);
+    RUN_TEST(an_unknown_rounding_is_refused_and_the_known_ones_listed);
+    RUN_TEST(a_name_that_does_not_fit_is_refused);
     FOR_EVERY(bad_configs, BAD_CONFIG_COUNT, a_bad_configuration_is_refused_everywhere);
     RUN_TEST(configurations_on_the_border_are_accepted);
     RUN_TEST(a_zero_field_takes_its_default);

@@ -6,9 +6,10 @@
 #include "golden_file.h"
 
 static const char *const files[] = {
-    "csa_deepseek", "csa_deepseek_far", "csa_loud", "csa_maxtext", "csa_none", "csa_none_odd_width",
-    "csa_none_one_window", "csa_transformers", "grad_csa", "grad_hca", "hca_deepseek", "hca_maxtext",
-    "hca_none", "hca_none_ratio16", "hca_transformers", "indexer_deepseek", "v41_ratio1", "v41_ratio2",
+    "csa_deepseek", "csa_deepseek_far", "csa_loud", "csa_maxtext", "csa_maxtext_f32_params", "csa_none",
+    "csa_none_odd_width", "csa_none_one_window", "csa_rotated", "csa_transformers", "csa_transformers_5_8",
+    "grad_csa", "grad_hca", "hca_deepseek", "hca_maxtext", "hca_none", "hca_none_ratio16", "hca_rotated",
+    "hca_transformers", "hca_transformers_5_8", "indexer_deepseek", "v41_ratio1", "v41_ratio2",
 };
 
 TEST agrees_with_pytorch(const char *file, const char *isa) {

@@ -20,7 +20,7 @@ TEST cuts_have_the_hash_of_the_whole(void) {
         ASSERTm(expected.lines[i].name, expected.lines[i].hash == expected.lines[i - 1].hash);
         pairs++;
     }
-    ASSERT_EQ_FMT(SHAPE_COUNT * 5 + LONG_SHAPE_COUNT, pairs, "%d");
+    ASSERT_EQ_FMT(SHAPE_COUNT * (1 + ROUNDING_COUNT) + LONG_SHAPE_COUNT, pairs, "%d");
     PASS();
 }
 

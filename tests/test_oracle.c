@@ -8,16 +8,6 @@
 
 enum { PLAIN_CASES = 48 }; /* of each preset */
 
-static const struct {
-    const char *name;
-    uint32_t rounding;
-} presets[] = {
-    {"none", DSV4_ROUNDING_NONE},
-    {"deepseek", DSV4_ROUNDING_DEEPSEEK},
-    {"maxtext", DSV4_ROUNDING_MAXTEXT},
-    {"transformers", DSV4_ROUNDING_TRANSFORMERS},
-};
-
 typedef struct trial {
     dsv4_config config;
     dsv4_dtype params[DSV4_PARAM_COUNT], x;
@@ -42,7 +32,7 @@ static trial random_trial(uint64_t seed, uint32_t rounding) {
     c->no_gate = c->ratio == 1 && !c->overlap && dice_below(&d, 2);
     c->rounding = rounding;
     c->eps = dice_below(&d, 2) ? 0 : 1e-3f;
-    c->pad_gate = dice_below(&d, 3) ? 0 : -INFINITY;
+    c->pad_gate = dice_below(&d, 3) ? 0 : -1e4f;
     c->rope_theta = dice_below(&d, 2) ? 0 : 10000;
     if (dice_below(&d, 2)) {
         c->yarn_factor = (double)(2 + dice_below(&d, 40));
@@ -120,8 +110,8 @@ static double relative_rms(const results *r, int stage, const double *exact) {
     return sqrt(errors / sizes);
 }
 
-/* PyTorch's fp32 matmul of this size errs by 3.3e-7; one unbroken chain of additions would by 1.2e-6. */
-TEST fp32_projections_at_hidden_dim_4096_are_as_accurate_as_pytorchs(void) {
+/* Blocks of 128 terms err by 2.3e-7, of 256 by 3.0e-7, one unbroken chain of additions by 1.2e-6. */
+TEST fp32_projections_at_hidden_dim_4096_are_accurate(void) {
     dsv4_config c = {0};
     c.hidden_dim = 4096;
     c.head_dim = 48;
@@ -141,7 +131,7 @@ TEST fp32_projections_at_hidden_dim_4096_are_as_accurate_as_pytorchs(void) {
     oracle_forward(&oc, &op, x, 0, &o);
     for (int stage = STAGE_KV; stage <= STAGE_GATE; stage++) {
         double rms = relative_rms(&r, stage, oracle_stage(&o, stage));
-        ASSERTm(note("%s errs by %.3g", stage_name(stage), rms), rms <= 3.3e-7);
+        ASSERTm(note("%s errs by %.3g", stage_name(stage), rms), rms <= 2.5e-7);
     }
     double rms = relative_rms(&r, STAGE_OUT, o.out);
     ASSERTm(note("out errs by %.3g", rms), rms <= 6e-7);
@@ -250,21 +240,21 @@ TEST maxtext_rounds_each_weight_and_each_product(void) {
 
 SUITE(oracle) {
     static char suffix[64];
-    for (size_t p = 0; p < sizeof presets / sizeof *presets; p++) {
+    for (int p = 0; p < ROUNDING_COUNT; p++) {
         for (uint64_t i = 0; i < PLAIN_CASES; i++) {
-            snprintf(suffix, sizeof suffix, "%s_%d", presets[p].name, (int)i);
+            snprintf(suffix, sizeof suffix, "%s_%d", roundings[p].name, (int)i);
             greatest_set_test_suffix(suffix);
-            RUN_TESTp(agrees_with_the_oracle, i + 1000 * p, presets[p].rounding);
+            RUN_TESTp(agrees_with_the_oracle, i + 1000 * (uint64_t)p, roundings[p].bits);
         }
     }
     for (uint64_t i = 0; i < PLAIN_CASES; i++) { /* points by their own names, in any combination */
         dice d = {i};
-        uint32_t rounding = i < 8 ? 1u << i : (uint32_t)dice_below(&d, 256);
+        uint32_t rounding = i < ROUNDING_POINTS ? 1u << i : (uint32_t)dice_below(&d, 1 << ROUNDING_POINTS);
         snprintf(suffix, sizeof suffix, "rounding_%#x", (unsigned)rounding);
         greatest_set_test_suffix(suffix);
         RUN_TESTp(agrees_with_the_oracle, 9000 + i, rounding);
     }
-    RUN_TEST(fp32_projections_at_hidden_dim_4096_are_as_accurate_as_pytorchs);
+    RUN_TEST(fp32_projections_at_hidden_dim_4096_are_accurate);
     RUN_TEST(equal_scores_are_averaged);
     RUN_TEST(a_far_higher_score_takes_all);
     RUN_TEST(a_weight_that_would_be_subnormal_is_nought);

@@ -12,6 +12,7 @@ static dsv4_config small_config(int64_t ratio, int overlap) {
     c.ratio = ratio;
     c.rope_dim = 8;
     c.overlap = overlap;
+    c.pad_gate = -1e4f; /* as that implementation had it */
     return c;
 }
 

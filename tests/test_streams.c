@@ -510,7 +510,7 @@ static dsv4_config other_config(int field) {
     case 5: c.no_ape = 1; break;
     case 6: c.rounding ^= DSV4_ROUND_PROJECTION; break;
     case 7: c.eps = 1e-5f; break;
-    case 8: c.pad_gate = -INFINITY; break;
+    case 8: c.pad_gate = -1e4f; break;
     case 9: c.rope_theta = 10000; break;
     case 10: c.yarn_factor = 4; break;
     case 11: c.yarn_orig_ctx = 4096; break;

@@ -27,9 +27,7 @@ typedef struct scene {
 /* ---- Setting the scene ------------------------------------------------------------------------------------- */
 
 static dsv4_config choose_config(choices *c) {
-    static const uint32_t roundings[] = {DSV4_ROUNDING_NONE, DSV4_ROUNDING_DEEPSEEK, DSV4_ROUNDING_MAXTEXT,
-                                         DSV4_ROUNDING_TRANSFORMERS};
-    static const float pads[] = {0, -50, -1e38f, -INFINITY};
+    static const float pads[] = {0, -50, -1e38f, -1e4f};
     dsv4_config config = {0};
     config.hidden_dim = 1 + choose(c, 39);
     config.head_dim = 1 + choose(c, 39);
@@ -41,7 +39,7 @@ static dsv4_config choose_config(choices *c) {
     config.overlap = choose(c, 1);
     config.no_ape = choose(c, 3) == 3;
     config.no_gate = config.ratio == 1 && !config.overlap && choose(c, 1);
-    config.rounding = roundings[choose(c, 3)];
+    config.rounding = roundings[choose(c, ROUNDING_COUNT - 1)].bits;
     config.pad_gate = pads[choose(c, 3)];
     config.yarn_factor = choose(c, 1) ? 16 : 0;
     return config;

@@ -10,15 +10,14 @@
  *
  *     dsv4_config config = dsv4_preset_config(DSV4_V4_FLASH_CSA);
  *     dsv4_allocator heap = dsv4_heap();
- *     dsv4_compressor *c; dsv4_workspace *ws;
- *     dsv4_compressor_create(&config, &params, NULL, &heap, &c, NULL);      // packs the weights, once
- *     dsv4_workspace_create(c, NULL, &heap, &ws, NULL);                     // scratch, one per calling thread
- *     dsv4_segment whole = {0}; whole.count = tokens;
- *     dsv4_batch batch = {0};
- *     batch.x = x; batch.x_dtype = DSV4_BF16; batch.tokens = tokens;        // x [tokens, hidden_dim]
- *     batch.out = out; batch.out_dtype = DSV4_BF16; batch.entries = tokens / config.ratio;
- *     batch.segments = &whole; batch.segment_count = 1;
- *     dsv4_compress(c, &batch, ws, NULL);                                   // out [entries, head_dim]
+ *     dsv4_compressor *c; dsv4_workspace *ws; dsv4_error error;
+ *     dsv4_batch batch = {0};                                               // one whole sequence:
+ *     batch.x.data = x; batch.x.dtype = DSV4_BF16; batch.tokens = tokens;   // x [tokens, hidden_dim]
+ *     batch.out.data = out; batch.out.dtype = DSV4_BF16; batch.entries = tokens / config.ratio;
+ *     if (dsv4_compressor_create(&config, &params, NULL, &heap, &c, &error) // packs the weights, once
+ *         || dsv4_workspace_create(c, NULL, &heap, &ws, &error)             // scratch, one per calling thread
+ *         || dsv4_compress(c, &batch, ws, &error))                          // out [entries, head_dim]
+ *         puts(error.text);
  *
  * OPTIONS, macros to define before the implementation (the first two the same in every file that includes this one):
  *     DSV4_API                   linkage of the public functions                 default: extern
@@ -72,6 +71,18 @@
 #endif
 #endif
 
+/* Marks the functions that can fail: compilers warn where a status is ignored. */
+#if (defined(__cplusplus) && __cplusplus >= 201703L) || (defined(__STDC_VERSION__) && __STDC_VERSION__ >= 202311L)
+#define DSV4_CHECKED [[nodiscard]]
+#elif defined(__GNUC__) || defined(__clang__)
+#define DSV4_CHECKED __attribute__((warn_unused_result))
+#elif defined(_MSC_VER)
+#include <sal.h>
+#define DSV4_CHECKED _Check_return_
+#else
+#define DSV4_CHECKED
+#endif
+
 #ifdef __cplusplus
 extern "C" {
 #endif
@@ -114,10 +125,25 @@ typedef struct dsv4_error {
 DSV4_API const char *dsv4_status_text(dsv4_status status);
 
 /* ============================================================================================================
- * 2b. Numbers: bf16 and fp32
+ * 2b. Numbers: bf16 and fp32, and matrices of them
  * ============================================================================================================ */
 
-typedef enum dsv4_dtype { DSV4_F32 = 0, DSV4_BF16 = 1 } dsv4_dtype;
+/* 0 is none of them: a type that was not given is an error wherever the numbers beside it are used. */
+typedef enum dsv4_dtype { DSV4_F32 = 1, DSV4_BF16 = 2 } dsv4_dtype;
+
+/* The caller's rows of numbers: the first kind is read, the second written. How many and how wide they are stands where
+ * a matrix is asked for. */
+typedef struct dsv4_const_matrix {
+    const void *data;
+    dsv4_dtype dtype;
+    int64_t stride; /* numbers from row to row, at least the width of one; 0: no gaps */
+} dsv4_const_matrix;
+
+typedef struct dsv4_matrix {
+    void *data;
+    dsv4_dtype dtype;
+    int64_t stride;
+} dsv4_matrix;
 
 /* A bf16 number by its bits: the upper half of an IEEE binary32. */
 typedef uint16_t dsv4_bf16;
@@ -236,7 +262,7 @@ DSV4_API dsv4_config dsv4_preset_config(dsv4_preset preset);
 DSV4_API const char *dsv4_preset_name(dsv4_preset preset);
 
 /* Whether `config` describes a compressor; if not, DSV4_ERROR_CONFIG (or _NULL) and a message. */
-DSV4_API dsv4_status dsv4_config_check(const dsv4_config *config, dsv4_error *error);
+DSV4_CHECKED DSV4_API dsv4_status dsv4_config_check(const dsv4_config *config, dsv4_error *error);
 
 typedef enum dsv4_param { DSV4_WKV = 0, DSV4_WGATE, DSV4_APE, DSV4_NORM, DSV4_PARAM_COUNT } dsv4_param;
 
@@ -249,31 +275,26 @@ typedef struct dsv4_param_info {
 } dsv4_param_info;
 
 /* Lists the parameter arrays: info[DSV4_WKV] ... info[DSV4_NORM]. */
-DSV4_API dsv4_status dsv4_config_params(const dsv4_config *config, dsv4_param_info info[DSV4_PARAM_COUNT],
-                                        dsv4_error *error);
+DSV4_CHECKED DSV4_API dsv4_status dsv4_config_params(const dsv4_config *config, dsv4_param_info info[DSV4_PARAM_COUNT],
+                                                     dsv4_error *error);
 
-/* Fills one parameter array (info[param].count numbers of `dtype`) from a seed: wkv and wgate uniform with variance
- * 1 / hidden_dim, ape uniform in [-1/2, 1/2), norm all 1. Element i depends on seed, param and i alone: the same bits
- * on every machine. An array that the configuration lacks is DSV4_ERROR_ARGUMENT. */
-DSV4_API dsv4_status dsv4_param_init(const dsv4_config *config, dsv4_param param, uint64_t seed, dsv4_dtype dtype,
-                                     void *data, dsv4_error *error);
+/* Fills one parameter array, of the shape that dsv4_config_params lists, from a seed: wkv and wgate uniform with
+ * variance 1 / hidden_dim, ape uniform in [-1/2, 1/2), norm all 1. Element i, counted row by row, depends on seed, param
+ * and i alone: the same bits on every machine. An array that the configuration lacks is DSV4_ERROR_ARGUMENT. */
+DSV4_CHECKED DSV4_API dsv4_status dsv4_param_init(const dsv4_config *config, dsv4_param param, uint64_t seed,
+                                                  dsv4_matrix array, dsv4_error *error);
 
 /* The caller's parameter arrays, of the shapes that dsv4_config_params lists. */
-typedef struct dsv4_array {
-    const void *data;
-    dsv4_dtype dtype;
-} dsv4_array;
-
 typedef struct dsv4_params {
-    dsv4_array wkv, wgate, ape, norm; /* wgate, ape: NULL exactly where the configuration says no_gate, no_ape */
+    dsv4_const_matrix wkv, wgate, ape, norm; /* wgate, ape: no data exactly with no_gate, no_ape; norm is one row */
 } dsv4_params;
 
 /* RoPE's frequencies, rope_dim / 2 of them: angle = fp32(position) * inv_freq[i] in fp32. They are 1 / theta^(2i / R);
  * with YaRN those of pairs that turn fewer than yarn_beta_slow times within yarn_orig_ctx tokens are divided by
  * yarn_factor, those that turn more than yarn_beta_fast times stay, and between the two a ramp leads. DSV4_ERROR_BUFFER
  * where `capacity` numbers do not hold them. (DeepSeek-V4 report; precompute_freqs_cis of its inference code.) */
-DSV4_API dsv4_status dsv4_rope_frequencies(const dsv4_config *config, float *inv_freq, int64_t capacity,
-                                           dsv4_error *error);
+DSV4_CHECKED DSV4_API dsv4_status dsv4_rope_frequencies(const dsv4_config *config, float *inv_freq, int64_t capacity,
+                                                        dsv4_error *error);
 
 /* cos and sin of an angle >= 0 in radians, as RoPE uses them: any finite fp32, within 1 ulp; NaN for others. Both
  * places are required. */
@@ -338,15 +359,15 @@ typedef struct dsv4_options {
 /* Configuration and weights, packed for the kernels. Immutable: any number of threads may share it. */
 typedef struct dsv4_compressor dsv4_compressor;
 
-/* The bytes that dsv4_compressor_create will ask for. Only dtypes and presence of `params` are looked at. */
-DSV4_API dsv4_status dsv4_compressor_size(const dsv4_config *config, const dsv4_params *params,
-                                          const dsv4_options *options, size_t *bytes, dsv4_error *error);
+/* The bytes that dsv4_compressor_create will ask for. Of `params` no number is looked at. */
+DSV4_CHECKED DSV4_API dsv4_status dsv4_compressor_size(const dsv4_config *config, const dsv4_params *params,
+                                                       const dsv4_options *options, size_t *bytes, dsv4_error *error);
 
 /* Packs the parameters; they are not needed afterwards. The allocator's functions and context must stay valid until
  * destroy. options may be NULL. On failure *compressor is not written. */
-DSV4_API dsv4_status dsv4_compressor_create(const dsv4_config *config, const dsv4_params *params,
-                                            const dsv4_options *options, const dsv4_allocator *allocator,
-                                            dsv4_compressor **compressor, dsv4_error *error);
+DSV4_CHECKED DSV4_API dsv4_status dsv4_compressor_create(const dsv4_config *config, const dsv4_params *params,
+                                                         const dsv4_options *options, const dsv4_allocator *allocator,
+                                                         dsv4_compressor **compressor, dsv4_error *error);
 DSV4_API void dsv4_compressor_destroy(dsv4_compressor *compressor); /* NULL is fine */
 
 /* Its configuration with every default filled in, and its kernel set. NULL for NULL. */
@@ -358,13 +379,13 @@ DSV4_API const char *dsv4_compressor_isa(const dsv4_compressor *compressor);
 typedef struct dsv4_workspace dsv4_workspace;
 
 /* threads < 1 counts as 1. */
-DSV4_API dsv4_status dsv4_workspace_size(const dsv4_compressor *compressor, int threads, size_t *bytes,
-                                         dsv4_error *error);
+DSV4_CHECKED DSV4_API dsv4_status dsv4_workspace_size(const dsv4_compressor *compressor, int threads, size_t *bytes,
+                                                      dsv4_error *error);
 
 /* parallel may be NULL; it is copied, its context must outlive the workspace, as must the compressor. */
-DSV4_API dsv4_status dsv4_workspace_create(const dsv4_compressor *compressor, const dsv4_parallel *parallel,
-                                           const dsv4_allocator *allocator, dsv4_workspace **workspace,
-                                           dsv4_error *error);
+DSV4_CHECKED DSV4_API dsv4_status dsv4_workspace_create(const dsv4_compressor *compressor,
+                                                        const dsv4_parallel *parallel, const dsv4_allocator *allocator,
+                                                        dsv4_workspace **workspace, dsv4_error *error);
 DSV4_API void dsv4_workspace_destroy(dsv4_workspace *workspace); /* NULL is fine */
 
 /* ============================================================================================================
@@ -375,16 +396,17 @@ DSV4_API void dsv4_workspace_destroy(dsv4_workspace *workspace); /* NULL is fine
  * one's first series, and `depth` tokens more, so that up to that many can be taken back. */
 typedef struct dsv4_state dsv4_state;
 
-DSV4_API dsv4_status dsv4_state_size(const dsv4_compressor *compressor, int64_t depth, size_t *bytes,
-                                     dsv4_error *error);
+DSV4_CHECKED DSV4_API dsv4_status dsv4_state_size(const dsv4_compressor *compressor, int64_t depth, size_t *bytes,
+                                                  dsv4_error *error);
 
 /* An empty state: no token seen. depth >= 0 is the greatest number of tokens that roll_back can take back. */
-DSV4_API dsv4_status dsv4_state_create(const dsv4_compressor *compressor, int64_t depth,
-                                       const dsv4_allocator *allocator, dsv4_state **state, dsv4_error *error);
+DSV4_CHECKED DSV4_API dsv4_status dsv4_state_create(const dsv4_compressor *compressor, int64_t depth,
+                                                    const dsv4_allocator *allocator, dsv4_state **state,
+                                                    dsv4_error *error);
 DSV4_API void dsv4_state_destroy(dsv4_state *state); /* NULL is fine */
 
 /* Back to no token seen; the next segment's position then says where the sequence begins. */
-DSV4_API dsv4_status dsv4_state_reset(dsv4_state *state, dsv4_error *error);
+DSV4_CHECKED DSV4_API dsv4_status dsv4_state_reset(dsv4_state *state, dsv4_error *error);
 
 /* Tokens seen since the sequence's first (0 for NULL), and the position the next one must have: any where none was
  * seen. */
@@ -396,22 +418,23 @@ DSV4_API int64_t dsv4_state_reach(const dsv4_state *state);
 
 /* destination becomes the same stream as source. Both must be of one configuration (else DSV4_ERROR_STATE); depths may
  * differ: the destination reaches back as far as both allow. */
-DSV4_API dsv4_status dsv4_state_copy(dsv4_state *destination, const dsv4_state *source, dsv4_error *error);
+DSV4_CHECKED DSV4_API dsv4_status dsv4_state_copy(dsv4_state *destination, const dsv4_state *source, dsv4_error *error);
 
 /* As if the last `tokens` had never come; their entries are the caller's to forget. Across closed windows too.
  * DSV4_ERROR_DEPTH beyond dsv4_state_reach. */
-DSV4_API dsv4_status dsv4_state_roll_back(dsv4_state *state, int64_t tokens, dsv4_error *error);
+DSV4_CHECKED DSV4_API dsv4_status dsv4_state_roll_back(dsv4_state *state, int64_t tokens, dsv4_error *error);
 
 /* Bytes that save will write now: a header, the live rows as little-endian fp32, a checksum. */
 DSV4_API size_t dsv4_state_save_size(const dsv4_state *state);
 
 /* DSV4_ERROR_BUFFER where `size` bytes do not hold it; *written (may be NULL) is the number of bytes used. */
-DSV4_API dsv4_status dsv4_state_save(const dsv4_state *state, void *bytes, size_t size, size_t *written,
-                                     dsv4_error *error);
+DSV4_CHECKED DSV4_API dsv4_status dsv4_state_save(const dsv4_state *state, void *bytes, size_t size, size_t *written,
+                                                  dsv4_error *error);
 
 /* Takes over what save wrote, on any machine, for the same configuration; depths may differ. Everything is checked
  * before the state changes: DSV4_ERROR_DATA for any bytes that save did not write. */
-DSV4_API dsv4_status dsv4_state_restore(dsv4_state *state, const void *bytes, size_t size, dsv4_error *error);
+DSV4_CHECKED DSV4_API dsv4_status dsv4_state_restore(dsv4_state *state, const void *bytes, size_t size,
+                                                     dsv4_error *error);
 
 /* ============================================================================================================
  * 2g. The operation
@@ -435,31 +458,27 @@ typedef struct dsv4_stages {
     float *kv, *gate; /* [tokens, coff * D] after the projection's rounding */
     float *weights;   /* [entries, coff * ratio, D]: softmax weights by window row */
     float *pooled;    /* [entries, D] */
-    void *latent;     /* [entries, D] in out_dtype: the entry before RoPE, DeepSeek-V4.1's indexer key */
+    void *latent;     /* [entries, D] in out.dtype: the entry before RoPE, DeepSeek-V4.1's indexer key */
 } dsv4_stages;
 
 /* One call. Pointers need the alignment of their numbers, no more. Inputs and outputs must not overlap, nor the entries
  * of two segments, nor, for dsv4_backward, their tokens. Where kv is given, dsv4_compress does not read x. */
 typedef struct dsv4_batch {
-    const void *x; /* [tokens, hidden_dim] of x_dtype; or NULL, with kv and gate given */
-    dsv4_dtype x_dtype;
-    int64_t x_stride;       /* numbers from row to row, >= hidden_dim; 0: hidden_dim */
+    dsv4_const_matrix x;    /* [tokens, hidden_dim]; or NULL data, with kv and gate given */
     int64_t tokens;         /* rows of x (or of kv and gate) */
     const float *kv, *gate; /* projections from elsewhere, [tokens, coff * D], instead of x (gate NULL with no_gate) */
-    void *out;              /* [entries, head_dim] of out_dtype */
-    dsv4_dtype out_dtype;
-    int64_t out_stride; /* numbers from row to row, >= head_dim; 0: head_dim */
-    int64_t entries;    /* rows of out */
-    const dsv4_segment *segments;
-    int64_t segment_count;
+    dsv4_matrix out;        /* [entries, head_dim] */
+    int64_t entries;        /* rows of out */
+    const dsv4_segment *segments; /* NULL, with segment_count 0: all tokens are one whole sequence, from position 0 and */
+    int64_t segment_count;        /* with its entries from row 0 of out on */
     int drop_tail; /* 1: tokens of a stateless segment after its last whole window are ignored; 0: an error */
     dsv4_stages stages;
 } dsv4_batch;
 
 /* Compresses every segment. Segments may come in any order and mix lengths, states and none. DSV4_ERROR_LENGTH,
  * _BOUNDS, _STATE, _NULL, _ALIGNMENT, _ARGUMENT, _OVERFLOW as their texts say; nothing is written then. */
-DSV4_API dsv4_status dsv4_compress(const dsv4_compressor *compressor, const dsv4_batch *batch,
-                                   dsv4_workspace *workspace, dsv4_error *error);
+DSV4_CHECKED DSV4_API dsv4_status dsv4_compress(const dsv4_compressor *compressor, const dsv4_batch *batch,
+                                                dsv4_workspace *workspace, dsv4_error *error);
 
 /* Entries that a segment of `count` tokens gives, after what `state` (may be NULL) has seen. The tail is not counted.
  * 0 where ratio < 1 or count < 0. */
@@ -468,20 +487,20 @@ DSV4_API int64_t dsv4_entry_count(const dsv4_config *config, const dsv4_state *s
 /* Entries that the query at token t of a sequence may see: (t + 1) / ratio. 0 where ratio < 1 or t < 0. */
 DSV4_API int64_t dsv4_visible_entries(int64_t t, int64_t ratio);
 
-/* Writes the additive attention mask [queries, entries]: 0 where query t = first + row sees the entry, `hidden` (say
- * -INFINITY, or -1e4) where it does not. */
-DSV4_API dsv4_status dsv4_mask(int64_t ratio, int64_t first, int64_t queries, int64_t entries, float hidden,
-                               dsv4_dtype dtype, void *mask, dsv4_error *error);
+/* An additive attention mask [queries, entries]: 0 where query t = first + row sees the entry, else `hidden`. */
+typedef struct dsv4_mask_spec {
+    int64_t ratio;            /* m, tokens per entry, >= 1 */
+    int64_t first;            /* t of the first query */
+    int64_t queries, entries; /* rows and columns */
+    float hidden;             /* e.g. -1e4; 0: -INFINITY */
+} dsv4_mask_spec;
+
+/* Writes such a mask. */
+DSV4_CHECKED DSV4_API dsv4_status dsv4_mask(const dsv4_mask_spec *spec, dsv4_matrix mask, dsv4_error *error);
 
 /* ============================================================================================================
  * 2h. Gradients
  * ============================================================================================================ */
-
-/* Where a gradient goes: NULL data where it is not wanted. */
-typedef struct dsv4_gradient {
-    void *data;
-    dsv4_dtype dtype;
-} dsv4_gradient;
 
 /* The gradient of a sequence's parts. A part that does not end its sequence needs `next`: the gradient with respect to
  * the state after it, which is what the following part gave as `previous`. Each is a dsv4_state of the compressor used
@@ -492,15 +511,13 @@ typedef struct dsv4_segment_gradient {
                                NULL: not wanted */
 } dsv4_segment_gradient;
 
+/* NULL data: that gradient is not wanted. */
 typedef struct dsv4_gradients {
-    const void *dout; /* [entries, head_dim] of dout_dtype: gradient of out, rows as in out */
-    dsv4_dtype dout_dtype;
-    int64_t dout_stride; /* 0: head_dim */
-    dsv4_gradient dx;    /* [tokens, hidden_dim], rows as in x; written for the segments' tokens, always overwritten */
-    int64_t dx_stride;   /* 0: hidden_dim */
-    dsv4_gradient dwkv, dwgate, dape, dnorm; /* shapes of the parameters; dwkv, dwgate in bf16: see bf16_gradients */
-    int accumulate;                          /* 1: the four sums go on from what the arrays hold; 0: they start anew */
-    const dsv4_segment_gradient *segments;   /* one for each segment of the batch, or NULL */
+    dsv4_const_matrix dout; /* [entries, head_dim]: gradient of out, rows as in out */
+    dsv4_matrix dx; /* [tokens, hidden_dim], rows as in x; written for the segments' tokens, always overwritten */
+    dsv4_matrix dwkv, dwgate, dape, dnorm; /* shapes of the parameters; dwkv, dwgate in bf16: see bf16_gradients */
+    int accumulate;                        /* 1: the four sums go on from what the arrays hold; 0: they start anew */
+    const dsv4_segment_gradient *segments; /* one for each segment of the batch, or NULL */
 } dsv4_gradients;
 
 /* The backward pass of dsv4_compress on the same batch (its out and stages are not looked at). The compressor must
@@ -512,8 +529,9 @@ typedef struct dsv4_gradients {
  * in the order given: cutting a sequence at multiples of 256 and accumulating part by part gives the same bits.
  * Memory: see dsv4_workspace_size; nothing grows with the sequence. Errors as dsv4_compress, and
  * DSV4_ERROR_ARGUMENT for a gradient that the configuration has not. */
-DSV4_API dsv4_status dsv4_backward(const dsv4_compressor *compressor, const dsv4_batch *batch,
-                                   const dsv4_gradients *gradients, dsv4_workspace *workspace, dsv4_error *error);
+DSV4_CHECKED DSV4_API dsv4_status dsv4_backward(const dsv4_compressor *compressor, const dsv4_batch *batch,
+                                                const dsv4_gradients *gradients, dsv4_workspace *workspace,
+                                                dsv4_error *error);
 
 #ifdef __cplusplus
 }
@@ -704,6 +722,7 @@ static dsv4_status dsv4__need_aligned(const void *pointer, size_t alignment, con
 }
 
 static dsv4_status dsv4__need_array(const void *pointer, dsv4_dtype dtype, const char *name, dsv4_error *error) {
+    if ((int)dtype == 0) return dsv4__fail(error, DSV4_ERROR_ARGUMENT, "dtype of %s is not given", name);
     if (dsv4_dtype_size(dtype) == 0)
         return dsv4__fail(error, DSV4_ERROR_ARGUMENT, "dtype of %s is %d, neither F32 nor BF16", name, (int)dtype);
     return dsv4__need_aligned(pointer, dsv4_dtype_size(dtype), name, error);
@@ -734,6 +753,38 @@ static dsv4_status dsv4__size_check(const dsv4__size *size, const char *what, ds
     if (!size->overflow) return DSV4_OK;
     return dsv4__fail(error, DSV4_ERROR_OVERFLOW, "the size of the %s does not fit in %d bits", what,
                       (int)(8 * sizeof(size_t)));
+}
+
+/* Whether rows * columns numbers can be addressed. */
+static dsv4_status dsv4__check_extent(int64_t rows, int64_t columns, const char *name, dsv4_error *error) {
+    dsv4__size size = {0, 0};
+    (void)dsv4__reserve(&size, rows, columns, sizeof(float));
+    return dsv4__size_check(&size, name, error);
+}
+
+/* A stride's default, and its bounds. */
+static dsv4_status dsv4__check_stride(int64_t *stride, int64_t rows, int64_t width, const char *name,
+                                      dsv4_error *error) {
+    if (*stride == 0) *stride = width;
+    if (*stride < width)
+        return dsv4__fail(error, DSV4_ERROR_ARGUMENT, "stride of %s is %lld for rows of %lld", name, (long long)*stride,
+                          (long long)width);
+    if (dsv4__check_extent(rows, *stride, name, error) == DSV4_OK) return DSV4_OK;
+    return dsv4__fail(error, DSV4_ERROR_OVERFLOW, "%lld rows at a stride of %s of %lld do not fit in %d bits",
+                      (long long)rows, name, (long long)*stride, (int)(8 * sizeof(size_t)));
+}
+
+/* A matrix that is used: its stride's default, and whether it can hold [rows, width]. */
+static dsv4_status dsv4__check_const_matrix(dsv4_const_matrix *matrix, int64_t rows, int64_t width, const char *name,
+                                            dsv4_error *error) {
+    DSV4__TRY(dsv4__check_stride(&matrix->stride, rows, width, name, error));
+    return dsv4__need_array(matrix->data, matrix->dtype, name, error);
+}
+
+static dsv4_status dsv4__check_matrix(dsv4_matrix *matrix, int64_t rows, int64_t width, const char *name,
+                                      dsv4_error *error) {
+    DSV4__TRY(dsv4__check_stride(&matrix->stride, rows, width, name, error));
+    return dsv4__need_array(matrix->data, matrix->dtype, name, error);
 }
 
 /* One block for an object and everything it holds. */
@@ -832,9 +883,8 @@ DSV4_API dsv4_bf16 dsv4_bf16_from_f32(float value) {
 DSV4_API float dsv4_bf16_to_f32(dsv4_bf16 value) { return dsv4__from_bits((uint32_t)value << 16); }
 
 /* Number i of an array of either type. */
-static float dsv4__get(dsv4_array array, int64_t i) {
-    return array.dtype == DSV4_BF16 ? dsv4_bf16_to_f32(((const dsv4_bf16 *)array.data)[i])
-                                    : ((const float *)array.data)[i];
+static float dsv4__get(const void *data, dsv4_dtype dtype, int64_t i) {
+    return dtype == DSV4_BF16 ? dsv4_bf16_to_f32(((const dsv4_bf16 *)data)[i]) : ((const float *)data)[i];
 }
 
 static void dsv4__put(void *data, dsv4_dtype dtype, int64_t i, float value) {
@@ -851,6 +901,40 @@ DSV4__INLINE const void *dsv4__at(const void *data, dsv4_dtype dtype, int64_t i)
 
 DSV4__INLINE void *dsv4__at_mutable(void *data, dsv4_dtype dtype, int64_t i) {
     return (unsigned char *)data + (size_t)i * dsv4_dtype_size(dtype);
+}
+
+/* A matrix with its stride's default in place. */
+static dsv4_const_matrix dsv4__with_stride(dsv4_const_matrix matrix, int64_t columns) {
+    if (matrix.stride == 0) matrix.stride = columns;
+    return matrix;
+}
+
+static dsv4_const_matrix dsv4__as_const(dsv4_matrix matrix) {
+    const dsv4_const_matrix same = {matrix.data, matrix.dtype, matrix.stride};
+    return same;
+}
+
+/* Address of a row's number `column`, where the stride is known. */
+DSV4__INLINE const void *dsv4__in(dsv4_const_matrix matrix, int64_t row, int64_t column) {
+    return dsv4__at(matrix.data, matrix.dtype, row * matrix.stride + column);
+}
+
+DSV4__INLINE void *dsv4__in_mutable(dsv4_matrix matrix, int64_t row, int64_t column) {
+    return dsv4__at_mutable(matrix.data, matrix.dtype, row * matrix.stride + column);
+}
+
+/* A matrix [rows, columns] of either type to rows of fp32, `stride` apart; and back. */
+static void dsv4__read_matrix(dsv4_const_matrix from, float *to, int64_t stride, int64_t rows, int64_t columns) {
+    from = dsv4__with_stride(from, columns);
+    for (int64_t r = 0; r < rows; r++)
+        for (int64_t i = 0; i < columns; i++)
+            to[r * stride + i] = dsv4__get(from.data, from.dtype, r * from.stride + i);
+}
+
+static void dsv4__write_matrix(dsv4_matrix to, const float *from, int64_t stride, int64_t rows, int64_t columns) {
+    const int64_t apart = to.stride == 0 ? columns : to.stride;
+    for (int64_t r = 0; r < rows; r++)
+        for (int64_t i = 0; i < columns; i++) dsv4__put(to.data, to.dtype, r * apart + i, from[r * stride + i]);
 }
 
 /* ------------------------------------------------------------------------------------------------------------
@@ -2256,9 +2340,6 @@ DSV4_API dsv4_status dsv4_rounding_parse(const char *text, uint32_t *rounding, d
 /* The configuration with its defaults in place. */
 static dsv4_config dsv4__resolve(const dsv4_config *config) {
     dsv4_config full = *config;
-    full.overlap = config->overlap != 0;
-    full.no_ape = config->no_ape != 0;
-    full.no_gate = config->no_gate != 0;
     if (full.eps == 0) full.eps = 1e-6f;
     if (full.pad_gate == 0) full.pad_gate = -INFINITY;
     if (full.rope_theta == 0) full.rope_theta = 160000;
@@ -2275,6 +2356,11 @@ static dsv4_status dsv4__check_dim(int64_t value, const char *name, dsv4_error *
     return dsv4__fail(error, DSV4_ERROR_CONFIG, "%s is %lld, not in 1 ... 2147483647", name, (long long)value);
 }
 
+static dsv4_status dsv4__check_flag(int value, const char *name, dsv4_error *error) {
+    if (value == 0 || value == 1) return DSV4_OK;
+    return dsv4__fail(error, DSV4_ERROR_CONFIG, "%s is %d, neither 0 nor 1", name, value);
+}
+
 /* A real setting: at least `least` (or above it), and not beyond what arithmetic on it can bear. */
 static dsv4_status dsv4__check_real(double value, double least, int above, const char *name, dsv4_error *error) {
     if ((above ? value > least : value >= least) && value <= 1e30) return DSV4_OK;
@@ -2288,6 +2374,9 @@ DSV4_API dsv4_status dsv4_config_check(const dsv4_config *config, dsv4_error *er
     DSV4__TRY(dsv4__check_dim(full.hidden_dim, "hidden_dim", error));
     DSV4__TRY(dsv4__check_dim(full.head_dim, "head_dim", error));
     DSV4__TRY(dsv4__check_dim(full.ratio, "ratio", error));
+    DSV4__TRY(dsv4__check_flag(full.overlap, "overlap", error));
+    DSV4__TRY(dsv4__check_flag(full.no_ape, "no_ape", error));
+    DSV4__TRY(dsv4__check_flag(full.no_gate, "no_gate", error));
     if (full.rope_dim < 0 || full.rope_dim > full.head_dim || full.rope_dim % 2 != 0)
         return dsv4__fail(error, DSV4_ERROR_CONFIG, "rope_dim is %lld, not an even number in 0 ... head_dim %lld",
                           (long long)full.rope_dim, (long long)full.head_dim);
@@ -2335,17 +2424,19 @@ static float dsv4__uniform(uint64_t seed, uint64_t stream, uint64_t index) {
     return (float)((int32_t)(z >> 40) - 8388608) / 8388608.0f;
 }
 
-DSV4_API dsv4_status dsv4_param_init(const dsv4_config *config, dsv4_param param, uint64_t seed, dsv4_dtype dtype,
-                                     void *data, dsv4_error *error) {
+DSV4_API dsv4_status dsv4_param_init(const dsv4_config *config, dsv4_param param, uint64_t seed, dsv4_matrix array,
+                                     dsv4_error *error) {
     dsv4_param_info info[DSV4_PARAM_COUNT];
     DSV4__TRY(dsv4_config_params(config, info, error));
     if ((unsigned)param >= (unsigned)DSV4_PARAM_COUNT || info[param].count == 0)
         return dsv4__fail(error, DSV4_ERROR_ARGUMENT, "parameter %d is none of this configuration", (int)param);
-    DSV4__TRY(dsv4__need_array(data, dtype, info[param].name, error));
+    const int64_t rows = info[param].rows, columns = info[param].columns;
+    DSV4__TRY(dsv4__check_matrix(&array, rows, columns, info[param].name, error));
     const float range = param == DSV4_APE ? 0.5f : sqrtf(3.0f / (float)config->hidden_dim);
-    for (int64_t i = 0; i < info[param].count; i++)
-        dsv4__put(data, dtype, i,
-                  param == DSV4_NORM ? 1.0f : range * dsv4__uniform(seed, (uint64_t)param, (uint64_t)i));
+    for (int64_t row = 0, i = 0; row < rows; row++)
+        for (int64_t k = 0; k < columns; k++, i++)
+            dsv4__put(array.data, array.dtype, row * array.stride + k,
+                      param == DSV4_NORM ? 1.0f : range * dsv4__uniform(seed, (uint64_t)param, (uint64_t)i));
     return DSV4_OK;
 }
 
@@ -2466,9 +2557,9 @@ static dsv4__compressor_layout dsv4__compressor_parts(const dsv4_compressor *c) 
     return layout;
 }
 
-static dsv4_status dsv4__check_param(const dsv4_array *array, const dsv4_param_info *info, dsv4_error *error) {
-    if (info->count > 0) return dsv4__need_array(array->data, array->dtype, info->name, error);
-    if (array->data == NULL) return DSV4_OK;
+static dsv4_status dsv4__check_param(dsv4_const_matrix array, const dsv4_param_info *info, dsv4_error *error) {
+    if (info->count > 0) return dsv4__check_const_matrix(&array, info->rows, info->columns, info->name, error);
+    if (array.data == NULL) return DSV4_OK;
     return dsv4__fail(error, DSV4_ERROR_ARGUMENT, "%s is given, but the configuration has none", info->name);
 }
 
@@ -2479,7 +2570,7 @@ static dsv4_status dsv4__compressor_plan(const dsv4_config *config, const dsv4_p
     memset(c, 0, sizeof *c);
     DSV4__TRY(dsv4_config_params(config, info, error));
     DSV4__TRY(dsv4__need(params, "params", error));
-    const dsv4_array *arrays[DSV4_PARAM_COUNT] = {&params->wkv, &params->wgate, &params->ape, &params->norm};
+    const dsv4_const_matrix arrays[DSV4_PARAM_COUNT] = {params->wkv, params->wgate, params->ape, params->norm};
     for (int i = 0; i < DSV4_PARAM_COUNT; i++) DSV4__TRY(dsv4__check_param(arrays[i], &info[i], error));
     DSV4__TRY(dsv4__set_by_name(options != NULL ? options->isa : NULL, &c->kernels, error));
     c->config = dsv4__resolve(config);
@@ -2510,42 +2601,42 @@ DSV4_API dsv4_status dsv4_compressor_size(const dsv4_config *config, const dsv4_
 
 /* A matrix [rows, columns] of either type, and the part of it that one block of one panel holds. */
 typedef struct dsv4__panel_source {
-    dsv4_array matrix;
-    int64_t columns;             /* of the matrix: numbers from row to row */
+    dsv4_const_matrix matrix;
     int64_t row, rows;           /* the panel's columns are these rows of the matrix; the missing ones up to 32 are 0 */
     int64_t term, terms, padded; /* and its terms these columns; from `terms` to `padded` 0 */
 } dsv4__panel_source;
 
 /* bf16: pairs of terms stay together, so that pairs are what is transposed; 16 at a time, a cache line of each row. */
 static void dsv4__pack_bf16(const dsv4__panel_source *source, dsv4_bf16 *to) {
-    const dsv4_bf16 *from = (const dsv4_bf16 *)source->matrix.data + source->row * source->columns + source->term;
+    const dsv4_bf16 *from = (const dsv4_bf16 *)dsv4__in(source->matrix, source->row, source->term);
+    const int64_t stride = source->matrix.stride;
     memset(to, 0, (size_t)(source->padded * DSV4__PANEL) * sizeof *to);
     for (int64_t first = 0; first < source->terms; first += 32)
         for (int64_t r = 0; r < source->rows; r++) {
             const int64_t end = dsv4__min(first + 32, source->terms);
             for (int64_t k = first; k + 1 < end; k += 2)
-                memcpy(to + k * DSV4__PANEL + 2 * r, from + r * source->columns + k, 2 * sizeof *to);
-            if ((end - first) % 2 != 0) to[(end - 1) * DSV4__PANEL + 2 * r] = from[r * source->columns + end - 1];
+                memcpy(to + k * DSV4__PANEL + 2 * r, from + r * stride + k, 2 * sizeof *to);
+            if ((end - first) % 2 != 0) to[(end - 1) * DSV4__PANEL + 2 * r] = from[r * stride + end - 1];
         }
 }
 
 /* The same from fp32, rounded: parameters of a preset that rounds them. */
 static void dsv4__pack_rounded(const dsv4__panel_source *source, dsv4_bf16 *to) {
-    const float *from = (const float *)source->matrix.data + source->row * source->columns + source->term;
+    const float *from = (const float *)dsv4__in(source->matrix, source->row, source->term);
     memset(to, 0, (size_t)(source->padded * DSV4__PANEL) * sizeof *to);
     for (int64_t first = 0; first < source->terms; first += 16)
         for (int64_t r = 0; r < source->rows; r++)
             for (int64_t k = first; k < dsv4__min(first + 16, source->terms); k++)
-                to[k / 2 * 2 * DSV4__PANEL + 2 * r + k % 2] = dsv4_bf16_from_f32(from[r * source->columns + k]);
+                to[k / 2 * 2 * DSV4__PANEL + 2 * r + k % 2] = dsv4_bf16_from_f32(from[r * source->matrix.stride + k]);
 }
 
 static void dsv4__pack_f32(const dsv4__panel_source *source, float *to) {
-    const float *from = (const float *)source->matrix.data + source->row * source->columns + source->term;
+    const float *from = (const float *)dsv4__in(source->matrix, source->row, source->term);
     memset(to, 0, (size_t)(source->padded * DSV4__PANEL) * sizeof *to);
     for (int64_t first = 0; first < source->terms; first += 16)
         for (int64_t r = 0; r < source->rows; r++)
             for (int64_t k = first; k < dsv4__min(first + 16, source->terms); k++)
-                to[k * DSV4__PANEL + r] = from[r * source->columns + k];
+                to[k * DSV4__PANEL + r] = from[r * source->matrix.stride + k];
 }
 
 static void dsv4__pack_panel(const dsv4__panel_source *source, int to_bf16, void *to) {
@@ -2557,14 +2648,13 @@ static void dsv4__pack_panel(const dsv4__panel_source *source, int to_bf16, void
         dsv4__pack_f32(source, (float *)to);
 }
 
-static void dsv4__pack_weights(const dsv4_compressor *c, const dsv4_params *params) {
+static void dsv4__pack_weights(const dsv4_compressor *c, const dsv4_const_matrix matrices[2]) {
     dsv4__panel_source source;
     memset(&source, 0, sizeof source);
-    source.columns = c->config.hidden_dim;
     for (source.term = 0; source.term < c->terms; source.term += DSV4__KBLOCK)
         for (int64_t group = 0; group < c->groups; group++)
             for (int64_t panel = 0; panel < c->series * c->matrices; panel++) {
-                source.matrix = panel % c->matrices == 0 ? params->wkv : params->wgate;
+                source.matrix = matrices[panel % c->matrices];
                 source.row = panel / c->matrices * c->config.head_dim + group * DSV4__PANEL;
                 source.rows = dsv4__min(c->config.head_dim - group * DSV4__PANEL, DSV4__PANEL);
                 source.padded = dsv4__min(c->terms - source.term, DSV4__KBLOCK);
@@ -2601,14 +2691,14 @@ static void dsv4__fetch_term(const dsv4__terms *source, int64_t k) {
 
 /* Two terms of a panel, rounded where they are fp32; `odd` NULL: 0. */
 static void dsv4__pack_pair(const dsv4__terms *source, const void *even, const void *odd, dsv4_bf16 *pairs) {
-    const dsv4_array terms[2] = {{even, source->dtype}, {odd, source->dtype}};
+    const void *const terms[2] = {even, odd};
     if (source->columns == DSV4__PANEL && source->dtype == DSV4_BF16 && odd != NULL) {
         dsv4__interleave(pairs, (const dsv4_bf16 *)even, (const dsv4_bf16 *)odd);
         return;
     }
     for (int64_t i = 0; i < source->columns; i++)
         for (int k = 0; k < 2; k++)
-            pairs[2 * i + k] = terms[k].data == NULL ? 0 : dsv4_bf16_from_f32(dsv4__get(terms[k], i));
+            pairs[2 * i + k] = terms[k] == NULL ? 0 : dsv4_bf16_from_f32(dsv4__get(terms[k], source->dtype, i));
 }
 
 /* As a right operand: fp32 [terms][32], or bf16 [terms / 2][32][2]; made even, and 32 wide, with zeros. */
@@ -2635,16 +2725,15 @@ static void dsv4__pack_terms(const dsv4__terms *source, dsv4_dtype dtype, void *
 }
 
 /* The matrices once more, their rows as terms. */
-static void dsv4__pack_back_weights(const dsv4_compressor *c, const dsv4_params *params) {
+static void dsv4__pack_back_weights(const dsv4_compressor *c, const dsv4_const_matrix matrices[2]) {
     dsv4__terms source;
     source.kernels = c->kernels;
-    source.stride = c->config.hidden_dim;
     source.terms = c->columns;
     for (int64_t h = 0; h < c->config.hidden_dim; h += DSV4__PANEL)
         for (int64_t m = 0; m < c->matrices; m++) {
-            const dsv4_array *matrix = m == 0 ? &params->wkv : &params->wgate;
-            source.dtype = matrix->dtype;
-            source.first = dsv4__at(matrix->data, matrix->dtype, h);
+            source.first = dsv4__in(matrices[m], 0, h);
+            source.dtype = matrices[m].dtype;
+            source.stride = matrices[m].stride;
             source.columns = dsv4__min(c->config.hidden_dim - h, DSV4__PANEL);
             dsv4__pack_terms(&source, c->w_bf16[m] ? DSV4_BF16 : DSV4_F32, dsv4__back_panel(c, h / DSV4__PANEL, m, 0));
         }
@@ -2668,15 +2757,17 @@ DSV4_API dsv4_status dsv4_compressor_create(const dsv4_config *config, const dsv
     c->norm = (float *)(void *)(base + layout.norm);
     c->inv_freq = (float *)(void *)(base + layout.inv_freq);
     c->panels = base + layout.panels;
-    for (int64_t i = 0; c->ape != NULL && i < c->config.ratio * c->columns; i++) c->ape[i] = dsv4__get(params->ape, i);
+    if (c->ape != NULL) dsv4__read_matrix(params->ape, c->ape, c->columns, c->config.ratio, c->columns);
     if (c->ape != NULL && (c->config.rounding & DSV4_ROUND_SCORE))
         c->kernels->round_array(c->ape, c->config.ratio * c->columns);
-    for (int64_t i = 0; i < c->config.head_dim; i++) c->norm[i] = dsv4__get(params->norm, i);
+    dsv4__read_matrix(params->norm, c->norm, c->config.head_dim, 1, c->config.head_dim);
     if (c->config.rounding & DSV4_ROUND_PARAMS) c->kernels->round_array(c->norm, c->config.head_dim);
     dsv4__frequencies(&c->config, c->inv_freq);
     c->back_panels = base + layout.back_panels;
-    dsv4__pack_weights(c, params);
-    if (c->training) dsv4__pack_back_weights(c, params);
+    const dsv4_const_matrix matrices[2] = {dsv4__with_stride(params->wkv, c->config.hidden_dim),
+                                           dsv4__with_stride(params->wgate, c->config.hidden_dim)};
+    dsv4__pack_weights(c, matrices);
+    if (c->training) dsv4__pack_back_weights(c, matrices);
     *compressor = c;
     return DSV4_OK;
 }
@@ -3185,18 +3276,18 @@ DSV4_API int64_t dsv4_entry_count(const dsv4_config *config, const dsv4_state *s
     return count / config->ratio + (dsv4_state_tokens(state) % config->ratio + count % config->ratio) / config->ratio;
 }
 
-DSV4_API dsv4_status dsv4_mask(int64_t ratio, int64_t first, int64_t queries, int64_t entries, float hidden,
-                               dsv4_dtype dtype, void *mask, dsv4_error *error) {
-    dsv4__size size = {0, 0};
+DSV4_API dsv4_status dsv4_mask(const dsv4_mask_spec *spec, dsv4_matrix mask, dsv4_error *error) {
+    DSV4__TRY(dsv4__need(spec, "spec", error));
+    const int64_t ratio = spec->ratio, first = spec->first, queries = spec->queries, entries = spec->entries;
     if (ratio < 1 || first < 0 || queries < 0 || entries < 0 || first > INT64_MAX / 2 || queries > INT64_MAX / 2)
         return dsv4__fail(error, DSV4_ERROR_ARGUMENT, "ratio %lld, first %lld, queries %lld, entries %lld",
                           (long long)ratio, (long long)first, (long long)queries, (long long)entries);
-    (void)dsv4__reserve(&size, queries, entries, sizeof(float));
-    DSV4__TRY(dsv4__size_check(&size, "mask", error));
-    DSV4__TRY(dsv4__need_array(mask, dtype, "mask", error));
+    DSV4__TRY(dsv4__check_matrix(&mask, queries, entries, "mask", error));
+    const float hidden = spec->hidden != 0 ? spec->hidden : -INFINITY;
     for (int64_t q = 0; q < queries; q++) {
         const int64_t visible = dsv4_visible_entries(first + q, ratio);
-        for (int64_t e = 0; e < entries; e++) dsv4__put(mask, dtype, q * entries + e, e < visible ? 0.0f : hidden);
+        for (int64_t e = 0; e < entries; e++)
+            dsv4__put(mask.data, mask.dtype, q * mask.stride + e, e < visible ? 0.0f : hidden);
     }
     return DSV4_OK;
 }
@@ -3206,6 +3297,7 @@ typedef struct dsv4__call {
     const dsv4_compressor *c;
     dsv4_workspace *ws;
     dsv4_batch batch;
+    dsv4_segment whole;            /* all tokens, where the batch came without segments */
     int x_bf16;                    /* x came as bf16 */
     int dot;                       /* and is packed so, for the bf16 dot product */
     int64_t rows, pieces, entries; /* of the current block */
@@ -3270,39 +3362,35 @@ static dsv4_status dsv4__check_segments(const dsv4_compressor *c, const dsv4_bat
     return status;
 }
 
-/* Whether rows * columns numbers can be addressed. */
-static dsv4_status dsv4__check_extent(int64_t rows, int64_t columns, const char *name, dsv4_error *error) {
-    dsv4__size size = {0, 0};
-    (void)dsv4__reserve(&size, rows, columns, sizeof(float));
-    return dsv4__size_check(&size, name, error);
-}
-
-/* A stride's default, and its bounds. */
-static dsv4_status dsv4__check_stride(int64_t *stride, int64_t width, int64_t rows, const char *name,
-                                      dsv4_error *error) {
-    if (*stride == 0) *stride = width;
-    if (*stride < width)
-        return dsv4__fail(error, DSV4_ERROR_ARGUMENT, "%s is %lld for rows of %lld", name, (long long)*stride,
-                          (long long)width);
-    return dsv4__check_extent(rows, *stride, name, error);
-}
-
 static dsv4_status dsv4__check_optional(const void *pointer, size_t alignment, const char *name, dsv4_error *error) {
     return pointer == NULL ? DSV4_OK : dsv4__need_aligned(pointer, alignment, name, error);
 }
 
-/* Where tokens come from: x, or kv and gate. */
-static dsv4_status dsv4__check_inputs(const dsv4_compressor *c, dsv4_batch *batch, dsv4_error *error) {
+/* Which tokens are whose: a batch without segments is one whole sequence. */
+static dsv4_status dsv4__begin_segments(dsv4__call *call, dsv4_error *error) {
+    dsv4_batch *batch = &call->batch;
     if (batch->tokens < 0 || batch->segment_count < 0)
         return dsv4__fail(error, DSV4_ERROR_ARGUMENT, "tokens is %lld, segment_count %lld", (long long)batch->tokens,
                           (long long)batch->segment_count);
-    DSV4__TRY(dsv4__check_stride(&batch->x_stride, c->config.hidden_dim, batch->tokens, "x_stride", error));
+    if (batch->segment_count > 0) return dsv4__need(batch->segments, "segments", error);
+    if (batch->tokens == 0) return DSV4_OK;
+    if (batch->segments != NULL)
+        return dsv4__fail(error, DSV4_ERROR_ARGUMENT, "segment_count is 0, but segments are given for %lld tokens",
+                          (long long)batch->tokens);
+    call->whole.count = batch->tokens;
+    batch->segments = &call->whole;
+    batch->segment_count = 1;
+    return DSV4_OK;
+}
+
+/* Where tokens come from: x, or kv and gate. */
+static dsv4_status dsv4__check_inputs(const dsv4_compressor *c, dsv4_batch *batch, dsv4_error *error) {
     DSV4__TRY(dsv4__check_extent(batch->tokens, c->columns, "kv", error));
-    if (batch->segment_count > 0) DSV4__TRY(dsv4__need(batch->segments, "segments", error));
-    if (batch->tokens > 0 && batch->kv == NULL) DSV4__TRY(dsv4__need_array(batch->x, batch->x_dtype, "x", error));
     if (batch->kv != NULL) {
         DSV4__TRY(dsv4__need_aligned(batch->kv, sizeof(float), "kv", error));
         if (!c->config.no_gate) DSV4__TRY(dsv4__need_aligned(batch->gate, sizeof(float), "gate", error));
+    } else if (batch->tokens > 0) {
+        DSV4__TRY(dsv4__check_const_matrix(&batch->x, batch->tokens, c->config.hidden_dim, "x", error));
     }
     return DSV4_OK;
 }
@@ -3310,15 +3398,15 @@ static dsv4_status dsv4__check_inputs(const dsv4_compressor *c, dsv4_batch *batc
 static dsv4_status dsv4__check_outputs(const dsv4_compressor *c, dsv4_batch *batch, dsv4_error *error) {
     const dsv4_stages *stages = &batch->stages;
     if (batch->entries < 0) return dsv4__fail(error, DSV4_ERROR_ARGUMENT, "entries is %lld", (long long)batch->entries);
-    DSV4__TRY(dsv4__check_stride(&batch->out_stride, c->config.head_dim, batch->entries, "out_stride", error));
-    if (batch->entries > 0) DSV4__TRY(dsv4__need_array(batch->out, batch->out_dtype, "out", error));
+    if (batch->entries > 0)
+        DSV4__TRY(dsv4__check_matrix(&batch->out, batch->entries, c->config.head_dim, "out", error));
     if (stages->weights != NULL)
         DSV4__TRY(dsv4__check_extent(batch->entries, c->columns * c->config.ratio, "stages.weights", error));
     DSV4__TRY(dsv4__check_optional(stages->kv, sizeof(float), "stages.kv", error));
     DSV4__TRY(dsv4__check_optional(stages->gate, sizeof(float), "stages.gate", error));
     DSV4__TRY(dsv4__check_optional(stages->weights, sizeof(float), "stages.weights", error));
     DSV4__TRY(dsv4__check_optional(stages->pooled, sizeof(float), "stages.pooled", error));
-    return dsv4__check_optional(stages->latent, batch->out_dtype == DSV4_BF16 ? 2 : 4, "stages.latent", error);
+    return dsv4__check_optional(stages->latent, batch->out.dtype == DSV4_BF16 ? 2 : 4, "stages.latent", error);
 }
 
 /* Adds to the block as many tokens of the current segment as fit, without closing more windows than there are slots. */
@@ -3403,19 +3491,19 @@ static void dsv4__pack_task(void *argument, int64_t thread) {
     const dsv4_batch *batch = &call->batch;
     dsv4__row_packer packer;
     packer.kernels = call->c->kernels;
-    packer.from = batch->x_dtype;
+    packer.from = batch->x.dtype;
     packer.to = call->dot ? DSV4_BF16 : DSV4_F32;
     packer.terms = dsv4__min(call->term_end, call->c->config.hidden_dim) - call->term;
     packer.rows = call->rows;
     packer.packed = call->ws->x;
-    const uintptr_t number = dsv4_dtype_size(batch->x_dtype), stride = number * (uintptr_t)batch->x_stride;
+    const uintptr_t number = dsv4_dtype_size(batch->x.dtype), stride = number * (uintptr_t)batch->x.stride;
     const uintptr_t bytes = number * (uintptr_t)packer.terms;
     for (int64_t i = 0; i < call->pieces; i++) {
         const dsv4__piece *piece = &call->ws->pieces[i];
         const int64_t last = dsv4__min(end, piece->row + piece->count);
         for (int64_t row = dsv4__max(first, piece->row); row < last; row++) {
             const int64_t token = piece->token + row - piece->row;
-            const void *from = dsv4__at(batch->x, batch->x_dtype, token * batch->x_stride + call->term);
+            const void *from = dsv4__in(batch->x, token, call->term);
             dsv4__fetch((uintptr_t)from + 2 * stride, bytes);
             dsv4__pack_row(&packer, from, row);
         }
@@ -3703,10 +3791,10 @@ static void dsv4__finish_entry(const dsv4__call *call, const dsv4__piece *piece,
     job.pooled = call->ws->pooled + (piece->slot + index) * config->head_dim;
     job.row = scratch->row;
     job.swapped = scratch->swapped;
-    job.out_dtype = batch->out_dtype;
-    job.out = dsv4__at_mutable(batch->out, batch->out_dtype, entry * batch->out_stride);
+    job.out_dtype = batch->out.dtype;
+    job.out = dsv4__in_mutable(batch->out, entry, 0);
     job.latent = batch->stages.latent;
-    if (job.latent != NULL) job.latent = dsv4__at_mutable(job.latent, batch->out_dtype, entry * config->head_dim);
+    if (job.latent != NULL) job.latent = dsv4__at_mutable(job.latent, batch->out.dtype, entry * config->head_dim);
     call->c->kernels->finish(&job);
     if (batch->stages.pooled != NULL)
         memcpy(batch->stages.pooled + entry * config->head_dim, job.pooled, (size_t)config->head_dim * sizeof(float));
@@ -3743,8 +3831,9 @@ static dsv4_status dsv4__begin_call(const dsv4_compressor *c, const dsv4_batch *
     call->c = c;
     call->ws = ws;
     call->batch = *batch;
+    DSV4__TRY(dsv4__begin_segments(call, error));
     DSV4__TRY(dsv4__check_inputs(c, &call->batch, error));
-    call->x_bf16 = batch->x_dtype == DSV4_BF16;
+    call->x_bf16 = batch->x.dtype == DSV4_BF16;
     call->dot = c->kernels->dot && call->x_bf16 && c->w_bf16[0] && (c->config.no_gate || c->w_bf16[1]);
     return DSV4_OK;
 }
@@ -3920,7 +4009,7 @@ static void dsv4__entry_back(const dsv4__back *back, const dsv4__part *part, int
     const dsv4_compressor *c = back->call.c;
     const dsv4__piece *rows = &part->rows;
     const int64_t dim = c->config.head_dim, slot = (rows->slot + index) * dim;
-    const void *dout = dsv4__at(back->g.dout, back->g.dout_dtype, (rows->entry + index) * back->g.dout_stride);
+    const void *dout = dsv4__in(back->g.dout, rows->entry + index, 0);
     dsv4__finish_job job;
     memset(&job, 0, sizeof job);
     dsv4__rope_row(&c->config, c->inv_freq, rows->position + index * c->config.ratio, scratch->cos_row,
@@ -3934,7 +4023,7 @@ static void dsv4__entry_back(const dsv4__back *back, const dsv4__part *part, int
     job.pooled = back->room->normed + slot;
     job.row = back->room->dscaled + slot;
     job.dpooled = back->room->dpooled + slot;
-    if (back->g.dout_dtype == DSV4_BF16)
+    if (back->g.dout.dtype == DSV4_BF16)
         c->kernels->widen(job.row, (const dsv4_bf16 *)dout, dim);
     else
         memcpy(job.row, dout, (size_t)dim * sizeof(float));
@@ -4171,7 +4260,7 @@ static void dsv4__pack_back_task(void *argument, int64_t thread) {
 
 /* Writes the chunk's dx over panels [first, end) from the sums of it: rows of DSV4__DX_PANELS panels. */
 static void dsv4__put_dx(const dsv4__back *back, const float *sums, int64_t first, int64_t end) {
-    const dsv4_gradient *dx = &back->g.dx;
+    const dsv4_matrix dx = back->g.dx;
     const int64_t h = first * DSV4__PANEL;
     const int64_t n = dsv4__min(end * DSV4__PANEL, back->call.c->config.hidden_dim) - h;
     for (int64_t p = 0; p < back->parts; p++) {
@@ -4179,8 +4268,8 @@ static void dsv4__put_dx(const dsv4__back *back, const float *sums, int64_t firs
         const int64_t token = part->segment->token + part->t - part->seen;
         for (int64_t i = 0; i < part->count; i++) {
             const float *from = sums + (part->row + i) * DSV4__DX_PANELS * DSV4__PANEL;
-            void *to = dsv4__at_mutable(dx->data, dx->dtype, (token + i) * back->g.dx_stride + h);
-            if (dx->dtype == DSV4_BF16)
+            void *to = dsv4__in_mutable(dx, token + i, h);
+            if (dx.dtype == DSV4_BF16)
                 back->call.c->kernels->narrow((dsv4_bf16 *)to, from, n);
             else
                 memcpy(to, from, (size_t)n * sizeof(float));
@@ -4220,9 +4309,9 @@ static void dsv4__pack_x_panel(const dsv4__back *back, int64_t i) {
         const int64_t token = part->segment->token + part->t - part->seen;
         dsv4__terms source;
         source.kernels = back->call.c->kernels;
-        source.first = dsv4__at(batch->x, batch->x_dtype, token * batch->x_stride + i * DSV4__PANEL);
-        source.dtype = batch->x_dtype;
-        source.stride = batch->x_stride;
+        source.first = dsv4__in(batch->x, token, i * DSV4__PANEL);
+        source.dtype = batch->x.dtype;
+        source.stride = batch->x.stride;
         source.terms = part->count;
         source.columns = dsv4__min(back->call.c->config.hidden_dim - i * DSV4__PANEL, DSV4__PANEL);
         dsv4__pack_terms(&source, dtype, dsv4__x_panel(back, back->slabs, i, part->row));
@@ -4231,10 +4320,10 @@ static void dsv4__pack_x_panel(const dsv4__back *back, int64_t i) {
 
 /* Where the sums of a weight's gradient live: the caller's fp32 array, or, for bf16, the workspace. */
 static float *dsv4__weight_sums(const dsv4__back *back, int64_t matrix, int64_t *stride) {
-    const dsv4_gradient *target = matrix == 0 ? &back->g.dwkv : &back->g.dwgate;
+    const dsv4_matrix *target = matrix == 0 ? &back->g.dwkv : &back->g.dwgate;
     const dsv4_compressor *c = back->call.c;
-    *stride = target->dtype == DSV4_F32 ? c->config.hidden_dim
-                                        : dsv4__ceil_div(c->config.hidden_dim, DSV4__PANEL) * DSV4__PANEL;
+    *stride =
+        target->dtype == DSV4_F32 ? target->stride : dsv4__ceil_div(c->config.hidden_dim, DSV4__PANEL) * DSV4__PANEL;
     return target->dtype == DSV4_F32 ? (float *)target->data : back->room->weight_sums + matrix * c->columns * *stride;
 }
 
@@ -4380,60 +4469,69 @@ static void dsv4__begin_previous(const dsv4__back *back, int64_t index) {
 
 /* dx of the tokens that drop_tail left out. */
 static void dsv4__clear_tails(const dsv4__back *back) {
-    const dsv4_gradient *dx = &back->g.dx;
-    const size_t bytes = (size_t)back->call.c->config.hidden_dim * dsv4_dtype_size(dx->dtype);
-    for (int64_t i = 0; i < back->call.batch.segment_count && dx->data != NULL; i++) {
+    const dsv4_matrix dx = back->g.dx;
+    const size_t bytes = (size_t)back->call.c->config.hidden_dim * dsv4_dtype_size(dx.dtype);
+    for (int64_t i = 0; i < back->call.batch.segment_count && dx.data != NULL; i++) {
         const dsv4_segment *segment = &back->call.batch.segments[i];
         int64_t t = dsv4__tokens_used(&back->call.batch, segment, back->call.c->config.ratio);
-        for (; t < segment->count; t++)
-            memset(dsv4__at_mutable(dx->data, dx->dtype, (segment->token + t) * back->g.dx_stride), 0, bytes);
+        for (; t < segment->count; t++) memset(dsv4__in_mutable(dx, segment->token + t, 0), 0, bytes);
     }
 }
 
-/* Where a sum starts: at what its array holds, or at 0. */
-static void dsv4__begin_sum(const dsv4__back *back, const dsv4_gradient *target, float *sum, int64_t count) {
-    const dsv4_array old = {target->data, target->dtype};
-    for (int64_t i = 0; i < count && target->data != NULL; i++) sum[i] = back->g.accumulate ? dsv4__get(old, i) : 0;
+/* Where sums, `stride` apart in the workspace or in `target` itself, start: at what `target` holds, or at 0. */
+static void dsv4__begin_sums(const dsv4__back *back, dsv4_matrix target, float *sums, int64_t stride, int64_t rows,
+                             int64_t columns) {
+    if (target.data == NULL) return;
+    if (back->g.accumulate)
+        dsv4__read_matrix(dsv4__as_const(target), sums, stride, rows, columns);
+    else
+        for (int64_t r = 0; r < rows; r++) memset(sums + r * stride, 0, (size_t)columns * sizeof *sums);
 }
 
-static void dsv4__end_sum(const dsv4_gradient *target, const float *sum, int64_t count) {
-    for (int64_t i = 0; i < count && target->data != NULL; i++) dsv4__put(target->data, target->dtype, i, sum[i]);
+static void dsv4__end_sums(dsv4_matrix target, const float *sums, int64_t stride, int64_t rows, int64_t columns) {
+    if (target.data != NULL) dsv4__write_matrix(target, sums, stride, rows, columns);
 }
 
 /* Where the weights' sums start: bf16 ones go on in the workspace, fp32 ones where they are. Sums that start anew do so
  * with their first block, or here where there was none. */
 static void dsv4__begin_weights(const dsv4__back *back, int64_t matrix) {
-    const dsv4_gradient *target = matrix == 0 ? &back->g.dwkv : &back->g.dwgate;
-    const int64_t width = back->call.c->config.hidden_dim;
+    const dsv4_matrix target = matrix == 0 ? back->g.dwkv : back->g.dwgate;
     int64_t stride;
-    if (target->data == NULL || (target->dtype == DSV4_F32 && back->g.accumulate)) return;
+    if (target.data == NULL || (target.dtype == DSV4_F32 && back->g.accumulate)) return;
     float *sums = dsv4__weight_sums(back, matrix, &stride);
-    for (int64_t row = 0; row < back->call.c->columns; row++) {
-        const dsv4_gradient part = {dsv4__at_mutable(target->data, target->dtype, row * width), target->dtype};
-        dsv4__begin_sum(back, &part, sums + row * stride, width);
-    }
+    dsv4__begin_sums(back, target, sums, stride, back->call.c->columns, back->call.c->config.hidden_dim);
 }
 
 static void dsv4__end_weights(const dsv4__back *back, int64_t matrix) {
-    const dsv4_gradient *target = matrix == 0 ? &back->g.dwkv : &back->g.dwgate;
-    const int64_t width = back->call.c->config.hidden_dim;
+    const dsv4_matrix target = matrix == 0 ? back->g.dwkv : back->g.dwgate;
     int64_t stride;
-    if (target->data == NULL || target->dtype == DSV4_F32) return;
+    if (target.data == NULL || target.dtype == DSV4_F32) return;
     const float *sums = dsv4__weight_sums(back, matrix, &stride);
-    for (int64_t row = 0; row < back->call.c->columns; row++) {
-        const dsv4_gradient part = {dsv4__at_mutable(target->data, target->dtype, row * width), target->dtype};
-        dsv4__end_sum(&part, sums + row * stride, width);
-    }
+    dsv4__write_matrix(target, sums, stride, back->call.c->columns, back->call.c->config.hidden_dim);
 }
 
-static dsv4_status dsv4__check_gradient(const dsv4_gradient *target, const char *name, int possible, int sums_bf16,
+/* Where a parameter's gradient is wanted: its type and place, and that the configuration has it. */
+static dsv4_status dsv4__check_gradient(dsv4_matrix *target, const dsv4_param_info *info, const char *name,
                                         dsv4_error *error) {
     if (target->data == NULL) return DSV4_OK;
-    if (!possible) return dsv4__fail(error, DSV4_ERROR_ARGUMENT, "%s is wanted, but the configuration has none", name);
-    DSV4__TRY(dsv4__need_array(target->data, target->dtype, name, error));
-    if (target->dtype == DSV4_F32 || sums_bf16) return DSV4_OK;
-    return dsv4__fail(error, DSV4_ERROR_ARGUMENT,
-                      "%s is BF16, but the compressor was made without options.bf16_gradients", name);
+    if (info->count > 0) return dsv4__check_matrix(target, info->rows, info->columns, name, error);
+    return dsv4__fail(error, DSV4_ERROR_ARGUMENT, "%s is wanted, but the configuration has none", name);
+}
+
+static dsv4_status dsv4__check_param_gradients(dsv4__back *back, dsv4_error *error) {
+    static const char *const names[DSV4_PARAM_COUNT] = {"dwkv", "dwgate", "dape", "dnorm"};
+    dsv4_gradients *g = &back->g;
+    dsv4_matrix *const targets[DSV4_PARAM_COUNT] = {&g->dwkv, &g->dwgate, &g->dape, &g->dnorm};
+    dsv4_param_info info[DSV4_PARAM_COUNT];
+    DSV4__TRY(dsv4_config_params(&back->call.c->config, info, error));
+    for (int i = 0; i < DSV4_PARAM_COUNT; i++) {
+        DSV4__TRY(dsv4__check_gradient(targets[i], &info[i], names[i], error));
+        if (i <= DSV4_WGATE && targets[i]->data != NULL && targets[i]->dtype == DSV4_BF16 &&
+            !(back->call.c->training & DSV4__BF16_SUMS))
+            return dsv4__fail(error, DSV4_ERROR_ARGUMENT,
+                              "%s is BF16, but the compressor was made without options.bf16_gradients", names[i]);
+    }
+    return DSV4_OK;
 }
 
 /* The states that carry gradients from part to part of a sequence. */
@@ -4481,19 +4579,16 @@ static dsv4_status dsv4__check_all_carried(const dsv4__back *back, dsv4_error *e
 
 static dsv4_status dsv4__check_gradients(dsv4__back *back, dsv4_error *error) {
     const dsv4_compressor *c = back->call.c;
-    const dsv4_batch *batch = &back->call.batch;
+    dsv4_batch *batch = &back->call.batch;
     dsv4_gradients *g = &back->g;
     if (!c->training) return dsv4__fail(error, DSV4_ERROR_ARGUMENT, "the compressor was made without options.training");
-    if (batch->tokens > 0) DSV4__TRY(dsv4__need_array(batch->x, batch->x_dtype, "x", error));
     if (batch->entries < 0) return dsv4__fail(error, DSV4_ERROR_ARGUMENT, "entries is %lld", (long long)batch->entries);
-    if (batch->entries > 0) DSV4__TRY(dsv4__need_array(g->dout, g->dout_dtype, "dout", error));
-    DSV4__TRY(dsv4__check_stride(&g->dout_stride, c->config.head_dim, batch->entries, "dout_stride", error));
-    DSV4__TRY(dsv4__check_stride(&g->dx_stride, c->config.hidden_dim, batch->tokens, "dx_stride", error));
-    DSV4__TRY(dsv4__check_gradient(&g->dx, "dx", 1, 1, error));
-    DSV4__TRY(dsv4__check_gradient(&g->dwkv, "dwkv", 1, c->training & DSV4__BF16_SUMS, error));
-    DSV4__TRY(dsv4__check_gradient(&g->dwgate, "dwgate", !c->config.no_gate, c->training & DSV4__BF16_SUMS, error));
-    DSV4__TRY(dsv4__check_gradient(&g->dape, "dape", !c->config.no_ape, 1, error));
-    DSV4__TRY(dsv4__check_gradient(&g->dnorm, "dnorm", 1, 1, error));
+    if (batch->tokens > 0)
+        DSV4__TRY(dsv4__check_const_matrix(&batch->x, batch->tokens, c->config.hidden_dim, "x", error));
+    if (batch->entries > 0)
+        DSV4__TRY(dsv4__check_const_matrix(&g->dout, batch->entries, c->config.head_dim, "dout", error));
+    if (g->dx.data != NULL) DSV4__TRY(dsv4__check_matrix(&g->dx, batch->tokens, c->config.hidden_dim, "dx", error));
+    DSV4__TRY(dsv4__check_param_gradients(back, error));
     DSV4__TRY(dsv4__check_segments(c, batch, error));
     return dsv4__check_all_carried(back, error);
 }
@@ -4515,17 +4610,17 @@ DSV4_API dsv4_status dsv4_backward(const dsv4_compressor *compressor, const dsv4
         back.call.batch.kv = back.call.batch.stages.kv = back.room->kv;
         back.call.batch.gate = back.call.batch.stages.gate = back.room->gate;
     }
-    for (int64_t i = 0; i < batch->segment_count && back.g.segments != NULL; i++)
+    for (int64_t i = 0; i < back.call.batch.segment_count && back.g.segments != NULL; i++)
         if (back.g.segments[i].previous != NULL) dsv4__begin_previous(&back, i);
-    dsv4__begin_sum(&back, &back.g.dape, back.room->dape, c->config.no_ape ? 0 : c->config.ratio * c->columns);
-    dsv4__begin_sum(&back, &back.g.dnorm, back.room->dnorm, c->config.head_dim);
+    dsv4__begin_sums(&back, back.g.dape, back.room->dape, c->columns, c->config.ratio, c->columns);
+    dsv4__begin_sums(&back, back.g.dnorm, back.room->dnorm, c->config.head_dim, 1, c->config.head_dim);
     for (int64_t m = 0; m < c->matrices && back.g.accumulate; m++) dsv4__begin_weights(&back, m);
     while (dsv4__next_chunk(&back)) dsv4__run_chunk(&back);
     dsv4__add_weights(&back);
     for (int64_t m = 0; m < c->matrices && !back.g.accumulate && !back.started; m++) dsv4__begin_weights(&back, m);
     dsv4__clear_tails(&back);
-    dsv4__end_sum(&back.g.dape, back.room->dape, c->config.no_ape ? 0 : c->config.ratio * c->columns);
-    dsv4__end_sum(&back.g.dnorm, back.room->dnorm, c->config.head_dim);
+    dsv4__end_sums(back.g.dape, back.room->dape, c->columns, c->config.ratio, c->columns);
+    dsv4__end_sums(back.g.dnorm, back.room->dnorm, c->config.head_dim, 1, c->config.head_dim);
     for (int64_t m = 0; m < c->matrices; m++) dsv4__end_weights(&back, m);
     return DSV4_OK;
 }

@@ -122,15 +122,14 @@ static void bench_make_layers(bench_work *work) {
     dsv4_options options = {0};
     dsv4_param_info info[DSV4_PARAM_COUNT];
     dsv4_params params = {0};
-    dsv4_array *const arrays[DSV4_PARAM_COUNT] = {&params.wkv, &params.wgate, &params.ape, &params.norm};
-    dsv4_config_params(&work->config, info, NULL);
-    for (int p = 0; p < DSV4_PARAM_COUNT; p++) {
-        const dsv4_dtype dtype = p == DSV4_APE ? DSV4_F32 : work->what->dtype; /* as in the checkpoints */
-        void *data = bench_take(work, (size_t)info[p].count * dsv4_dtype_size(dtype));
-        if (!data) return;
-        bench_check(work, dsv4_param_init(&work->config, (dsv4_param)p, 1, dtype, data, &work->error));
-        arrays[p]->data = data;
-        arrays[p]->dtype = dtype;
+    dsv4_const_matrix *const arrays[DSV4_PARAM_COUNT] = {&params.wkv, &params.wgate, &params.ape, &params.norm};
+    bench_check(work, dsv4_config_params(&work->config, info, &work->error));
+    for (int p = 0; p < DSV4_PARAM_COUNT && !work->failed; p++) {
+        dsv4_matrix array = {NULL, p == DSV4_APE ? DSV4_F32 : work->what->dtype, 0}; /* as in the checkpoints */
+        array.data = bench_take(work, (size_t)info[p].count * dsv4_dtype_size(array.dtype));
+        if (!array.data) return;
+        bench_check(work, dsv4_param_init(&work->config, (dsv4_param)p, 1, array, &work->error));
+        *arrays[p] = (dsv4_const_matrix){array.data, array.dtype, 0};
     }
     if (work->what->kind == BENCH_DECODE)
         work->layer_count = 1 + (int64_t)work->cold->size / (2 * info[DSV4_WKV].count * 2);
@@ -172,9 +171,9 @@ static void bench_make_batch(bench_work *work) {
     dsv4_batch *batch = &work->batch;
     batch->tokens = decode ? rows : what->count;
     batch->entries = decode ? what->count : what->count / work->config.ratio;
-    batch->x_dtype = batch->out_dtype = what->dtype;
-    if (what->kind != BENCH_POOL) batch->x = bench_random_array(work, rows * work->config.hidden_dim, 2);
-    batch->out = bench_take(work, (size_t)(batch->entries * work->config.head_dim) * dsv4_dtype_size(what->dtype));
+    batch->x.dtype = batch->out.dtype = what->dtype;
+    if (what->kind != BENCH_POOL) batch->x.data = bench_random_array(work, rows * work->config.hidden_dim, 2);
+    batch->out.data = bench_take(work, (size_t)(batch->entries * work->config.head_dim) * dsv4_dtype_size(what->dtype));
     work->segments =
         (dsv4_segment *)bench_take(work, (size_t)(decode ? work->layer_count * what->count : 1) * sizeof(dsv4_segment));
     batch->segments = work->segments;
@@ -186,12 +185,12 @@ static void bench_make_batch(bench_work *work) {
 static void bench_make_gradients(bench_work *work) {
     dsv4_param_info info[DSV4_PARAM_COUNT];
     dsv4_gradients *g = &work->gradients;
-    dsv4_gradient *const arrays[DSV4_PARAM_COUNT] = {&g->dwkv, &g->dwgate, &g->dape, &g->dnorm};
-    dsv4_config_params(&work->config, info, NULL);
+    dsv4_matrix *const arrays[DSV4_PARAM_COUNT] = {&g->dwkv, &g->dwgate, &g->dape, &g->dnorm};
+    bench_check(work, dsv4_config_params(&work->config, info, &work->error));
     for (int p = 0; p < DSV4_PARAM_COUNT; p++)
-        arrays[p]->data = bench_take(work, (size_t)info[p].count * sizeof(float));
-    g->dout = bench_random_array(work, work->batch.entries * work->config.head_dim, 3);
-    g->dout_dtype = g->dx.dtype = work->what->dtype;
+        *arrays[p] = (dsv4_matrix){bench_take(work, (size_t)info[p].count * sizeof(float)), DSV4_F32, 0};
+    g->dout.data = bench_random_array(work, work->batch.entries * work->config.head_dim, 3);
+    g->dout.dtype = g->dx.dtype = work->what->dtype;
     g->dx.data =
         bench_take(work, (size_t)(work->what->count * info[DSV4_WKV].columns) * dsv4_dtype_size(work->what->dtype));
     const size_t projected = (size_t)(work->what->count * info[DSV4_WKV].rows) * sizeof(float);

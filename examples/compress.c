@@ -427,13 +427,13 @@ static int load(job *j) {
 
 static dsv4_dtype library_dtype(const st_tensor *t) { return t->dtype == ST_BF16 ? DSV4_BF16 : DSV4_F32; }
 
-static dsv4_array library_array(const st_tensor *t) {
-    dsv4_array array = {0};
+static dsv4_const_matrix library_matrix(const st_tensor *t) {
+    dsv4_const_matrix matrix = {0};
     if (t) {
-        array.data = t->data;
-        array.dtype = library_dtype(t);
+        matrix.data = t->data;
+        matrix.dtype = library_dtype(t);
     }
-    return array;
+    return matrix;
 }
 
 static int64_t processors(void) {
@@ -463,8 +463,8 @@ static int prepare(job *j) {
     const double start = demo_seconds();
     const dsv4_allocator heap = dsv4_heap();
     const dsv4_options choices = {.isa = j->o.isa, .training = j->o.backward != NULL};
-    const dsv4_params params = {library_array(j->param[DSV4_WKV]), library_array(j->param[DSV4_WGATE]),
-                                library_array(j->param[DSV4_APE]), library_array(j->param[DSV4_NORM])};
+    const dsv4_params params = {library_matrix(j->param[DSV4_WKV]), library_matrix(j->param[DSV4_WGATE]),
+                                library_matrix(j->param[DSV4_APE]), library_matrix(j->param[DSV4_NORM])};
     const int64_t wanted = j->values[THREADS].whole ? j->values[THREADS].whole : processors();
     dsv4_error error = {DSV4_OK, ""};
     hold_stops(1); /* the workers never take them: they are the main thread's */
@@ -496,7 +496,7 @@ static int add_outputs(job *j, dsv4_batch *batch) {
     const int64_t out[3] = {j->rows, j->entries, c->head_dim};
     const int64_t projected[3] = {j->rows, j->tokens, (1 + c->overlap) * c->head_dim};
     dsv4_stages *s = &batch->stages;
-    int missing = !(batch->out = add_result(j, "out", j->x->dtype, 3, out));
+    int missing = !(batch->out.data = add_result(j, "out", j->x->dtype, 3, out));
     if (j->o.stages) {
         missing |= !(s->kv = (float *)add_result(j, "kv", ST_F32, 3, projected));
         missing |= !c->no_gate && !(s->gate = (float *)add_result(j, "gate", ST_F32, 3, projected));
@@ -507,8 +507,8 @@ static int add_outputs(job *j, dsv4_batch *batch) {
 }
 
 static void describe_batch(const job *j, dsv4_batch *batch) {
-    batch->x = j->x->data;
-    batch->x_dtype = batch->out_dtype = library_dtype(j->x);
+    batch->x = library_matrix(j->x);
+    batch->out.dtype = batch->x.dtype;
     batch->tokens = j->rows * j->tokens;
     batch->entries = j->rows * j->entries;
     batch->segments = j->segments;
@@ -600,7 +600,7 @@ static int compress_rows(job *j) {
 
 static int add_gradients(job *j, dsv4_gradients *g) {
     static const char *const names[DSV4_PARAM_COUNT] = {"dwkv", "dwgate", "dape", "dnorm"};
-    dsv4_gradient *const places[DSV4_PARAM_COUNT] = {&g->dwkv, &g->dwgate, &g->dape, &g->dnorm};
+    dsv4_matrix *const places[DSV4_PARAM_COUNT] = {&g->dwkv, &g->dwgate, &g->dape, &g->dnorm};
     g->dx.data = add_result(j, "dx", j->x->dtype, j->x->ndim, j->x->shape);
     g->dx.dtype = library_dtype(j->x);
     int missing = !g->dx.data;
@@ -620,8 +620,7 @@ static int differentiate(job *j) {
     dsv4_batch batch = {0};
     if (!j->o.backward) return 0;
     if (add_gradients(j, &gradients)) return TROUBLE;
-    gradients.dout = j->dout->data;
-    gradients.dout_dtype = library_dtype(j->dout);
+    gradients.dout = library_matrix(j->dout);
     describe_batch(j, &batch);
     if (dsv4_backward(j->compressor, &batch, &gradients, j->workspace, &error) != DSV4_OK) {
         return fail(TROUBLE, "%s", error.text);
@@ -682,9 +681,9 @@ static int draw_gates(job *j) {
     batch.segments = &first;
     batch.segment_count = 1;
     batch.entries = windows;
-    batch.out = malloc(numbers * sizeof(float));
+    batch.out.data = malloc(numbers * sizeof(float));
     batch.stages.weights = (float *)calloc(numbers, sizeof(float));
-    int status = batch.out && batch.stages.weights ? run_batch(j, &batch) : fail(TROUBLE, "out of memory");
+    int status = batch.out.data && batch.stages.weights ? run_batch(j, &batch) : fail(TROUBLE, "out of memory");
     map.weights = batch.stages.weights;
     map.windows = windows;
     map.ratio = c->ratio;
@@ -694,7 +693,7 @@ static int draw_gates(job *j) {
     map.source = j->o.input;
     if (!status && gate_map_write(&map, j->o.plot)) status = fail(TROUBLE, "%s: %s", j->o.plot, strerror(errno));
     free(batch.stages.weights);
-    free(batch.out);
+    free(batch.out.data);
     return status;
 }
 

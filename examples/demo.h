@@ -41,15 +41,15 @@ static inline void demo_hidden_state(dsv4_bf16 *row, int64_t hidden_dim, uint64_
 /* The parameters of a configuration from a seed, in bf16 but for ape; to be freed with demo_free_params. */
 static inline int demo_params(const dsv4_config *config, uint64_t seed, dsv4_params *params) {
     dsv4_param_info info[DSV4_PARAM_COUNT];
-    dsv4_array *const arrays[DSV4_PARAM_COUNT] = {&params->wkv, &params->wgate, &params->ape, &params->norm};
+    dsv4_const_matrix *const arrays[DSV4_PARAM_COUNT] = {&params->wkv, &params->wgate, &params->ape, &params->norm};
     *params = (dsv4_params){.wkv = {0}};
     if (dsv4_config_params(config, info, NULL) != DSV4_OK) return -1;
     for (int i = 0; i < DSV4_PARAM_COUNT; i++) {
         if (info[i].count == 0) continue;
-        arrays[i]->dtype = i == DSV4_APE ? DSV4_F32 : DSV4_BF16;
-        void *data = malloc((size_t)info[i].count * dsv4_dtype_size(arrays[i]->dtype));
-        arrays[i]->data = data;
-        if (!data || dsv4_param_init(config, (dsv4_param)i, seed, arrays[i]->dtype, data, NULL) != DSV4_OK) return -1;
+        dsv4_matrix array = {NULL, i == DSV4_APE ? DSV4_F32 : DSV4_BF16, 0};
+        array.data = malloc((size_t)info[i].count * dsv4_dtype_size(array.dtype));
+        *arrays[i] = (dsv4_const_matrix){array.data, array.dtype, 0};
+        if (!array.data || dsv4_param_init(config, (dsv4_param)i, seed, array, NULL) != DSV4_OK) return -1;
     }
     return 0;
 }
@@ -67,11 +67,11 @@ static inline dsv4_compressor *demo_compressor(const dsv4_config *config, uint64
     dsv4_compressor *compressor = NULL;
     dsv4_params params = {.wkv = {0}};
     dsv4_error error = {DSV4_ERROR_MEMORY, "out of memory"};
-    if (demo_params(config, seed, &params) == 0) {
-        dsv4_compressor_create(config, &params, NULL, &heap, &compressor, &error);
+    if (demo_params(config, seed, &params) != 0 ||
+        dsv4_compressor_create(config, &params, NULL, &heap, &compressor, &error) != DSV4_OK) {
+        fprintf(stderr, "%s\n", error.text);
     }
     demo_free_params(&params);
-    if (!compressor) fprintf(stderr, "%s\n", error.text);
     return compressor;
 }
 

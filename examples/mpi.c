@@ -118,10 +118,9 @@ static void share_free(share *s) {
 
 /* A call on this share, which `segment` spans. */
 static dsv4_batch batch_of(const share *s, const dsv4_segment *segment, float *out, int64_t entries) {
-    return (dsv4_batch){.x = s->x,
-                        .x_dtype = DSV4_BF16,
+    return (dsv4_batch){.x = {s->x, DSV4_BF16, 0},
                         .tokens = s->tokens,
-                        .out = out,
+                        .out = {out, DSV4_F32, 0},
                         .entries = entries,
                         .segments = segment,
                         .segment_count = 1};
@@ -203,16 +202,16 @@ static void backward(const way_back *w, dsv4_gradients wanted, dsv4_state *previ
     dsv4_error error;
     batch.kv = w->s->kv;
     batch.gate = w->s->gate;
-    wanted.dout = w->s->dout;
+    wanted.dout = (dsv4_const_matrix){w->s->dout, DSV4_F32, 0};
     wanted.segments = &carried;
     check(dsv4_backward(w->m->compressor, &batch, &wanted, w->m->workspace, &error), &error);
 }
 
 /* The parameters' gradients lie one after another, so that one message holds them all. */
 static dsv4_gradients sums_of(const model *m, float *sums) {
-    dsv4_gradients g = {.dwkv = {NULL, DSV4_F32}};
-    dsv4_gradient *const targets[DSV4_PARAM_COUNT] = {&g.dwkv, &g.dwgate, &g.dape, &g.dnorm};
-    for (int i = 0; i < DSV4_PARAM_COUNT; sums += m->info[i++].count) targets[i]->data = sums;
+    dsv4_gradients g = {0};
+    dsv4_matrix *const targets[DSV4_PARAM_COUNT] = {&g.dwkv, &g.dwgate, &g.dape, &g.dnorm};
+    for (int i = 0; i < DSV4_PARAM_COUNT; sums += m->info[i++].count) *targets[i] = (dsv4_matrix){sums, DSV4_F32, 0};
     return g;
 }
 
@@ -240,7 +239,7 @@ static int64_t go_back(const model *m, share *s, dsv4_state *before) {
         backward(&w, (dsv4_gradients){.accumulate = 0}, previous);
         sent = send_state(previous, rank - 1);
     }
-    backward(&w, (dsv4_gradients){.dx = {s->dx, DSV4_F32}}, NULL);
+    backward(&w, (dsv4_gradients){.dx = {s->dx, DSV4_F32, 0}}, NULL);
     add_sums(&w);
     dsv4_state_destroy(next);
     dsv4_state_destroy(previous);
@@ -256,8 +255,8 @@ static share alone(const model *m, int64_t tokens) {
     const dsv4_batch batch = batch_of(&s, &segment, s.out, s.entries);
     dsv4_gradients wanted = sums_of(m, s.sums);
     dsv4_error error;
-    wanted.dout = s.dout;
-    wanted.dx = (dsv4_gradient){s.dx, DSV4_F32};
+    wanted.dout = (dsv4_const_matrix){s.dout, DSV4_F32, 0};
+    wanted.dx = (dsv4_matrix){s.dx, DSV4_F32, 0};
     check(dsv4_compress(m->compressor, &batch, m->workspace, &error), &error);
     check(dsv4_backward(m->compressor, &batch, &wanted, m->workspace, &error), &error);
     return s;

@@ -14,15 +14,10 @@ static inline double demo_time(const dsv4_compressor *compressor, const dsv4_par
                                dsv4_bf16 *out) {
     dsv4_allocator heap = dsv4_heap();
     dsv4_workspace *workspace = NULL;
-    dsv4_segment whole = {.count = DEMO_TOKENS};
-    dsv4_batch batch = {.x = x,
-                        .x_dtype = DSV4_BF16,
+    dsv4_batch batch = {.x = {x, DSV4_BF16, 0},
                         .tokens = DEMO_TOKENS,
-                        .out = out,
-                        .out_dtype = DSV4_BF16,
-                        .entries = dsv4_entry_count(dsv4_compressor_config(compressor), NULL, DEMO_TOKENS),
-                        .segments = &whole,
-                        .segment_count = 1};
+                        .out = {out, DSV4_BF16, 0},
+                        .entries = dsv4_entry_count(dsv4_compressor_config(compressor), NULL, DEMO_TOKENS)};
     dsv4_error error = {DSV4_OK, ""};
     dsv4_status status = dsv4_workspace_create(compressor, parallel, &heap, &workspace, &error);
     double best = 1e9;

@@ -89,11 +89,9 @@ static int settle(server *v, const step *r, int64_t i) {
 static int compress(server *v, const void *x, int64_t tokens, void *out, int64_t entries, const dsv4_segment *segments,
                     int64_t count) {
     dsv4_error error;
-    const dsv4_batch batch = {.x = x,
-                              .x_dtype = DSV4_BF16,
+    const dsv4_batch batch = {.x = {x, DSV4_BF16, 0},
                               .tokens = tokens,
-                              .out = out,
-                              .out_dtype = DSV4_BF16,
+                              .out = {out, DSV4_BF16, 0},
                               .entries = entries,
                               .segments = segments,
                               .segment_count = count};

@@ -123,7 +123,8 @@ static int student_init(student *s) {
         p->gradient = p->value + info[i].count;
         p->mean = p->gradient + info[i].count;
         p->square = p->mean + info[i].count;
-        if (failed(dsv4_param_init(&s->config, (dsv4_param)i, SEED, DSV4_F32, p->value, &error), &error)) return 1;
+        const dsv4_matrix value = {p->value, DSV4_F32, 0};
+        if (failed(dsv4_param_init(&s->config, (dsv4_param)i, SEED, value, &error), &error)) return 1;
     }
     return 0;
 }
@@ -133,10 +134,10 @@ static int student_pack(student *s) {
     const dsv4_allocator heap = dsv4_heap();
     const dsv4_options options = {.training = 1};
     const parameter *p = s->parameters;
-    const dsv4_params params = {.wkv = {p[DSV4_WKV].value, DSV4_F32},
-                                .wgate = {p[DSV4_WGATE].value, DSV4_F32},
-                                .ape = {p[DSV4_APE].value, DSV4_F32},
-                                .norm = {p[DSV4_NORM].value, DSV4_F32}};
+    const dsv4_params params = {.wkv = {p[DSV4_WKV].value, DSV4_F32, 0},
+                                .wgate = {p[DSV4_WGATE].value, DSV4_F32, 0},
+                                .ape = {p[DSV4_APE].value, DSV4_F32, 0},
+                                .norm = {p[DSV4_NORM].value, DSV4_F32, 0}};
     dsv4_error error;
     dsv4_workspace_destroy(s->workspace);
     dsv4_compressor_destroy(s->compressor);
@@ -156,9 +157,9 @@ static void student_free(student *s) {
 static dsv4_batch batch_of(const task *t, answer *a, dsv4_segment segments[SEQUENCES]) {
     for (int i = 0; i < SEQUENCES; i++)
         segments[i] = (dsv4_segment){.token = i * TOKENS, .count = TOKENS, .entry = (int64_t)i * WINDOWS};
-    return (dsv4_batch){.x = t->x,
+    return (dsv4_batch){.x = {t->x, DSV4_F32, 0},
                         .tokens = SEQUENCES * TOKENS,
-                        .out = a->out,
+                        .out = {a->out, DSV4_F32, 0},
                         .entries = ENTRIES,
                         .segments = segments,
                         .segment_count = SEQUENCES};
@@ -177,11 +178,11 @@ static int backward(const student *s, const task *t, answer *a, const float *dou
     dsv4_segment segments[SEQUENCES];
     dsv4_error error;
     dsv4_batch batch = batch_of(t, a, segments);
-    const dsv4_gradients gradients = {.dout = dout,
-                                      .dwkv = {s->parameters[DSV4_WKV].gradient, DSV4_F32},
-                                      .dwgate = {s->parameters[DSV4_WGATE].gradient, DSV4_F32},
-                                      .dape = {s->parameters[DSV4_APE].gradient, DSV4_F32},
-                                      .dnorm = {s->parameters[DSV4_NORM].gradient, DSV4_F32}};
+    const dsv4_gradients gradients = {.dout = {dout, DSV4_F32, 0},
+                                      .dwkv = {s->parameters[DSV4_WKV].gradient, DSV4_F32, 0},
+                                      .dwgate = {s->parameters[DSV4_WGATE].gradient, DSV4_F32, 0},
+                                      .dape = {s->parameters[DSV4_APE].gradient, DSV4_F32, 0},
+                                      .dnorm = {s->parameters[DSV4_NORM].gradient, DSV4_F32, 0}};
     batch.kv = a->kv[0];
     batch.gate = a->gate[0];
     return failed(dsv4_backward(s->compressor, &batch, &gradients, s->workspace, &error), &error);

@@ -21,9 +21,9 @@ SUPPORT double golden_setting(const golden *g, const char *key) {
     return text ? strtod(text, NULL) : 0;
 }
 
-SUPPORT dsv4_array golden_array(const golden *g, const char *name) {
+SUPPORT dsv4_const_matrix golden_array(const golden *g, const char *name) {
     const st_tensor *t = st_find(&g->file, name);
-    dsv4_array a = {NULL, DSV4_F32};
+    dsv4_const_matrix a = {0};
     if (!t) return a;
     a.data = t->data;
     a.dtype = t->dtype == ST_BF16 ? DSV4_BF16 : DSV4_F32;

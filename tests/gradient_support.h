@@ -28,7 +28,7 @@ typedef struct gradient_set {
 SUPPORT gradient_set gradient_set_new(const dsv4_config *config, dsv4_dtype dtype, int64_t tokens) {
     gradient_set g = {0};
     dsv4_param_info info[DSV4_PARAM_COUNT];
-    (void)dsv4_config_params(config, info, NULL);
+    if (dsv4_config_params(config, info, NULL) != DSV4_OK) exit(1);
     g.dtype = dtype;
     g.count[ORACLE_DX] = tokens * config->hidden_dim;
     for (int i = 0; i < DSV4_PARAM_COUNT; i++) g.count[ORACLE_DWKV + i] = info[i].count;
@@ -61,9 +61,9 @@ SUPPORT int gradients_untouched(const gradient_set *g) {
 /* The call's arguments for everything in the set. */
 SUPPORT dsv4_gradients gradients_into(const gradient_set *g, const void *dout, dsv4_dtype dout_dtype) {
     dsv4_gradients to = {0};
-    dsv4_gradient *const targets[GRADIENTS] = {&to.dx, &to.dwkv, &to.dwgate, &to.dape, &to.dnorm};
-    to.dout = dout;
-    to.dout_dtype = dout_dtype;
+    dsv4_matrix *const targets[GRADIENTS] = {&to.dx, &to.dwkv, &to.dwgate, &to.dape, &to.dnorm};
+    to.dout.data = dout;
+    to.dout.dtype = dout_dtype;
     for (int i = 0; i < GRADIENTS; i++) {
         targets[i]->data = g->data[i];
         targets[i]->dtype = g->dtype;
@@ -100,8 +100,8 @@ SUPPORT engine trainer_new(const model *m, const char *isa, const dsv4_parallel 
 /* A batch over the lesson's tokens, for the backward pass. */
 SUPPORT dsv4_batch lesson_batch(const lesson *l, const dsv4_segment *segments, int64_t count) {
     dsv4_batch b = {0};
-    b.x = l->s.x;
-    b.x_dtype = l->s.dtype;
+    b.x.data = l->s.x;
+    b.x.dtype = l->s.dtype;
     b.tokens = l->s.tokens;
     b.entries = l->entries;
     b.segments = segments;
@@ -213,7 +213,7 @@ SUPPORT dsv4_status backward_cut(const lesson *l, const engine *e, const int64_t
                                  const gradient_set *g) {
     lesson_parts p = lesson_cut(l, e, lengths, length_count);
     dsv4_gradients rows = gradients_into(g, l->dout, l->dout_dtype), sums = rows;
-    dsv4_gradient *const sum[] = {&rows.dwkv, &rows.dwgate, &rows.dape, &rows.dnorm};
+    dsv4_matrix *const sum[] = {&rows.dwkv, &rows.dwgate, &rows.dape, &rows.dnorm};
     dsv4_status status = DSV4_OK;
     for (int i = 0; i < 4; i++) sum[i]->data = NULL;
     sums.dx.data = NULL;

@@ -68,7 +68,8 @@ SUPPORT model hash_model(const shape *of, uint32_t rounding) {
     for (int i = 0; i < DSV4_PARAM_COUNT; i++) {
         if (m.info[i].count == 0) continue;
         m.data[i] = reserve((size_t)m.info[i].count * dsv4_dtype_size(of->param[i]));
-        hash_need(dsv4_param_init(&m.config, (dsv4_param)i, 1234, of->param[i], m.data[i], NULL) == DSV4_OK, "init");
+        const dsv4_matrix to = matrix_of(m.data[i], of->param[i]);
+        hash_need(dsv4_param_init(&m.config, (dsv4_param)i, 1234, to, NULL) == DSV4_OK, "init");
         model_array(&m.params, i)->data = m.data[i];
         model_array(&m.params, i)->dtype = of->param[i];
     }

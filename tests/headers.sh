@@ -43,6 +43,13 @@ fast_math_is_refused() {
 try '-ffast-math is refused, naming the way out' fast_math_is_refused
 try '-ffast-math with DSV4_COMPRESSOR_FAST_MATH' compiles $CC -x c -ffast-math $implement -DDSV4_COMPRESSOR_FAST_MATH
 
+an_ignored_status_warns() {
+    printf '#include "dsv4_compressor.h"\nvoid f(void);\nvoid f(void) { dsv4_config_check(0, 0); }\n' >"$tmp/ignored.c"
+    ! "$1" -Werror -I. -x "$2" -c "$tmp/ignored.c" -o "$tmp/ignored.o" 2>"$tmp/ignored.txt" && grep -q 'ignoring' "$tmp/ignored.txt"
+}
+for compiler in $C; do try "$compiler, an ignored status warns" an_ignored_status_warns "$compiler" c; done
+for compiler in $CXX; do try "$compiler, an ignored status warns" an_ignored_status_warns "$compiler" c++; done
+
 # A program of three files: one implements, one includes it twice, one is C++ where there is a compiler for that.
 cat >"$tmp/user.c" <<'END'
 #include "dsv4_compressor.h"

@@ -37,7 +37,7 @@ SUPPORT double *doubles(const void *data, dsv4_dtype dtype, int64_t count) {
 }
 
 /* One parameter; empty where the configuration has none. Rounding point `params`: of all but ape. */
-SUPPORT double *oracle_param(const model *m, dsv4_array array, dsv4_param param) {
+SUPPORT double *oracle_param(const model *m, dsv4_const_matrix array, dsv4_param param) {
     const int64_t count = m->info[param].count;
     double *d = doubles(array.data, array.dtype, count);
     for (int64_t i = 0; i < count && (m->config.rounding & DSV4_ROUND_PARAMS) && param != DSV4_APE; i++)

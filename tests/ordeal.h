@@ -37,7 +37,7 @@ SUPPORT void ordeal_add(ordeal *o, const char *name, void **pointer, size_t byte
 SUPPORT void ordeal_list(ordeal *o) {
     static const char *const params[] = {"wkv", "wgate", "ape", "norm"};
     const lesson *l = &o->l;
-    const dsv4_array *const arrays[] = {&l->m.params.wkv, &l->m.params.wgate, &l->m.params.ape, &l->m.params.norm};
+    const dsv4_const_matrix *const arrays[] = {&l->m.params.wkv, &l->m.params.wgate, &l->m.params.ape, &l->m.params.norm};
     for (int i = 0; i < DSV4_PARAM_COUNT; i++) {
         const size_t size = dsv4_dtype_size(arrays[i]->dtype);
         ordeal_add(o, params[i], &o->l.m.data[i], (size_t)l->m.info[i].count * size, size, CALL_CREATE, 0);
@@ -73,7 +73,7 @@ SUPPORT dsv4_status ordeal_compress(const ordeal *o, const engine *e) {
 SUPPORT dsv4_status ordeal_pool(const ordeal *o, const engine *e) {
     dsv4_segment whole = segment_new(0, o->l.s.tokens, o->l.s.position, 0, NULL);
     dsv4_batch b = batch_new(&o->l.s, &o->r, &whole, 1);
-    b.x = NULL;
+    b.x.data = NULL;
     b.kv = o->kv;
     b.gate = o->r.bytes[STAGE_GATE] ? o->gate : NULL;
     b.drop_tail = 1;

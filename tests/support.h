@@ -102,6 +102,12 @@ SUPPORT void *random_array(dsv4_dtype dtype, int64_t count, uint64_t seed, float
     return data;
 }
 
+/* Rows without gaps. */
+SUPPORT dsv4_matrix matrix_of(void *data, dsv4_dtype dtype) {
+    dsv4_matrix m = {data, dtype, 0};
+    return m;
+}
+
 SUPPORT const char *dtype_name(dsv4_dtype dtype) { return dtype == DSV4_F32 ? "f32" : "bf16"; }
 
 /* ---- A compressor ------------------------------------------------------------------------------------------ */
@@ -114,8 +120,8 @@ typedef struct model {
     dsv4_params params;
 } model;
 
-SUPPORT dsv4_array *model_array(dsv4_params *params, int i) {
-    dsv4_array *const arrays[DSV4_PARAM_COUNT] = {&params->wkv, &params->wgate, &params->ape, &params->norm};
+SUPPORT dsv4_const_matrix *model_array(dsv4_params *params, int i) {
+    dsv4_const_matrix *const arrays[DSV4_PARAM_COUNT] = {&params->wkv, &params->wgate, &params->ape, &params->norm};
     return arrays[i];
 }
 
@@ -293,11 +299,11 @@ SUPPORT void sequence_free(sequence *s) {
 /* A batch that reads `s` and writes every stage of `r`; the segments are the caller's. */
 SUPPORT dsv4_batch batch_new(const sequence *s, const results *r, const dsv4_segment *segments, int64_t count) {
     dsv4_batch b = {0};
-    b.x = s->x;
-    b.x_dtype = s->dtype;
+    b.x.data = s->x;
+    b.x.dtype = s->dtype;
     b.tokens = s->tokens;
-    b.out = r->stage[STAGE_OUT];
-    b.out_dtype = r->out_dtype;
+    b.out.data = r->stage[STAGE_OUT];
+    b.out.dtype = r->out_dtype;
     b.entries = r->entries;
     b.segments = segments;
     b.segment_count = count;

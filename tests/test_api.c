@@ -66,7 +66,8 @@ TEST success_writes_no_error(void) {
 TEST dtypes_have_their_size(void) {
     ASSERT_EQ_FMT(4u, (unsigned)dsv4_dtype_size(DSV4_F32), "%u");
     ASSERT_EQ_FMT(2u, (unsigned)dsv4_dtype_size(DSV4_BF16), "%u");
-    ASSERT_EQ_FMT(0u, (unsigned)dsv4_dtype_size((dsv4_dtype)2), "%u");
+    ASSERT_EQ_FMT(0u, (unsigned)dsv4_dtype_size((dsv4_dtype)3), "%u");
+    ASSERT_EQ_FMT(0u, (unsigned)dsv4_dtype_size((dsv4_dtype)0), "%u");
     ASSERT_EQ_FMT(0u, (unsigned)dsv4_dtype_size((dsv4_dtype)-1), "%u");
     PASS();
 }
@@ -300,6 +301,10 @@ TEST a_name_that_does_not_fit_is_refused(void) {
     X(no_gate_with_overlap, (c->no_gate = 1, c->ratio = 1), "no_gate 2")   \
     X(no_gate_ratio_2, (c->no_gate = 1, c->ratio = 2, c->overlap = 0), "no_gate 2") \
     X(unknown_rounding, c->rounding = 2048, "rounding 0x800")              \
+    X(overlap_two, c->overlap = 2, "overlap 2")                            \
+    X(negative_overlap, c->overlap = -1, "overlap -1")                     \
+    X(no_ape_two, c->no_ape = 2, "no_ape 2")                               \
+    X(negative_no_gate, c->no_gate = -1, "no_gate -1")                     \
     X(negative_eps, c->eps = -1e-6f, "eps -1e-06")                         \
     X(nan_eps, c->eps = NAN, "eps nan")                                    \
     X(infinite_eps, c->eps = INFINITY, "eps inf")                          \
@@ -347,7 +352,7 @@ TEST a_bad_configuration_is_refused_everywhere(const struct bad_config *bad) {
     memset(numbers, POISON, sizeof numbers);
     ASSERT_FAILS(DSV4_ERROR_CONFIG, bad->words, dsv4_config_check(&c, &error));
     ASSERT_FAILS(DSV4_ERROR_CONFIG, bad->words, dsv4_config_params(&c, info, &error));
-    ASSERT_FAILS(DSV4_ERROR_CONFIG, bad->words, dsv4_param_init(&c, DSV4_NORM, 1, DSV4_F32, numbers, &error));
+    ASSERT_FAILS(DSV4_ERROR_CONFIG, bad->words, dsv4_param_init(&c, DSV4_NORM, 1, matrix_of(numbers, DSV4_F32), &error));
     ASSERT_FAILS(DSV4_ERROR_CONFIG, bad->words, dsv4_rope_frequencies(&c, numbers, 16, &error));
     ASSERT_FAILS(DSV4_ERROR_CONFIG, bad->words, dsv4_compressor_size(&c, &w.m.params, NULL, &bytes, &error));
     ASSERT_FAILS(DSV4_ERROR_CONFIG, bad->words,
@@ -444,15 +449,15 @@ TEST parameter_functions_check_their_arguments(void) {
     ASSERT_FAILS(DSV4_ERROR_NULL, "config", dsv4_config_check(NULL, &error));
     ASSERT_FAILS(DSV4_ERROR_NULL, "config", dsv4_config_params(NULL, info, &error));
     ASSERT_FAILS(DSV4_ERROR_NULL, "info", dsv4_config_params(&c, NULL, &error));
-    ASSERT_FAILS(DSV4_ERROR_NULL, "config", dsv4_param_init(NULL, DSV4_NORM, 1, DSV4_F32, data, &error));
-    ASSERT_FAILS(DSV4_ERROR_NULL, "norm", dsv4_param_init(&c, DSV4_NORM, 1, DSV4_F32, NULL, &error));
-    ASSERT_FAILS(DSV4_ERROR_ALIGNMENT, "norm 4", dsv4_param_init(&c, DSV4_NORM, 1, DSV4_F32, crooked(data, 4), &error));
-    ASSERT_FAILS(DSV4_ERROR_ALIGNMENT, "norm 2", dsv4_param_init(&c, DSV4_NORM, 1, DSV4_BF16, crooked(data, 2), &error));
-    ASSERT_FAILS(DSV4_ERROR_ARGUMENT, "dtype 9", dsv4_param_init(&c, DSV4_NORM, 1, (dsv4_dtype)9, data, &error));
-    ASSERT_FAILS(DSV4_ERROR_ARGUMENT, "4", dsv4_param_init(&c, DSV4_PARAM_COUNT, 1, DSV4_F32, data, &error));
-    ASSERT_FAILS(DSV4_ERROR_ARGUMENT, "-1", dsv4_param_init(&c, (dsv4_param)-1, 1, DSV4_F32, data, &error));
-    ASSERT_FAILS(DSV4_ERROR_ARGUMENT, "2", dsv4_param_init(&v41, DSV4_APE, 1, DSV4_F32, data, &error));
-    ASSERT_FAILS(DSV4_ERROR_ARGUMENT, "1", dsv4_param_init(&v41, DSV4_WGATE, 1, DSV4_F32, data, &error));
+    ASSERT_FAILS(DSV4_ERROR_NULL, "config", dsv4_param_init(NULL, DSV4_NORM, 1, matrix_of(data, DSV4_F32), &error));
+    ASSERT_FAILS(DSV4_ERROR_NULL, "norm", dsv4_param_init(&c, DSV4_NORM, 1, matrix_of(NULL, DSV4_F32), &error));
+    ASSERT_FAILS(DSV4_ERROR_ALIGNMENT, "norm 4", dsv4_param_init(&c, DSV4_NORM, 1, matrix_of(crooked(data, 4), DSV4_F32), &error));
+    ASSERT_FAILS(DSV4_ERROR_ALIGNMENT, "norm 2", dsv4_param_init(&c, DSV4_NORM, 1, matrix_of(crooked(data, 2), DSV4_BF16), &error));
+    ASSERT_FAILS(DSV4_ERROR_ARGUMENT, "dtype 9", dsv4_param_init(&c, DSV4_NORM, 1, matrix_of(data, (dsv4_dtype)9), &error));
+    ASSERT_FAILS(DSV4_ERROR_ARGUMENT, "4", dsv4_param_init(&c, DSV4_PARAM_COUNT, 1, matrix_of(data, DSV4_F32), &error));
+    ASSERT_FAILS(DSV4_ERROR_ARGUMENT, "-1", dsv4_param_init(&c, (dsv4_param)-1, 1, matrix_of(data, DSV4_F32), &error));
+    ASSERT_FAILS(DSV4_ERROR_ARGUMENT, "2", dsv4_param_init(&v41, DSV4_APE, 1, matrix_of(data, DSV4_F32), &error));
+    ASSERT_FAILS(DSV4_ERROR_ARGUMENT, "1", dsv4_param_init(&v41, DSV4_WGATE, 1, matrix_of(data, DSV4_F32), &error));
     ASSERT(memory_untouched(data, sizeof data));
     PASS();
 }
@@ -711,7 +716,7 @@ TEST an_arena_of_exactly_the_sizes_named_holds_everything(const shape *of) {
     X(crooked_norm, p->norm.data = (const char *)p->norm.data + 2, DSV4_ERROR_ALIGNMENT, "norm 4") \
     X(dtype_of_wkv, p->wkv.dtype = (dsv4_dtype)5, DSV4_ERROR_ARGUMENT, "wkv 5")                    \
     X(dtype_of_wgate, p->wgate.dtype = (dsv4_dtype)-3, DSV4_ERROR_ARGUMENT, "wgate -3")            \
-    X(dtype_of_ape, p->ape.dtype = (dsv4_dtype)2, DSV4_ERROR_ARGUMENT, "ape 2")                    \
+    X(dtype_of_ape, p->ape.dtype = (dsv4_dtype)3, DSV4_ERROR_ARGUMENT, "ape 3")                    \
     X(dtype_of_norm, p->norm.dtype = (dsv4_dtype)7, DSV4_ERROR_ARGUMENT, "norm 7")
 #define SPOIL_PARAMS(name, code, status, words) \
     static void params_##name(dsv4_params *p) { (void)(code); }
@@ -886,13 +891,89 @@ TEST an_allocator_that_fails_leaves_nothing_behind(void) {
     PASS();
 }
 
+/* Of each parameter, of what dsv4_param_init fills and of a mask. (x, out: BAD_CALLS; gradients: test_gradients.) */
+TEST a_dtype_that_is_not_given_is_refused(void) {
+    workbench w = workbench_new(&shapes[1], 1, 6);
+    for (int i = 0; i < DSV4_PARAM_COUNT; i++) {
+        dsv4_params params = w.m.params;
+        dsv4_const_matrix *const arrays[DSV4_PARAM_COUNT] = {&params.wkv, &params.wgate, &params.ape, &params.norm};
+        size_t bytes = 0;
+        char words[64];
+        arrays[i]->dtype = (dsv4_dtype)0;
+        snprintf(words, sizeof words, "dtype of %s is not given", w.m.info[i].name);
+        ASSERT_FAILS(DSV4_ERROR_ARGUMENT, words, dsv4_compressor_size(&w.config, &params, NULL, &bytes, &error));
+        dsv4_matrix array = {w.m.data[i], (dsv4_dtype)0, 0};
+        ASSERT_FAILS(DSV4_ERROR_ARGUMENT, words, dsv4_param_init(&w.config, (dsv4_param)i, 1, array, &error));
+    }
+    float numbers[4];
+    const dsv4_mask_spec spec = {4, 0, 2, 2, 0};
+    const dsv4_matrix mask = {numbers, (dsv4_dtype)0, 0};
+    ASSERT_FAILS(DSV4_ERROR_ARGUMENT, "dtype of mask is not given", dsv4_mask(&spec, mask, &error));
+    workbench_free(&w);
+    PASS();
+}
+
+/* Without segments all tokens are one whole sequence. */
+TEST the_easy_call_is_the_call_of_one_segment(int i) {
+    workbench w = workbench_new(&shapes[i], 3, 7);
+    sequence s = w.s;
+    s.position = 0;
+    results explicit_call = workbench_results(&w), easy = workbench_results(&w);
+    ASSERT_EQ(DSV4_OK, compress_whole(&w.e, &s, &explicit_call, NULL));
+    dsv4_batch b = batch_new(&s, &easy, NULL, 0);
+    ASSERT_EQ(DSV4_OK, dsv4_compress(w.e.compressor, &b, w.e.workspace, NULL));
+    ASSERT_EQ(STAGE_COUNT, results_difference(&explicit_call, &easy));
+    b.tokens = s.tokens - 1; /* a tail: refused, or dropped */
+    if (w.config.ratio > 1)
+        ASSERT_FAILS(DSV4_ERROR_LENGTH, "", dsv4_compress(w.e.compressor, &b, w.e.workspace, &error));
+    b.drop_tail = 1;
+    ASSERT_EQ(DSV4_OK, dsv4_compress(w.e.compressor, &b, w.e.workspace, NULL));
+    results_free(&easy);
+    results_free(&explicit_call);
+    workbench_free(&w);
+    PASS();
+}
+
+/* Parameters whose rows lie apart are the same parameters; what lies between is not looked at. */
+TEST strides_of_parameters_are_honoured(int i) {
+    enum { GAP = 5 };
+    workbench w = workbench_new(&shapes[i], 3, 8);
+    model apart = w.m;
+    void *copies[DSV4_PARAM_COUNT] = {NULL};
+    dsv4_const_matrix *const arrays[DSV4_PARAM_COUNT] = {&apart.params.wkv, &apart.params.wgate, &apart.params.ape,
+                                                         &apart.params.norm};
+    for (int p = 0; p < DSV4_PARAM_COUNT; p++) {
+        const dsv4_param_info *info = &w.m.info[p];
+        if (info->count == 0) continue;
+        const size_t size = dsv4_dtype_size(arrays[p]->dtype), stride = (size_t)info->columns + GAP;
+        copies[p] = reserve((size_t)info->rows * stride * size);
+        memset(copies[p], 0xFF, (size_t)info->rows * stride * size); /* NaN */
+        for (int64_t row = 0; row < info->rows; row++)
+            memcpy((char *)copies[p] + (size_t)row * stride * size,
+                   (const char *)w.m.data[p] + (size_t)(row * info->columns) * size, (size_t)info->columns * size);
+        arrays[p]->data = copies[p];
+        arrays[p]->stride = info->columns + GAP;
+    }
+    engine e = engine_new(&apart, NULL, NULL);
+    results r = workbench_results(&w);
+    ASSERT_EQ(DSV4_OK, compress_whole(&e, &w.s, &r, NULL));
+    ASSERT_EQ(STAGE_COUNT, results_difference(&w.whole, &r));
+    results_free(&r);
+    engine_free(&e);
+    for (int p = 0; p < DSV4_PARAM_COUNT; p++) free(copies[p]);
+    workbench_free(&w);
+    PASS();
+}
+
 TEST sizes_that_no_machine_has_are_overflows(void) {
     static const struct {
         int64_t hidden_dim, head_dim, ratio;
         int overlap;
     } cases[] = {{INT32_MAX, INT32_MAX, 1, 0}, {INT32_MAX, INT32_MAX, 1, 1}, {1, INT32_MAX, INT32_MAX, 1}};
+    static const char *const words[] = {"stride of wkv", "stride of wkv", "stride of ape"};
     float number = 1;
-    dsv4_params params = {{&number, DSV4_F32}, {&number, DSV4_F32}, {&number, DSV4_F32}, {&number, DSV4_F32}};
+    const dsv4_const_matrix any = {&number, DSV4_F32, 0};
+    dsv4_params params = {any, any, any, any};
     for (int i = 0; i < 3; i++) {
         dsv4_config c = {0};
         c.hidden_dim = cases[i].hidden_dim;
@@ -904,8 +985,8 @@ TEST sizes_that_no_machine_has_are_overflows(void) {
         dsv4_allocator a = ledger_allocator(&l);
         dsv4_compressor *compressor = NULL;
         ASSERT_EQ(DSV4_OK, dsv4_config_check(&c, NULL));
-        ASSERT_FAILS(DSV4_ERROR_OVERFLOW, "compressor", dsv4_compressor_size(&c, &params, NULL, &bytes, &error));
-        ASSERT_FAILS(DSV4_ERROR_OVERFLOW, "compressor", dsv4_compressor_create(&c, &params, NULL, &a, &compressor, &error));
+        ASSERT_FAILS(DSV4_ERROR_OVERFLOW, words[i], dsv4_compressor_size(&c, &params, NULL, &bytes, &error));
+        ASSERT_FAILS(DSV4_ERROR_OVERFLOW, words[i], dsv4_compressor_create(&c, &params, NULL, &a, &compressor, &error));
         ASSERT_EQ_FMT(12345u, (unsigned)bytes, "%u");
         ASSERT_EQ_FMT(0, (int)l.calls, "%d");
     }
@@ -1012,27 +1093,30 @@ typedef struct spoilt {
     X(negative_segment_count, c->b->segment_count = -2, DSV4_ERROR_ARGUMENT, "segment_count -2")            \
     X(negative_entries, c->b->entries = -9, DSV4_ERROR_ARGUMENT, "entries -9")                              \
     X(no_segments, c->b->segments = NULL, DSV4_ERROR_NULL, "segments")                                      \
-    X(no_x, c->b->x = NULL, DSV4_ERROR_NULL, "x")                                                           \
-    X(crooked_x, c->b->x = (const char *)c->b->x + 2, DSV4_ERROR_ALIGNMENT, "x 2 4")                        \
-    X(crooked_bf16_x, (c->b->x_dtype = DSV4_BF16, c->b->x = (const char *)c->b->x + 1),                     \
+    X(forgotten_segment_count, c->b->segment_count = 0, DSV4_ERROR_ARGUMENT, "segment_count 0 8")           \
+    X(no_dtype_of_x, c->b->x.dtype = (dsv4_dtype)0, DSV4_ERROR_ARGUMENT, "dtype of x is not given")         \
+    X(no_dtype_of_out, c->b->out.dtype = (dsv4_dtype)0, DSV4_ERROR_ARGUMENT, "dtype of out is not given")   \
+    X(no_x, c->b->x.data = NULL, DSV4_ERROR_NULL, "x")                                                           \
+    X(crooked_x, c->b->x.data = (const char *)c->b->x.data + 2, DSV4_ERROR_ALIGNMENT, "x 2 4")                        \
+    X(crooked_bf16_x, (c->b->x.dtype = DSV4_BF16, c->b->x.data = (const char *)c->b->x.data + 1),                     \
       DSV4_ERROR_ALIGNMENT, "x 1 2")                                                                        \
-    X(dtype_of_x, c->b->x_dtype = (dsv4_dtype)6, DSV4_ERROR_ARGUMENT, "x 6")                                \
-    X(short_x_stride, c->b->x_stride = 47, DSV4_ERROR_ARGUMENT, "x_stride 47 48")                           \
-    X(negative_x_stride, c->b->x_stride = -48, DSV4_ERROR_ARGUMENT, "x_stride -48")                         \
-    X(huge_x_stride, c->b->x_stride = INT64_MAX / 4, DSV4_ERROR_OVERFLOW, "x_stride")                       \
-    X(kv_without_gate, c->b->kv = c->b->x, DSV4_ERROR_NULL, "gate")                                         \
-    X(crooked_kv, (c->b->kv = (const float *)(const void *)((const char *)c->b->x + 2), c->b->gate = c->b->x), \
+    X(dtype_of_x, c->b->x.dtype = (dsv4_dtype)6, DSV4_ERROR_ARGUMENT, "x 6")                                \
+    X(short_x_stride, c->b->x.stride = 47, DSV4_ERROR_ARGUMENT, "stride of x 47 48")                           \
+    X(negative_x_stride, c->b->x.stride = -48, DSV4_ERROR_ARGUMENT, "stride of x -48")                         \
+    X(huge_x_stride, c->b->x.stride = INT64_MAX / 4, DSV4_ERROR_OVERFLOW, "stride of x")                       \
+    X(kv_without_gate, c->b->kv = c->b->x.data, DSV4_ERROR_NULL, "gate")                                         \
+    X(crooked_kv, (c->b->kv = (const float *)(const void *)((const char *)c->b->x.data + 2), c->b->gate = c->b->x.data), \
       DSV4_ERROR_ALIGNMENT, "kv 2 4")                                                                       \
-    X(crooked_gate, (c->b->kv = c->b->x, c->b->gate = (const float *)(const void *)((const char *)c->b->x + 1)), \
+    X(crooked_gate, (c->b->kv = c->b->x.data, c->b->gate = (const float *)(const void *)((const char *)c->b->x.data + 1)), \
       DSV4_ERROR_ALIGNMENT, "gate 1 4")                                                                     \
-    X(no_out, c->b->out = NULL, DSV4_ERROR_NULL, "out")                                                     \
-    X(crooked_out, c->b->out = (char *)c->b->out + 2, DSV4_ERROR_ALIGNMENT, "out 2 4")                      \
-    X(crooked_bf16_out, (c->b->out_dtype = DSV4_BF16, c->b->out = (char *)c->b->out + 1),                   \
+    X(no_out, c->b->out.data = NULL, DSV4_ERROR_NULL, "out")                                                     \
+    X(crooked_out, c->b->out.data = (char *)c->b->out.data + 2, DSV4_ERROR_ALIGNMENT, "out 2 4")                      \
+    X(crooked_bf16_out, (c->b->out.dtype = DSV4_BF16, c->b->out.data = (char *)c->b->out.data + 1),                   \
       DSV4_ERROR_ALIGNMENT, "out 1 2")                                                                      \
-    X(dtype_of_out, c->b->out_dtype = (dsv4_dtype)-1, DSV4_ERROR_ARGUMENT, "out -1")                        \
-    X(short_out_stride, c->b->out_stride = 23, DSV4_ERROR_ARGUMENT, "out_stride 23 24")                     \
+    X(dtype_of_out, c->b->out.dtype = (dsv4_dtype)-1, DSV4_ERROR_ARGUMENT, "out -1")                        \
+    X(short_out_stride, c->b->out.stride = 23, DSV4_ERROR_ARGUMENT, "stride of out 23 24")                     \
     X(vast_weights, c->b->entries = (int64_t)(SIZE_MAX / 4 / 400), DSV4_ERROR_OVERFLOW, "stages.weights")   \
-    X(huge_out_stride, c->b->out_stride = INT64_MAX, DSV4_ERROR_OVERFLOW, "out_stride")                     \
+    X(huge_out_stride, c->b->out.stride = INT64_MAX, DSV4_ERROR_OVERFLOW, "stride of out")                     \
     X(crooked_kv_stage, c->b->stages.kv = crooked(c->b->stages.kv, 4), DSV4_ERROR_ALIGNMENT, "stages.kv 2") \
     X(crooked_gate_stage, c->b->stages.gate = crooked(c->b->stages.gate, 4), DSV4_ERROR_ALIGNMENT, "stages.gate") \
     X(crooked_weights, c->b->stages.weights = crooked(c->b->stages.weights, 4), DSV4_ERROR_ALIGNMENT, "stages.weights") \
@@ -1239,6 +1323,8 @@ TEST entries_of_a_call_are_counted_without_overflow(void) {
     PASS();
 }
 
+#define mask_of(...) &(dsv4_mask_spec){__VA_ARGS__} /* ratio, first, queries, entries, hidden */
+
 TEST the_mask_hides_what_a_query_does_not_see(void) {
     static const int64_t ratios[] = {1, 3, 4, 128}, firsts[] = {0, 1, 3, 126, 1000};
     static const float hidden[] = {-INFINITY, -1e4f, -1.0f};
@@ -1249,8 +1335,8 @@ TEST the_mask_hides_what_a_query_does_not_see(void) {
         uint16_t narrow[QUERIES * ENTRIES + 1];
         memset(wide, POISON, sizeof wide);
         memset(narrow, POISON, sizeof narrow);
-        ASSERT_EQ(DSV4_OK, dsv4_mask(ratio, first, QUERIES, ENTRIES, value, DSV4_F32, wide, NULL));
-        ASSERT_EQ(DSV4_OK, dsv4_mask(ratio, first, QUERIES, ENTRIES, value, DSV4_BF16, narrow, NULL));
+        ASSERT_EQ(DSV4_OK, dsv4_mask(mask_of(ratio, first, QUERIES, ENTRIES, value), matrix_of(wide, DSV4_F32), NULL));
+        ASSERT_EQ(DSV4_OK, dsv4_mask(mask_of(ratio, first, QUERIES, ENTRIES, value), matrix_of(narrow, DSV4_BF16), NULL));
         for (int64_t k = 0; k < QUERIES * ENTRIES; k++) {
             float expected = k % ENTRIES < (first + k / ENTRIES + 1) / ratio ? 0 : value;
             ASSERT_EQ_FMT((double)expected, (double)wide[k], "%g");
@@ -1265,20 +1351,20 @@ TEST the_mask_checks_its_arguments(void) {
     float mask[16];
     const float h = -1;
     memset(mask, POISON, sizeof mask);
-    ASSERT_FAILS(DSV4_ERROR_ARGUMENT, "ratio 0", dsv4_mask(0, 0, 4, 4, h, DSV4_F32, mask, &error));
-    ASSERT_FAILS(DSV4_ERROR_ARGUMENT, "ratio -1", dsv4_mask(-1, 0, 4, 4, h, DSV4_F32, mask, &error));
-    ASSERT_FAILS(DSV4_ERROR_ARGUMENT, "first -1", dsv4_mask(4, -1, 4, 4, h, DSV4_F32, mask, &error));
-    ASSERT_FAILS(DSV4_ERROR_ARGUMENT, "queries -4", dsv4_mask(4, 0, -4, 4, h, DSV4_F32, mask, &error));
-    ASSERT_FAILS(DSV4_ERROR_ARGUMENT, "entries -4", dsv4_mask(4, 0, 4, -4, h, DSV4_F32, mask, &error));
-    ASSERT_FAILS(DSV4_ERROR_ARGUMENT, "9223372036854775807", dsv4_mask(4, INT64_MAX, 4, 4, h, DSV4_F32, mask, &error));
+    ASSERT_FAILS(DSV4_ERROR_ARGUMENT, "ratio 0", dsv4_mask(mask_of(0, 0, 4, 4, h), matrix_of(mask, DSV4_F32), &error));
+    ASSERT_FAILS(DSV4_ERROR_ARGUMENT, "ratio -1", dsv4_mask(mask_of(-1, 0, 4, 4, h), matrix_of(mask, DSV4_F32), &error));
+    ASSERT_FAILS(DSV4_ERROR_ARGUMENT, "first -1", dsv4_mask(mask_of(4, -1, 4, 4, h), matrix_of(mask, DSV4_F32), &error));
+    ASSERT_FAILS(DSV4_ERROR_ARGUMENT, "queries -4", dsv4_mask(mask_of(4, 0, -4, 4, h), matrix_of(mask, DSV4_F32), &error));
+    ASSERT_FAILS(DSV4_ERROR_ARGUMENT, "entries -4", dsv4_mask(mask_of(4, 0, 4, -4, h), matrix_of(mask, DSV4_F32), &error));
+    ASSERT_FAILS(DSV4_ERROR_ARGUMENT, "9223372036854775807", dsv4_mask(mask_of(4, INT64_MAX, 4, 4, h), matrix_of(mask, DSV4_F32), &error));
     ASSERT_FAILS(DSV4_ERROR_ARGUMENT, "queries 9223372036854775807",
-                 dsv4_mask(4, 0, INT64_MAX, 0, h, DSV4_F32, mask, &error));
-    ASSERT_FAILS(DSV4_ERROR_OVERFLOW, "mask", dsv4_mask(4, 0, INT64_MAX / 8, INT64_MAX / 8, h, DSV4_F32, mask, &error));
-    ASSERT_FAILS(DSV4_ERROR_ARGUMENT, "dtype 3", dsv4_mask(4, 0, 4, 4, h, (dsv4_dtype)3, mask, &error));
-    ASSERT_FAILS(DSV4_ERROR_NULL, "mask", dsv4_mask(4, 0, 4, 4, h, DSV4_F32, NULL, &error));
-    ASSERT_EQ(DSV4_OK, dsv4_mask(4, 0, 4, 0, h, DSV4_F32, mask, NULL)); /* nothing to write is fine */
-    ASSERT_EQ(DSV4_OK, dsv4_mask(4, 0, 0, 4, h, DSV4_F32, mask, NULL));
-    ASSERT_FAILS(DSV4_ERROR_ALIGNMENT, "mask 4", dsv4_mask(4, 0, 3, 4, h, DSV4_F32, crooked(mask, 4), &error));
+                 dsv4_mask(mask_of(4, 0, INT64_MAX, 0, h), matrix_of(mask, DSV4_F32), &error));
+    ASSERT_FAILS(DSV4_ERROR_OVERFLOW, "mask", dsv4_mask(mask_of(4, 0, INT64_MAX / 8, INT64_MAX / 8, h), matrix_of(mask, DSV4_F32), &error));
+    ASSERT_FAILS(DSV4_ERROR_ARGUMENT, "dtype 3", dsv4_mask(mask_of(4, 0, 4, 4, h), matrix_of(mask, (dsv4_dtype)3), &error));
+    ASSERT_FAILS(DSV4_ERROR_NULL, "mask", dsv4_mask(mask_of(4, 0, 4, 4, h), matrix_of(NULL, DSV4_F32), &error));
+    ASSERT_EQ(DSV4_OK, dsv4_mask(mask_of(4, 0, 4, 0, h), matrix_of(mask, DSV4_F32), NULL)); /* nothing to write is fine */
+    ASSERT_EQ(DSV4_OK, dsv4_mask(mask_of(4, 0, 0, 4, h), matrix_of(mask, DSV4_F32), NULL));
+    ASSERT_FAILS(DSV4_ERROR_ALIGNMENT, "mask 4", dsv4_mask(mask_of(4, 0, 3, 4, h), matrix_of(crooked(mask, 4), DSV4_F32), &error));
     ASSERT(memory_untouched(mask, sizeof mask));
     PASS();
 }
@@ -1328,6 +1414,13 @@ SUITE(api) {
     FOR_EVERY(shapes, SHAPE_COUNT, every_object_ends_where_the_next_may_begin);
     RUN_TEST(creating_checks_its_arguments);
     RUN_TEST(an_allocator_that_fails_leaves_nothing_behind);
+    RUN_TEST(a_dtype_that_is_not_given_is_refused);
+    for (int i = 0; i < SHAPE_COUNT; i++) {
+        greatest_set_test_suffix(shapes[i].name);
+        RUN_TESTp(the_easy_call_is_the_call_of_one_segment, i);
+        greatest_set_test_suffix(shapes[i].name);
+        RUN_TESTp(strides_of_parameters_are_honoured, i);
+    }
     RUN_TEST(sizes_that_no_machine_has_are_overflows);
     RUN_TEST(destroying_nothing_is_fine);
     RUN_TEST(no_compressor_has_neither_configuration_nor_kernels);

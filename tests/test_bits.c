@@ -210,10 +210,10 @@ TEST strides_and_addresses_do_not_matter(const shape *of) {
         dsv4_segment whole = segment_new(0, w.s.tokens, w.s.position, 0, NULL);
         dsv4_batch b = batch_new(&w.s, &w.whole, &whole, 1);
         memset(&b.stages, 0, sizeof b.stages);
-        b.x = x + offset * x_number;
-        b.x_stride = x_stride;
-        b.out = out + offset * out_number;
-        b.out_stride = out_stride;
+        b.x.data = x + offset * x_number;
+        b.x.stride = x_stride;
+        b.out.data = out + offset * out_number;
+        b.out.stride = out_stride;
         ASSERT_EQ(DSV4_OK, dsv4_compress(w.e.compressor, &b, w.e.workspace, NULL));
         ASSERT(memory_untouched(out, offset * out_number));
         for (int64_t e = 0; e < w.whole.entries; e++) {
@@ -265,7 +265,7 @@ TEST given_projections_give_the_same_entries(int table, int i) {
             dsv4_segment segment = segment_new(from, to - from, w.s.position + from, from / w.config.ratio,
                                                parts == 1 ? NULL : state);
             dsv4_batch b = batch_new(&w.s, &r, &segment, 1);
-            b.x = NULL;
+            b.x.data = NULL;
             b.kv = w.whole.stage[STAGE_KV];
             b.gate = w.config.no_gate ? NULL : w.whole.stage[STAGE_GATE];
             ASSERT_EQ(DSV4_OK, dsv4_compress(w.e.compressor, &b, w.e.workspace, NULL));

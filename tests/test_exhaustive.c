@@ -60,17 +60,13 @@ static void mirror(const char *isa, unsigned lower, uint32_t rounding, dsv4_dtyp
     }
     model m = {0};
     m.config = mirror_config(rounding);
-    m.params.wkv = (dsv4_array){ones, DSV4_BF16};
-    m.params.norm = (dsv4_array){norm, DSV4_F32};
+    m.params.wkv = (dsv4_const_matrix){ones, DSV4_BF16, 0};
+    m.params.norm = (dsv4_const_matrix){norm, DSV4_F32, 0};
     engine e = engine_new(&m, isa, NULL);
-    dsv4_segment one = segment_new(0, 1, 0, 0, NULL);
     dsv4_batch b = {0};
-    b.x = ones;
-    b.x_dtype = DSV4_BF16;
-    b.out = out;
-    b.out_dtype = out_dtype;
-    b.tokens = b.entries = b.segment_count = 1;
-    b.segments = &one;
+    b.x = (dsv4_const_matrix){ones, DSV4_BF16, 0};
+    b.out = (dsv4_matrix){out, out_dtype, 0};
+    b.tokens = b.entries = 1;
     if (dsv4_compress(e.compressor, &b, e.workspace, NULL) != DSV4_OK) exit(1);
     engine_free(&e);
 }

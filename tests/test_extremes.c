@@ -67,7 +67,7 @@ static void fence_one(fences *f, void **array, size_t bytes) { fence(&f->all[f->
 static fences fence_lesson(lesson *l, gradient_set *g, results *r) {
     fences f = {0};
     for (int i = 0; i < DSV4_PARAM_COUNT; i++) {
-        dsv4_array *param = model_array(&l->m.params, i);
+        dsv4_const_matrix *param = model_array(&l->m.params, i);
         fence_one(&f, &l->m.data[i], (size_t)l->m.info[i].count * dsv4_dtype_size(param->dtype));
         param->data = l->m.data[i];
     }

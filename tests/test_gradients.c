@@ -42,8 +42,7 @@ TEST agrees_with_pytorch(const char *file, const char *isa) {
     dsv4_segment rows[2];
     dsv4_batch b = {0};
     for (int64_t i = 0; i < g.rows; i++) rows[i] = segment_new(i * g.tokens, g.tokens, g.start, i * g.entries, NULL);
-    b.x = g.x;
-    b.x_dtype = g.x_dtype;
+    b.x = (dsv4_const_matrix){g.x, g.x_dtype, 0};
     b.tokens = g.rows * g.tokens;
     b.entries = g.rows * g.entries;
     b.segments = rows;
@@ -417,7 +416,7 @@ TEST what_many_parts_carry_is_what_each_carries_alone(const struct carried_case 
     }
     ASSERT(token <= l.s.tokens && entry <= l.entries);
     dsv4_gradients to = {0};
-    to.dout = l.dout;
+    to.dout = (dsv4_const_matrix){l.dout, l.dout_dtype, 0};
     to.segments = carried;
     dsv4_batch b = lesson_batch(&l, segments, of->count);
     ASSERT_EQ(DSV4_OK, dsv4_backward(l.e.compressor, &b, &to, l.e.workspace, NULL));
@@ -461,8 +460,8 @@ TEST each_gradient_is_optional_and_strides_do_not_matter(const shape *of) {
         gradient_set masked = got;
         for (int i = 0; i < GRADIENTS; i++) masked.data[i] = i == wanted ? got.data[i] : NULL;
         dsv4_gradients to = gradients_into(&masked, dout, l.dout_dtype);
-        to.dx_stride = dx_stride;
-        to.dout_stride = dout_stride;
+        to.dx.stride = dx_stride;
+        to.dout.stride = dout_stride;
         ASSERT_EQ(DSV4_OK, dsv4_backward(l.e.compressor, &b, &to, l.e.workspace, NULL));
         for (int i = ORACLE_DWKV; i < GRADIENTS; i++) {
             if (i == wanted && got.count[i]) ASSERT_MEM_EQ(l.whole.data[i], got.data[i], got.bytes[i]);
@@ -548,8 +547,7 @@ TEST the_carried_gradient_can_be_had_alone(int table, int i) {
     lesson_parts p = lesson_cut(&l, &l.e, lengths, 2);
     gradient_set got = gradient_set_new(&l.config, DSV4_F32, l.s.tokens);
     dsv4_gradients everything = gradients_into(&got, l.dout, l.dout_dtype), nothing = {0};
-    nothing.dout = l.dout;
-    nothing.dout_dtype = l.dout_dtype;
+    nothing.dout = (dsv4_const_matrix){l.dout, l.dout_dtype, 0};
     unsigned char *saved[2];
     size_t size = 0;
     for (int alone = 0; alone < 2; alone++) {
@@ -748,6 +746,7 @@ TEST a_call_without_windows_gives_zeros(void) {
     gradient_set got = gradient_set_new(&c, DSV4_F32, l.s.tokens);
     dsv4_batch b = lesson_batch(&l, NULL, 0);
     dsv4_gradients to = gradients_into(&got, l.dout, l.dout_dtype);
+    b.tokens = 0;
     to.accumulate = 1;
     ASSERT_EQ(DSV4_OK, dsv4_backward(l.e.compressor, &b, &to, l.e.workspace, NULL));
     ASSERT(gradients_untouched(&got));
@@ -806,6 +805,43 @@ TEST the_workspace_does_not_grow_with_the_sequence(int i) {
     PASS();
 }
 
+/* Gradients of every matrix into rows that lie apart, fp32 or bf16, by the easy call: the numbers of the call into rows
+ * without gaps, and the gaps untouched. */
+TEST strides_of_gradients_are_honoured(int i, dsv4_dtype dtype) {
+    enum { GAP = 3 };
+    lesson l = lesson_of(&shapes[i], 3 * shapes[i].ratio, 91);
+    l.s.position = 0;
+    gradient_set dense = gradient_set_new(&l.config, dtype, l.s.tokens), apart = {0};
+    ASSERT_EQ(DSV4_OK, backward_whole(&l, &l.e, &dense));
+    dsv4_gradients to = gradients_into(&dense, l.dout, l.dout_dtype);
+    dsv4_matrix *const targets[GRADIENTS] = {&to.dx, &to.dwkv, &to.dwgate, &to.dape, &to.dnorm};
+    const int64_t rows[GRADIENTS] = {l.s.tokens, l.m.info[DSV4_WKV].rows, l.m.info[DSV4_WGATE].rows,
+                                     l.m.info[DSV4_APE].rows, 1};
+    const size_t size = dsv4_dtype_size(dtype);
+    for (int k = 0; k < GRADIENTS; k++) {
+        if (targets[k]->data == NULL) continue;
+        const int64_t width = dense.count[k] / rows[k];
+        apart.bytes[k] = (size_t)(rows[k] * (width + GAP)) * size;
+        apart.data[k] = targets[k]->data = reserve(apart.bytes[k]);
+        memset(apart.data[k], POISON, apart.bytes[k]);
+        targets[k]->stride = width + GAP;
+    }
+    dsv4_batch b = lesson_batch(&l, NULL, 0);
+    ASSERT_EQ(DSV4_OK, dsv4_backward(l.e.compressor, &b, &to, l.e.workspace, NULL));
+    for (int k = 0; k < GRADIENTS; k++) {
+        const int64_t width = rows[k] ? dense.count[k] / rows[k] : 0;
+        for (int64_t row = 0; row < rows[k] && apart.data[k]; row++) {
+            const char *got = (const char *)apart.data[k] + (size_t)(row * (width + GAP)) * size;
+            ASSERT_MEM_EQ((const char *)dense.data[k] + (size_t)(row * width) * size, got, (size_t)width * size);
+            ASSERT(memory_untouched(got + (size_t)width * size, GAP * size));
+        }
+    }
+    for (int k = 0; k < GRADIENTS; k++) free(apart.data[k]);
+    gradient_set_free(&dense);
+    lesson_free(&l);
+    PASS();
+}
+
 /* ---- Refused ----------------------------------------------------------------------------------------------- */
 
 /* A call that is right, to be made wrong in one place. */
@@ -824,19 +860,28 @@ static void no_training(plea *p) { p->e = p->untrained; }
 static void no_compressor(plea *p) { p->e.compressor = NULL; }
 static void no_workspace(plea *p) { p->e.workspace = NULL; }
 static void foreign_workspace(plea *p) { p->e.workspace = p->untrained.workspace; }
-static void no_dout(plea *p) { p->to.dout = NULL; }
-static void no_x(plea *p) { p->batch.x = NULL; }
-static void odd_dout(plea *p) { p->to.dout = (const char *)p->to.dout + 1; }
+static void no_dout(plea *p) { p->to.dout.data = NULL; }
+static void no_x(plea *p) { p->batch.x.data = NULL; }
+static void odd_dout(plea *p) { p->to.dout.data = (const char *)p->to.dout.data + 1; }
 static void odd_dx(plea *p) { p->to.dx.data = (char *)p->to.dx.data + 1; }
 static void odd_dnorm(plea *p) { p->to.dnorm.data = (char *)p->to.dnorm.data + 2; }
 static void strange_type(plea *p) { p->to.dape.dtype = (dsv4_dtype)7; }
-static void strange_dout_type(plea *p) { p->to.dout_dtype = (dsv4_dtype)-1; }
+static void strange_dout_type(plea *p) { p->to.dout.dtype = (dsv4_dtype)-1; }
+static void no_dtype_of_x(plea *p) { p->batch.x.dtype = (dsv4_dtype)0; }
+static void no_dtype_of_dout(plea *p) { p->to.dout.dtype = (dsv4_dtype)0; }
+static void no_dtype_of_dx(plea *p) { p->to.dx.dtype = (dsv4_dtype)0; }
+static void no_dtype_of_dwkv(plea *p) { p->to.dwkv.dtype = (dsv4_dtype)0; }
+static void no_dtype_of_dwgate(plea *p) { p->to.dwgate.dtype = (dsv4_dtype)0; }
+static void no_dtype_of_dape(plea *p) { p->to.dape.dtype = (dsv4_dtype)0; }
+static void no_dtype_of_dnorm(plea *p) { p->to.dnorm.dtype = (dsv4_dtype)0; }
+static void short_dwkv_stride(plea *p) { p->to.dwkv.stride = 3; }
+static void forgotten_segment_count(plea *p) { p->batch.segment_count = 0; }
 static void narrow_dwkv(plea *p) { p->to.dwkv.dtype = DSV4_BF16; }
 static void narrow_dwgate(plea *p) { p->to.dwgate.dtype = DSV4_BF16; }
-static void short_dx_stride(plea *p) { p->to.dx_stride = 20; }
-static void short_dout_stride(plea *p) { p->to.dout_stride = -1; }
-static void short_x_stride(plea *p) { p->batch.x_stride = 1; }
-static void vast_dx_stride(plea *p) { p->to.dx_stride = INT64_MAX / 2; }
+static void short_dx_stride(plea *p) { p->to.dx.stride = 20; }
+static void short_dout_stride(plea *p) { p->to.dout.stride = -1; }
+static void short_x_stride(plea *p) { p->batch.x.stride = 1; }
+static void vast_dx_stride(plea *p) { p->to.dx.stride = INT64_MAX / 2; }
 static void negative_entries(plea *p) { p->batch.entries = -1; }
 static void few_entries(plea *p) { p->batch.entries = 1; }
 static void beyond_x(plea *p) { p->segments[1].token += 1; }
@@ -854,8 +899,8 @@ static void previous_of_another(plea *p) { p->carried[1].previous = p->other; }
 static void previous_is_the_state(plea *p) { p->carried[1].previous = p->segments[1].state; }
 static void next_is_the_state(plea *p) { p->carried[0].next = p->segments[0].state; }
 static void kept_projections_without_x(plea *p) {
-    p->batch.kv = p->batch.gate = p->batch.x;
-    p->batch.x = NULL;
+    p->batch.kv = p->batch.gate = p->batch.x.data;
+    p->batch.x.data = NULL;
 }
 static void previous_is_next(plea *p) { p->carried[0].previous = (dsv4_state *)(uintptr_t)p->carried[0].next; }
 static void previous_is_another_state(plea *p) { p->carried[0].previous = p->segments[1].state; }
@@ -878,6 +923,15 @@ static const struct {
     {"odd_dnorm", odd_dnorm, DSV4_ERROR_ALIGNMENT},
     {"strange_type", strange_type, DSV4_ERROR_ARGUMENT},
     {"strange_dout_type", strange_dout_type, DSV4_ERROR_ARGUMENT},
+    {"no_dtype_of_x", no_dtype_of_x, DSV4_ERROR_ARGUMENT},
+    {"no_dtype_of_dout", no_dtype_of_dout, DSV4_ERROR_ARGUMENT},
+    {"no_dtype_of_dx", no_dtype_of_dx, DSV4_ERROR_ARGUMENT},
+    {"no_dtype_of_dwkv", no_dtype_of_dwkv, DSV4_ERROR_ARGUMENT},
+    {"no_dtype_of_dwgate", no_dtype_of_dwgate, DSV4_ERROR_ARGUMENT},
+    {"no_dtype_of_dape", no_dtype_of_dape, DSV4_ERROR_ARGUMENT},
+    {"no_dtype_of_dnorm", no_dtype_of_dnorm, DSV4_ERROR_ARGUMENT},
+    {"short_dwkv_stride", short_dwkv_stride, DSV4_ERROR_ARGUMENT},
+    {"forgotten_segment_count", forgotten_segment_count, DSV4_ERROR_ARGUMENT},
     {"narrow_dwkv", narrow_dwkv, DSV4_ERROR_ARGUMENT},
     {"narrow_dwgate", narrow_dwgate, DSV4_ERROR_ARGUMENT},
     {"short_dx_stride", short_dx_stride, DSV4_ERROR_ARGUMENT},
@@ -916,7 +970,7 @@ static witness witness_of(dsv4_state *const states[4]) {
     for (int i = 0; i < 4; i++) {
         w.size[i] = dsv4_state_save_size(states[i]);
         w.bytes[i] = reserve(w.size[i]);
-        (void)dsv4_state_save(states[i], w.bytes[i], w.size[i], NULL, NULL);
+        if (dsv4_state_save(states[i], w.bytes[i], w.size[i], NULL, NULL) != DSV4_OK) exit(1);
     }
     return w;
 }
@@ -1073,6 +1127,12 @@ SUITE(same_bits) {
 SUITE(where_gradients_go) {
     FOR_EACH_SHAPE(each_gradient_is_optional_and_strides_do_not_matter)
     FOR_EACH_SHAPE(accumulating_goes_on_from_what_the_arrays_hold)
+    for (int i = 0; i < SHAPE_COUNT; i++) {
+        greatest_set_test_suffix(note("%s_f32", shapes[i].name));
+        RUN_TESTp(strides_of_gradients_are_honoured, i, DSV4_F32);
+        greatest_set_test_suffix(note("%s_bf16", shapes[i].name));
+        RUN_TESTp(strides_of_gradients_are_honoured, i, DSV4_BF16);
+    }
     FOR_EVERY_SHAPE(bf16_gradients_are_the_rounded_fp32_ones)
     FOR_EACH_LONG_SHAPE(bf16_gradients_accumulate_too)
     FOR_EVERY_SHAPE(the_carried_gradient_can_be_had_alone)

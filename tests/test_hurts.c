@@ -47,9 +47,9 @@ static void scene_free(scene *s) {
 static dsv4_status compress_segments(const scene *s, const float *x, int64_t tokens, const dsv4_segment *segments,
                                      int64_t count, float *out, int64_t entries) {
     dsv4_batch b = {0};
-    b.x = x;
+    b.x = (dsv4_const_matrix){x, DSV4_F32, 0};
     b.tokens = tokens;
-    b.out = out;
+    b.out = (dsv4_matrix){out, DSV4_F32, 0};
     b.entries = entries;
     b.segments = segments;
     b.segment_count = count;
@@ -208,9 +208,9 @@ static dsv4_status rotate(const dsv4_config *config, int64_t position, float *la
     scene s = scene_new(config, config->ratio, 8);
     dsv4_segment one = segment_new(0, config->ratio, position, 0, NULL);
     dsv4_batch b = {0};
-    b.x = s.x;
+    b.x = (dsv4_const_matrix){s.x, DSV4_F32, 0};
     b.tokens = config->ratio;
-    b.out = out;
+    b.out = (dsv4_matrix){out, DSV4_F32, 0};
     b.entries = 1;
     b.segments = &one;
     b.segment_count = 1;
@@ -337,15 +337,12 @@ TEST very_negative_scores_never_make_nan(void) {
                 kv[i] = (float)(i % 7) - 3;
                 gate[i] = i % (2 * DIM) < DIM || i / (2 * DIM) % RATIO == 0 ? -3.3e38f : (float)(i % 5);
             }
-            dsv4_segment whole = segment_new(0, 2 * RATIO, 0, 0, NULL);
             dsv4_batch b = {0};
             b.kv = kv;
             b.gate = gate;
             b.tokens = 2 * RATIO;
-            b.out = out;
+            b.out = (dsv4_matrix){out, DSV4_F32, 0};
             b.entries = 2;
-            b.segments = &whole;
-            b.segment_count = 1;
             ASSERT_EQ(DSV4_OK, dsv4_compress(s.e.compressor, &b, s.e.workspace, NULL));
             for (int i = 0; i < 2 * DIM; i++) ASSERTm(note("pad %g, out[%d]", (double)pads[pad], i), isfinite(out[i]));
             if (pad == 0) memcpy(first[rounding], out, sizeof first[rounding]);

@@ -157,21 +157,19 @@ typedef struct window_case {
 static const float ones[8] = {1, 1, 1, 1, 1, 1, 1, 1};
 
 static dsv4_status pool_window(const window_case *w, float weights[4], float *pooled) {
-    dsv4_params params = {{ones, DSV4_F32}, {ones, DSV4_F32}, {NULL, DSV4_F32}, {ones, DSV4_F32}};
+    const dsv4_const_matrix all_ones = {ones, DSV4_F32, 0};
+    dsv4_params params = {all_ones, all_ones, {NULL, DSV4_F32, 0}, all_ones};
     model m = {0};
     m.config = w->config;
     m.params = params;
     engine e = engine_new(&m, NULL, NULL);
     float out = 0;
-    dsv4_segment whole = segment_new(0, 4, 0, 0, NULL);
     dsv4_batch b = {0};
     b.kv = w->kv;
     b.gate = w->gate;
     b.tokens = 4;
-    b.out = &out;
+    b.out = (dsv4_matrix){&out, DSV4_F32, 0};
     b.entries = 1;
-    b.segments = &whole;
-    b.segment_count = 1;
     b.stages.weights = weights;
     b.stages.pooled = pooled;
     dsv4_status status = dsv4_compress(e.compressor, &b, e.workspace, NULL);

@@ -22,6 +22,7 @@ static dsv4_status compress_rows(const engine *e, const sequence *s, const resul
     for (int64_t i = 0; i < rows; i++)
         segments[i] = segment_new(i * s->tokens / rows, s->tokens / rows, 0, i * r->entries / rows, NULL);
     dsv4_batch b = batch_new(s, r, segments, rows);
+    if (rows == 0) b.tokens = 0;
     dsv4_status status = dsv4_compress(e->compressor, &b, e->workspace, NULL);
     free(segments);
     return status;
@@ -220,10 +221,10 @@ TEST reproducible_random_initialisation(void) {
         int64_t n = info[p].count;
         float *a = reserve((size_t)n * 4), *b = reserve((size_t)n * 4), *other = reserve((size_t)n * 4);
         uint16_t *narrow = reserve((size_t)n * 2);
-        ASSERT_EQ(DSV4_OK, dsv4_param_init(&c, (dsv4_param)p, 42, DSV4_F32, a, NULL));
-        ASSERT_EQ(DSV4_OK, dsv4_param_init(&c, (dsv4_param)p, 42, DSV4_F32, b, NULL));
-        ASSERT_EQ(DSV4_OK, dsv4_param_init(&c, (dsv4_param)p, 43, DSV4_F32, other, NULL));
-        ASSERT_EQ(DSV4_OK, dsv4_param_init(&c, (dsv4_param)p, 42, DSV4_BF16, narrow, NULL));
+        ASSERT_EQ(DSV4_OK, dsv4_param_init(&c, (dsv4_param)p, 42, matrix_of(a, DSV4_F32), NULL));
+        ASSERT_EQ(DSV4_OK, dsv4_param_init(&c, (dsv4_param)p, 42, matrix_of(b, DSV4_F32), NULL));
+        ASSERT_EQ(DSV4_OK, dsv4_param_init(&c, (dsv4_param)p, 43, matrix_of(other, DSV4_F32), NULL));
+        ASSERT_EQ(DSV4_OK, dsv4_param_init(&c, (dsv4_param)p, 42, matrix_of(narrow, DSV4_BF16), NULL));
         ASSERT_MEM_EQ(a, b, (size_t)n * 4);
         double mean = 0, square = 0, most = 0;
         int64_t same = 0;
@@ -256,8 +257,8 @@ TEST reproducible_random_initialisation(void) {
 TEST initialisation_does_not_depend_on_the_array_being_larger(void) {
     dsv4_config small = small_config(4, 1), large = small_config(8, 1);
     float a[4 * 48], b[8 * 48];
-    ASSERT_EQ(DSV4_OK, dsv4_param_init(&small, DSV4_APE, 7, DSV4_F32, a, NULL));
-    ASSERT_EQ(DSV4_OK, dsv4_param_init(&large, DSV4_APE, 7, DSV4_F32, b, NULL));
+    ASSERT_EQ(DSV4_OK, dsv4_param_init(&small, DSV4_APE, 7, matrix_of(a, DSV4_F32), NULL));
+    ASSERT_EQ(DSV4_OK, dsv4_param_init(&large, DSV4_APE, 7, matrix_of(b, DSV4_F32), NULL));
     ASSERT_MEM_EQ(a, b, sizeof a);
     PASS();
 }

@@ -112,8 +112,7 @@ TEST a_call_that_closes_no_window_needs_no_out(void) {
     dsv4_state *state = state_new(&w.e, 0);
     dsv4_segment one = segment_new(0, 1, w.s.position, 0, state);
     dsv4_batch b = {0};
-    b.x = w.s.x;
-    b.x_dtype = w.s.dtype;
+    b.x = (dsv4_const_matrix){w.s.x, w.s.dtype, 0};
     b.tokens = 1;
     b.segments = &one;
     b.segment_count = 1;

@@ -13,7 +13,7 @@ goes_well() {
 # The use that the header's first page and README.md show, as somebody would paste it; whatever the kernels.
 first_page() { # first_page COMPILER FLAGS...
     {
-        echo '#include "dsv4_compressor.h"'
+        printf '#include "dsv4_compressor.h"\n#include <stdio.h>\n'
         echo 'void use(dsv4_params params, const dsv4_bf16 *x, int64_t tokens, dsv4_bf16 *out) {'
         sed -n '/^ \*     dsv4_config config/,/^ \*$/s/^ \*//p' dsv4_compressor.h
         echo '}'

@@ -126,6 +126,7 @@ TEST multiply_adds_are_rounded_once(void) {
         m.config = c;
         m.params.wkv.data = w;
         m.params.norm.data = &one;
+        m.params.wkv.dtype = m.params.norm.dtype = DSV4_F32;
         const char *isa;
         for (int k = 0; (isa = dsv4_isa_name(k)) != NULL; k++) {
             engine e = engine_new(&m, isa, NULL);

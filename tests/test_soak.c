@@ -227,6 +227,7 @@ static void serve(server *v) {
     const int count = gather(v, segments);
     dsv4_batch b = batch_new(&v->x, &v->out, segments, count);
     memset(&b.stages, 0, sizeof b.stages);
+    if (count == 0) b.tokens = 0; /* nobody has anything to say */
     if (!holds(v, !dsv4_compress(v->e.compressor, &b, v->e.workspace, NULL), "a call")) return;
     for (int i = 0; i < SLOTS; i++)
         if (v->slot[i].fed > 0) compare(v, &v->slot[i]);

@@ -8,6 +8,7 @@
 
 #include "demo.h"
 #include "gate_map.h"
+#include "paths.h"
 #include "pool.h"
 #include "safetensors.h"
 
@@ -38,7 +39,10 @@ static const char usage[] =
     "  --threads N          default: as many as the machine has\n"
     "  --isa NAME           kernel set; --list-isa prints those that this CPU can run, best first\n"
     "  --plot FILE.svg      draw the gate weights\n"
-    "  --json               report as one JSON object\n";
+    "  --json               report as one JSON object\n"
+    "  --version\n"
+    "\n"
+    "--option=VALUE is --option VALUE.\n";
 
 enum { TROUBLE = 1, USAGE = 2, OWN_CHUNK = 8192, LEAST_CHUNK = 256, PLOT_NUMBERS = 1 << 24 };
 
@@ -83,26 +87,27 @@ enum {
 static const struct setting {
     const char *option, *key;
     int whole;
-    double low, high, standard;
+    double low, high, standard; /* `high` belongs to the range of real numbers, not of whole ones */
+    const char *range;
 } settings[SETTINGS] = {
-    {"--ratio", "ratio", 1, 1, 0x1p40, 0},
-    {"--rope-dim", "rope_dim", 1, 0, 0x1p40, 64},
-    {"--start", "start", 1, 0, 0x1p62, 0},
-    {"--rope-theta", "rope_theta", 0, 1, DBL_MAX, 160000},
-    {"--yarn-factor", "yarn_factor", 0, 0, DBL_MAX, 16},
-    {"--yarn-orig-ctx", "yarn_orig_ctx", 0, 0, DBL_MAX, 65536},
-    {"--yarn-beta-fast", "yarn_beta_fast", 0, DBL_MIN, DBL_MAX, 32},
-    {"--yarn-beta-slow", "yarn_beta_slow", 0, DBL_MIN, DBL_MAX, 1},
-    {"--eps", "eps", 0, FLT_MIN, FLT_MAX, 1e-6},
-    {"--pad-gate", NULL, 0, -HUGE_VAL, -FLT_MIN, -HUGE_VAL},
-    {"--chunk", NULL, 1, 1, 0x1p62, 0},
-    {"--threads", NULL, 1, 1, POOL_THREADS, 0},
+    {"--ratio", "ratio", 1, 1, 0x1p40, 0, "1 to 2^40 exclusive"},
+    {"--rope-dim", "rope_dim", 1, 0, 0x1p40, 64, "0 to 2^40 exclusive"},
+    {"--start", "start", 1, 0, 0x1p62, 0, "0 to 2^62 exclusive"},
+    {"--rope-theta", "rope_theta", 0, 1, DBL_MAX, 160000, "1 and more"},
+    {"--yarn-factor", "yarn_factor", 0, 0, DBL_MAX, 16, "0 and more"},
+    {"--yarn-orig-ctx", "yarn_orig_ctx", 0, 0, DBL_MAX, 65536, "0 and more"},
+    {"--yarn-beta-fast", "yarn_beta_fast", 0, DBL_MIN, DBL_MAX, 32, "above 0"},
+    {"--yarn-beta-slow", "yarn_beta_slow", 0, DBL_MIN, DBL_MAX, 1, "above 0"},
+    {"--eps", "eps", 0, FLT_MIN, FLT_MAX, 1e-6, "above 0, in fp32"},
+    {"--pad-gate", NULL, 0, -HUGE_VAL, -FLT_MIN, -HUGE_VAL, "below 0, in fp32"},
+    {"--chunk", NULL, 1, 1, 0x1p62, 0, "1 to 2^62 exclusive"},
+    {"--threads", NULL, 1, 1, POOL_THREADS + 1, 0, "1 to 1024"},
 };
 
 typedef struct options {
     const char *weights, *prefix, *input, *tensor, *output, *preset, *isa, *backward, *plot;
     const char *settings[SETTINGS];
-    int drop_tail, stages, json, list_isa, help;
+    int drop_tail, stages, json, list_isa, version, help;
 } options;
 
 typedef struct number {
@@ -110,53 +115,61 @@ typedef struct number {
     double real;
 } number;
 
-static const struct {
+/* An option's name and its place in `options`. */
+typedef struct option_place {
     const char *name;
     size_t place;
-} text_options[] =
-    {
-        {"--weights", offsetof(options, weights)}, {"--prefix", offsetof(options, prefix)},
-        {"--input", offsetof(options, input)},     {"--tensor", offsetof(options, tensor)},
-        {"--output", offsetof(options, output)},   {"--preset", offsetof(options, preset)},
-        {"--isa", offsetof(options, isa)},         {"--backward", offsetof(options, backward)},
-        {"--plot", offsetof(options, plot)},
-},
-  flags[] = {
-      {"--drop-tail", offsetof(options, drop_tail)}, {"--stages", offsetof(options, stages)},
-      {"--json", offsetof(options, json)},           {"--list-isa", offsetof(options, list_isa)},
-      {"--help", offsetof(options, help)},           {"-h", offsetof(options, help)},
+} option_place;
+
+#define OPTION(name, field) \
+    { name, offsetof(options, field) }
+static const option_place text_options[] = {
+    OPTION("--weights", weights), OPTION("--prefix", prefix), OPTION("--input", input),
+    OPTION("--tensor", tensor),   OPTION("--output", output), OPTION("--preset", preset),
+    OPTION("--isa", isa),         OPTION("--plot", plot),     OPTION("--backward", backward),
 };
+static const option_place flags[] = {
+    OPTION("--drop-tail", drop_tail),
+    OPTION("--stages", stages),
+    OPTION("--json", json),
+    OPTION("--list-isa", list_isa),
+    OPTION("--version", version),
+    OPTION("--help", help),
+    OPTION("-h", help),
+};
+#undef OPTION
 
-static const char **text_option(options *o, const char *name) {
-    for (size_t i = 0; i < sizeof text_options / sizeof *text_options; i++) {
-        if (strcmp(name, text_options[i].name) == 0) return (const char **)(void *)((char *)o + text_options[i].place);
+enum { FLAGS = sizeof flags / sizeof *flags, TEXT_OPTIONS = sizeof text_options / sizeof *text_options };
+
+/* The field of the option that `name` of `length` characters is, NULL for none. */
+static void *find_option(options *o, const option_place *list, int count, const char *name, size_t length) {
+    for (int i = 0; i < count; i++) {
+        const int same = strlen(list[i].name) == length && memcmp(name, list[i].name, length) == 0;
+        if (same) return (char *)o + list[i].place;
     }
+    return NULL;
+}
+
+static const char **text_option(options *o, const char *name, size_t length) {
     for (int i = 0; i < SETTINGS; i++) {
-        if (strcmp(name, settings[i].option) == 0) return &o->settings[i];
+        const char *option = settings[i].option;
+        if (strlen(option) == length && memcmp(name, option, length) == 0) return &o->settings[i];
     }
-    return NULL;
+    return (const char **)find_option(o, text_options, TEXT_OPTIONS, name, length);
 }
 
-static int *flag_option(options *o, const char *name) {
-    for (size_t i = 0; i < sizeof flags / sizeof *flags; i++) {
-        if (strcmp(name, flags[i].name) == 0) return (int *)(void *)((char *)o + flags[i].place);
-    }
-    return NULL;
-}
-
+/* --option value, --option=value and --flag. */
 static int parse_options(int argc, char **argv, options *o) {
     for (int i = 1; i < argc; i++) {
-        int *flag = flag_option(o, argv[i]);
-        const char **text = text_option(o, argv[i]);
-        if (flag) {
-            *flag = 1;
-        } else if (!text) {
-            return fail(USAGE, "unknown option '%s'; --help lists them", argv[i]);
-        } else if (++i == argc) {
-            return fail(USAGE, "option '%s' needs a value", argv[i - 1]);
-        } else {
-            *text = argv[i];
-        }
+        const char *name = argv[i], *equals = strchr(name, '=');
+        const size_t length = equals ? (size_t)(equals - name) : strlen(name);
+        int *flag = (int *)find_option(o, flags, FLAGS, name, length);
+        const char **text = text_option(o, name, length);
+        if (flag && equals) return fail(USAGE, "option '%.*s' takes no value", (int)length, name);
+        if (!flag && !text) return fail(USAGE, "unknown option '%s'; --help lists them", name);
+        if (text && !equals && i + 1 == argc) return fail(USAGE, "option '%s' needs a value", name);
+        if (flag) *flag = 1;
+        if (text) *text = equals ? equals + 1 : argv[++i];
     }
     return 0;
 }
@@ -165,21 +178,21 @@ static int parse_options(int argc, char **argv, options *o) {
 static int parse_number(int i, const char *text, const char *where, number *value) {
     const struct setting *s = &settings[i];
     char *end = NULL;
+    int inside;
     errno = 0;
     if (s->whole) {
         value->whole = strtoll(text, &end, 10);
         value->real = (double)value->whole;
         if (end != text && *end == '.') end += 1 + strspn(end + 1, "0"); /* metadata may spell 4 as 4.0 */
+        inside = errno != ERANGE && value->whole >= (int64_t)s->low && value->whole < (int64_t)s->high;
     } else {
         value->real = strtod(text, &end);
+        inside = value->real >= s->low && value->real <= s->high;
     }
-    if (end == text || *end || (s->whole && errno)) {
+    if (end == text || *end) {
         return fail(TROUBLE, "%s: '%.40s' is not a %snumber", where, text, s->whole ? "whole " : "");
     }
-    if (!(value->real >= s->low && value->real <= s->high)) {
-        return fail(TROUBLE, "%s: %.40s is out of range", where, text);
-    }
-    return 0;
+    return inside ? 0 : fail(TROUBLE, "%s: %.40s is out of range: %s", where, text, s->range);
 }
 
 /* ---- What is done, and what it needs ----------------------------------------------------------------------- */
@@ -260,8 +273,8 @@ static int read_preset(job *j) {
         dsv4_rounding_name(j->config.rounding, j->preset, sizeof j->preset, &error) == DSV4_OK) {
         return 0;
     }
-    return fail(TROUBLE, "%s%s: %s", j->o.preset ? "--preset" : j->o.weights,
-                j->o.preset ? "" : ": metadata 'preset'", error.text);
+    return fail(TROUBLE, "%s%s: %s", j->o.preset ? "--preset" : j->o.weights, j->o.preset ? "" : ": metadata 'preset'",
+                error.text);
 }
 
 /* What the shapes do not tell. */
@@ -400,19 +413,65 @@ static int read_gradient(job *j) {
     return 0;
 }
 
-static int load(job *j) {
-    const char *missing = !j->o.weights ? "--weights" : !j->o.input ? "--input" : !j->o.output ? "--output" : NULL;
+/* ---- Files ------------------------------------------------------------------------------------------------- */
+
+/* Standard input and output are no files that could be mapped, or replaced as a whole. */
+static int check_names(const options *o) {
+    const char *const named[][2] = {
+        {"--weights", o->weights}, {"--input", o->input}, {"--output", o->output}, {"--plot", o->plot}};
+    for (size_t i = 0; i < sizeof named / sizeof *named; i++) {
+        if (!named[i][1]) continue;
+        if (!*named[i][1]) return fail(TROUBLE, "%s: an empty file name", named[i][0]);
+        if (strcmp(named[i][1], "-") == 0) return fail(TROUBLE, "%s: '-' is not a file's name here", named[i][0]);
+    }
+    return 0;
+}
+
+/* Whether writing to `path`, which `option` gave, would destroy what is read. */
+static int check_output(const options *o, const char *option, const char *path) {
+    const char *const inputs[][2] = {{"--weights", o->weights}, {"--input", o->input}};
+    for (int i = 0; i < 2; i++) {
+        if (path_same_file(path, inputs[i][1])) {
+            return fail(TROUBLE, "%s: '%s' is the file that %s reads, and would be lost", option, path, inputs[i][0]);
+        }
+    }
+    return 0;
+}
+
+static int check_outputs(const options *o) {
+    if (check_output(o, "--output", o->output)) return TROUBLE;
+    if (!o->plot) return 0;
+    char *partial = (char *)malloc(strlen(o->plot) + sizeof ".partial"); /* where a picture is drawn first */
+    if (!partial) return fail(TROUBLE, "out of memory");
+    sprintf(partial, "%s.partial", o->plot);
+    const int status = check_output(o, "--plot", o->plot) || check_output(o, "--plot", partial);
+    free(partial);
+    if (!status && path_same_file(o->plot, o->output)) {
+        return fail(TROUBLE, "--plot and --output name one file, '%s'", o->output);
+    }
+    return status ? TROUBLE : 0;
+}
+
+static int open_files(job *j) {
+    const options *o = &j->o;
+    const char *missing = !o->weights ? "--weights" : !o->input ? "--input" : !o->output ? "--output" : NULL;
     char message[1024];
     if (missing) return fail(USAGE, "%s is missing; --help lists the options", missing);
-    if (j->o.plot && strcmp(j->o.plot, j->o.output) == 0) {
-        return fail(USAGE, "--plot and --output name one file, '%s'", j->o.output);
+    if (o->plot && strcmp(o->plot, o->output) == 0) {
+        return fail(USAGE, "--plot and --output name one file, '%s'", o->output);
     }
-    if (st_open(&j->weights, j->o.weights, message, sizeof message) ||
-        st_open(&j->input, j->o.input, message, sizeof message)) {
+    if (check_names(o)) return TROUBLE;
+    if (st_open(&j->weights, o->weights, message, sizeof message) ||
+        st_open(&j->input, o->input, message, sizeof message)) {
         return fail(TROUBLE, "%s", message);
     }
-    int status = read_settings(j);
-    configure(j);
+    return check_outputs(o);
+}
+
+static int load(job *j) {
+    int status = open_files(j);
+    if (!status) status = read_settings(j);
+    if (!status) configure(j);
     if (!status) status = find_params(j);
     if (!status) status = read_widths(j);
     if (!status) status = read_ratio(j);
@@ -745,8 +804,9 @@ int main(int argc, char **argv) {
     signal(SIGXFSZ, SIG_IGN); /* a file-size limit is a failed write, to be reported and cleaned up */
 #endif
     int status = parse_options(argc, argv, &j.o);
-    if (!status && (j.o.help || j.o.list_isa)) {
+    if (!status && (j.o.help || j.o.version || j.o.list_isa)) {
         if (j.o.help) fputs(usage, stdout);
+        if (j.o.version) puts("compress " DSV4_COMPRESSOR_VERSION);
         if (j.o.list_isa) list_isas();
         return 0;
     }

@@ -101,6 +101,8 @@ done <<END
 --threads 9999999999 1
 --chunk -1 1
 --chunk 99999999999999999999 1
+--chunk 4611686018427387904 1
+--start 4611686018427387904 1
 --ratio 0 1
 --ratio 4x 1
 --rope-dim -2 1
@@ -123,7 +125,52 @@ try 'a prefix that is not there' refuses 1 layers.7 --weights $good --input $goo
 try 'a gradient that is not there' refuses 1 absent --weights $good --input $good --backward absent
 try 'no weights' refuses 2 --weights --input $good
 try 'no input' refuses 2 --input --weights $good
+for option in --start --chunk; do
+    try "$option beyond 2^62" refuses 1 "$option: 4611686018427387904 is out of range: . to 2^62 exclusive" --weights $good --input $good \
+        $option 4611686018427387904
+    try "$option beyond 2^64" refuses 1 "$option: 99999999999999999999 is out of range" --weights $good --input $good \
+        $option 99999999999999999999
+done
+for option in --weights --input --output --plot; do
+    try "$option -" refuses 1 "$option: '-' is not" --weights $good --input $good $option -
+    try "$option without a name" refuses 1 "$option: an empty file name" --weights $good --input $good $option ''
+done
+try 'a flag with a value' refuses 2 "'--stages' takes no value" --weights $good --input $good --stages=1
+try 'an unknown option with a value' refuses 2 "'--no-such=1'" --weights $good --input $good --no-such=1
 try 'one file for entries and picture' refuses 2 one --weights $good --input $good --plot "$tmp/place/out"
+
+# ---- What must not be overwritten --------------------------------------------------------------------------------
+
+mkdir "$tmp/own" "$tmp/own/below" && ln -s own "$tmp/alias" && cp $good "$tmp/own/weights" && cp $good "$tmp/own/x" &&
+    ln -s weights "$tmp/own/link" && ln "$tmp/own/x" "$tmp/own/hard" && cp $good "$tmp/own/picture.partial" || exit 1
+
+keeps_inputs() { # keeps_inputs PATTERN OPTIONS...: refused with such a line, and the inputs are as they were
+    pattern=$1
+    shift
+    "$compress" --weights "$tmp/own/weights" --input "$tmp/own/x" --output "$tmp/place/out" "$@" 2>"$tmp/stderr"
+    status=$?
+    echo "exit status $status: $(cat "$tmp/stderr")"
+    [ $status -eq 1 ] && [ "$(wc -l <"$tmp/stderr")" -eq 1 ] && grep -q -e "$pattern" "$tmp/stderr" &&
+        cmp $good "$tmp/own/weights" && cmp $good "$tmp/own/x" && cmp $good "$tmp/own/picture.partial" &&
+        [ -h "$tmp/own/link" ] && [ -z "$(ls "$tmp/place")" ]
+}
+while read -r option name input; do
+    try "$option onto the file of $input: $name" keeps_inputs "$option.*$input" $option "$tmp/$name"
+done <<END
+--output own/weights --weights
+--output own/below/../weights --weights
+--output alias/weights --weights
+--output own/link --weights
+--output own/x --input
+--output own/hard --input
+--plot own/weights --weights
+--plot alias/x --input
+--plot own/hard --input
+END
+try 'a picture drawn where the input lies' keeps_inputs '--plot.*--input' --input "$tmp/own/picture.partial" --plot "$tmp/own/picture"
+try 'entries and picture in one new file, by two paths' keeps_inputs 'one file' --output "$tmp/own/new" --plot "$tmp/alias/./new"
+: >"$tmp/own/old" && ln "$tmp/own/old" "$tmp/own/older" || exit 1
+try 'entries and picture in one old file, by two names' keeps_inputs 'one file' --output "$tmp/own/old" --plot "$tmp/own/older"
 
 keeps_the_old_file() {
     echo old >"$tmp/kept"
@@ -151,6 +198,15 @@ reads_whole_numbers() { # 4.0 is one
 writes_short_numbers() {
     entries_of $good && head -c 600 "$tmp/entries" | grep -a -q '"eps":"1e-06","rope_theta":"160000"'
 }
+takes_equals() { # --option=value, whatever the value holds
+    cp $good "$tmp/a=b" && entries_of $good --start 8 && mv "$tmp/entries" "$tmp/expected" && entries_of "$tmp/a=b" --start=8 &&
+        cmp "$tmp/expected" "$tmp/entries" && "$compress" "--weights=$tmp/a=b" "--input=$good" "--output=$tmp/entries" --start=8 &&
+        cmp "$tmp/expected" "$tmp/entries"
+}
+tells_its_version() {
+    version=$(sed -n 's/^#define DSV4_COMPRESSOR_VERSION "\(.*\)"/\1/p' dsv4_compressor.h)
+    [ -n "$version" ] && [ "$("$compress" --version)" = "compress $version" ]
+}
 lists() { [ "$(echo "$isas" | tail -1)" = scalar ]; }
 draws() {
     "$compress" --weights $good --input $good --output "$tmp/drawn" --plot "$tmp/plot.svg" && grep -q '^<svg\|^<?xml' "$tmp/plot.svg" &&
@@ -167,6 +223,8 @@ try '--help' helps
 try 'the ratio of ape against the metadata' takes_the_ratio_from_ape
 try 'whole numbers written with a point' reads_whole_numbers
 try 'metadata in few digits' writes_short_numbers
+try '--option=value' takes_equals
+try '--version' tells_its_version
 try '--list-isa ends in scalar' lists
 try '--plot' draws
 try '--plot of a NaN' draws_nan

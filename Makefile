@@ -3,6 +3,7 @@
 
 CFLAGS  ?= -O2
 PREFIX  ?= /usr/local
+PYTHON  ?= python3
 BUILD   ?= build
 JOBS    ?= $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
 LDLIBS  += -lm
@@ -33,11 +34,11 @@ LOGS      = $(SCRIPTS:%=$(BUILD)/tests/%.sh.log) $(TESTS:%=%.log)
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help run check examples bench bench-peers run-train run-mpi install clean tests \
-        check-cross check-san check-all coverage lint fuzz soak mutate FORCE
+        check-cross check-pytorch check-san check-all coverage lint fuzz soak mutate FORCE
 
 ## For a start
 help: ## this list
-	@awk -F ' *: *[^#]*## *' '/^## /{print "\n" substr($$0, 4) ":"} /^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' \
+	@awk -F ' *: *[^#]*## *' '/^## /{print "\n" substr($$0, 4) ":"} /^[a-z-]+:.*## /{printf "  make %-13s %s\n", $$1, $$2}' \
 	    Makefile
 
 run: $(BUILD)/sample $(BUILD)/compress ## compress a bundled sample through files, and say what came out
@@ -82,6 +83,9 @@ check-all: ## all of these, the programs, valgrind; FUZZ_SECONDS (60) for each f
 check-cross: ## the same bits on other CPUs, under emulation; says which Debian packages it lacks
 	@sh tests/cross.sh $(BUILD)/cross
 
+check-pytorch: $(BUILD)/compress $(BUILD)/tests/init ## random cases beside PyTorch; PYTHON=venv/bin/python, PYTORCH='--seed 7'
+	@$(PYTHON) tests/pytorch/check.py --build $(BUILD) $(PYTORCH)
+
 check-san: ## the tests under address, undefined, memory and thread sanitizers
 	+@sh tests/sanitize.sh $(BUILD)/san
 
@@ -115,6 +119,10 @@ $(BUILD)/tests/%: tests/%.c $(BUILD)/dsv4.o $(wildcard tests/*.h examples/*.h)
 # The command line around the tests' object, which is there already.
 $(BUILD)/tests/compress: examples/compress.c $(BUILD)/dsv4.o $(wildcard examples/*.h)
 	$(CC) $(FLAGS) $(SIMDE) $(LDFLAGS) -DDSV4__IMPLEMENTED=1 $< $(BUILD)/dsv4.o $(LDLIBS) -o $@
+
+# Parameters from a seed, for tests/pytorch.
+$(BUILD)/tests/init: tests/pytorch/init.c $(BUILD)/dsv4.o $(wildcard examples/*.h)
+	$(CC) $(FLAGS) $(SIMDE) $(LDFLAGS) $< $(BUILD)/dsv4.o $(LDLIBS) -o $@
 
 $(BUILD)/openmp: private CFLAGS += -fopenmp
 $(BUILD)/mpi: private CC = mpicc

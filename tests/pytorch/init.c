@@ -20,7 +20,8 @@ int main(int argc, char **argv) {
     for (int i = 0; i < DSV4_PARAM_COUNT && !status; i++) {
         const int64_t shape[2] = {info[i].rows, info[i].columns};
         float *data = malloc((size_t)info[i].count * sizeof *data);
-        status = !data || dsv4_param_init(&config, (dsv4_param)i, strtoull(argv[2], NULL, 10), DSV4_F32, data, NULL);
+        const dsv4_matrix array = {data, DSV4_F32, 0};
+        status = !data || dsv4_param_init(&config, (dsv4_param)i, strtoull(argv[2], NULL, 10), array, NULL);
         tensors[i] = st_make(info[i].name, ST_F32, data, i == DSV4_NORM ? 1 : 2, i == DSV4_NORM ? shape + 1 : shape);
     }
     if (!status) status = st_write(argv[1], tensors, DSV4_PARAM_COUNT, NULL, 0, message, sizeof message);

@@ -158,7 +158,7 @@ DSV4_API dsv4_bf16 dsv4_bf16_from_f32(float value);
 /* Exact. */
 DSV4_API float dsv4_bf16_to_f32(dsv4_bf16 value);
 
-/* The same for `count` numbers, by this CPU's best kernels. Source and destination must not overlap, and
+/* The same for `count` numbers, many of them by this CPU's best kernels. Source and destination must not overlap, and
  * may be NULL only where count is 0. */
 DSV4_API void dsv4_bf16_from_f32_array(dsv4_bf16 *destination, const float *source, size_t count);
 DSV4_API void dsv4_bf16_to_f32_array(float *destination, const dsv4_bf16 *source, size_t count);
@@ -590,12 +590,20 @@ file without them, or define DSV4_COMPRESSOR_FAST_MATH to give the guarantee up.
     !(defined(_WIN32) && defined(DSV4__GCC))
 #if (defined(DSV4__CLANG) && __clang_major__ >= 9) || (defined(DSV4__GCC) && DSV4__GCC >= 9)
 #define DSV4__X86 1
-#include <cpuid.h>
 #include <immintrin.h>
-#if defined(DSV4__CLANG) || DSV4__GCC >= 10
+#endif
+#endif
+
+#if defined(DSV4__X86)
+#define DSV4__CPUID 1
+#endif
+
+/* clang 16 and 17 crash where both operands of VDPBF16PS are the same pair in all lanes. Apple counts otherwise, and its
+ * CPUs of this family have no bf16. */
+#if defined(DSV4__X86) &&                 \
+    (defined(DSV4__GCC) ? DSV4__GCC >= 10 \
+                        : !defined(__apple_build_version__) && (__clang_major__ < 16 || __clang_major__ > 17))
 #define DSV4__X86_BF16 1
-#endif
-#endif
 #endif
 
 #if !defined(DSV4_COMPRESSOR_SCALAR) && defined(__aarch64__) && defined(__ARM_NEON) && !defined(__AARCH64EB__) && \
@@ -618,6 +626,32 @@ file without them, or define DSV4_COMPRESSOR_FAST_MATH to give the guarantee up.
 #include <simde/x86/sse4.1.h>
 #include <simde/x86/fma.h>
 #endif
+#endif
+
+/* Functions between these two are compiled for the instruction sets named. g++ 12 finds uninitialised variables in its own
+ * intrinsics (GCC bug 105593). */
+#define DSV4__PRAGMA(text) _Pragma(#text)
+#if defined(DSV4__CLANG)
+#define DSV4__BEGIN_TARGET(names) \
+    DSV4__PRAGMA(clang attribute push(__attribute__((target(names))), apply_to = function))
+#define DSV4__END_TARGET DSV4__PRAGMA(clang attribute pop)
+#else
+#define DSV4__BEGIN_TARGET(names)                                \
+    DSV4__PRAGMA(GCC push_options)                               \
+    DSV4__PRAGMA(GCC diagnostic push)                            \
+    DSV4__PRAGMA(GCC diagnostic ignored "-Wuninitialized")       \
+    DSV4__PRAGMA(GCC diagnostic ignored "-Wmaybe-uninitialized") \
+    DSV4__PRAGMA(GCC target(names))
+#define DSV4__END_TARGET DSV4__PRAGMA(GCC pop_options) DSV4__PRAGMA(GCC diagnostic pop)
+#endif
+
+/* clang 18 to 21 let vectors of 512 bits be forbidden on their own, which zig does; others do not know the word. */
+#if defined(DSV4__GCC)
+#define DSV4__AVX512 "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,prefer-vector-width=512"
+#elif !defined(__apple_build_version__) && __clang_major__ >= 18 && __clang_major__ <= 21
+#define DSV4__AVX512 "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,evex512"
+#else
+#define DSV4__AVX512 "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma"
 #endif
 
 /* What a sanitizer watches is compiled as written: unrolled and inlined, every access with its checks, the kernels
@@ -874,13 +908,37 @@ DSV4__INLINE float dsv4__from_bits(uint32_t bits) {
 DSV4_API size_t dsv4_dtype_size(dsv4_dtype dtype) { return dtype == DSV4_F32 ? 4 : dtype == DSV4_BF16 ? 2 : 0; }
 
 /* Adding just under half a step, and the last kept bit to break ties, carries into the upper half where it must. */
-DSV4_API dsv4_bf16 dsv4_bf16_from_f32(float value) {
-    const uint32_t bits = dsv4__bits(value);
-    if ((bits & 0x7fffffffu) > 0x7f800000u) return (dsv4_bf16)((bits >> 16) | 0x40u);
-    return (dsv4_bf16)((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+DSV4__INLINE uint32_t dsv4__rounded_bits(uint32_t bits) {
+    const uint32_t not_nan = 0u - (((bits & 0x7fffffffu) - 0x7f800001u) >> 31);
+    return ((bits + ((0x7fffu + ((bits >> 16) & 1u)) & not_nan)) | (0x400000u & ~not_nan)) >> 16;
 }
 
+DSV4_API dsv4_bf16 dsv4_bf16_from_f32(float value) { return (dsv4_bf16)dsv4__rounded_bits(dsv4__bits(value)); }
+
 DSV4_API float dsv4_bf16_to_f32(dsv4_bf16 value) { return dsv4__from_bits((uint32_t)value << 16); }
+
+/* Both without vectors of our own: 32 numbers at a time through arrays of constant length, without branches, which
+ * compilers turn into what vectors they have; then the rest. (Inlined, as gcc leaves the upper halves of AVX's registers
+ * dirty where a kernel ends with a call, and SSE code is slow then.) */
+DSV4__INLINE void dsv4__widen(float *to, const dsv4_bf16 *from, int64_t count) {
+    for (; count >= 32; count -= 32, from += 32, to += 32) {
+        uint32_t bits[32];
+        for (int i = 0; i < 32; i++) bits[i] = (uint32_t)from[i] << 16;
+        memcpy(to, bits, sizeof bits);
+    }
+    for (int64_t i = 0; i < count; i++) to[i] = dsv4_bf16_to_f32(from[i]);
+}
+
+DSV4__INLINE void dsv4__narrow(dsv4_bf16 *to, const float *from, int64_t count) {
+    for (; count >= 32; count -= 32, from += 32, to += 32) {
+        uint32_t bits[32];
+        dsv4_bf16 rounded[32];
+        memcpy(bits, from, sizeof bits);
+        for (int i = 0; i < 32; i++) rounded[i] = (dsv4_bf16)dsv4__rounded_bits(bits[i]);
+        memcpy(to, rounded, sizeof rounded);
+    }
+    for (int64_t i = 0; i < count; i++) to[i] = dsv4_bf16_from_f32(from[i]);
+}
 
 /* Number i of an array of either type. */
 static float dsv4__get(const void *data, dsv4_dtype dtype, int64_t i) {
@@ -1236,7 +1294,7 @@ typedef struct dsv4__finish_job {
 /* A kernel set. */
 typedef struct dsv4__kernels {
     const char *name;
-    int (*usable)(void);
+    unsigned needs;    /* of the CPU */
     int64_t tile_rows; /* rows of the register tile: blocks of a multiple of it waste nothing */
     int dot;           /* has the bf16 dot product */
     void (*product)(const dsv4__product_job *);
@@ -1305,13 +1363,8 @@ typedef struct dsv4__kernels {
 #define v_odd(p)             dsv4_bf16_to_f32((p)[1])
 
 #elif DSV4__STAMP == 2 /* AVX2 with FMA: Haswell, Zen and later */
-#define DSV4__SET avx2
-#if defined(DSV4__CLANG)
-#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx2,fma")
-#endif
+#define DSV4__SET            avx2
+DSV4__BEGIN_TARGET("avx2,fma")
 #define DSV4__VF             __m256
 #define DSV4__VL             8
 #define DSV4__FUSED          1
@@ -1368,24 +1421,10 @@ static inline __m256i DSV4__FN(upper)(__m256 v) {
 #define v_pair(p)        ((__m512bh)_mm512_set1_epi32(DSV4__FN(word)(p)))
 #define v_dot(sum, x, w) _mm512_dpbf16_ps(sum, x, (__m512bh)_mm512_loadu_si512((const void *)(w)))
 #endif
-#if defined(DSV4__CLANG)
 #if DSV4__STAMP == 3
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma"))), \
-                             apply_to = function)
+DSV4__BEGIN_TARGET(DSV4__AVX512)
 #else
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,fma"))), \
-                             apply_to = function)
-#endif
-#else
-#pragma GCC push_options
-#pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wuninitialized" /* g++ 12 on its own intrinsics (GCC bug 105593) */
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#if DSV4__STAMP == 3
-#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,prefer-vector-width=512")
-#else
-#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,fma,prefer-vector-width=512")
-#endif
+DSV4__BEGIN_TARGET("avx512bf16," DSV4__AVX512)
 #endif
 #define DSV4__VF             __m512
 #define DSV4__VL             16
@@ -1939,14 +1978,14 @@ static void DSV4__FN(round)(float *data, int64_t count) {
 
 static void DSV4__FN(widen)(float *to, const dsv4_bf16 *from, int64_t count) {
     int64_t i = 0;
-    for (; i + DSV4__VL <= count; i += DSV4__VL) v_store(to + i, v_widen(from + i));
-    for (; i < count; i++) to[i] = dsv4_bf16_to_f32(from[i]);
+    for (; DSV4__VL > 1 && i + DSV4__VL <= count; i += DSV4__VL) v_store(to + i, v_widen(from + i));
+    dsv4__widen(to + i, from + i, count - i);
 }
 
 static void DSV4__FN(narrow)(dsv4_bf16 *to, const float *from, int64_t count) {
     int64_t i = 0;
-    for (; i + DSV4__VL <= count; i += DSV4__VL) v_narrow(to + i, v_load(from + i));
-    for (; i < count; i++) to[i] = dsv4_bf16_from_f32(from[i]);
+    for (; DSV4__VL > 1 && i + DSV4__VL <= count; i += DSV4__VL) v_narrow(to + i, v_load(from + i));
+    dsv4__narrow(to + i, from + i, count - i);
 }
 
 static void DSV4__FN(put_row)(void *to, dsv4_dtype dtype, const float *from, int64_t count) {
@@ -2057,14 +2096,7 @@ static void DSV4__FN(add)(float *sum, const float *a, const float *b, int64_t co
 }
 
 #if DSV4__STAMP >= 2 && DSV4__STAMP <= 4
-#if defined(DSV4__CLANG)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#if DSV4__STAMP >= 3
-#pragma GCC diagnostic pop
-#endif
-#endif
+DSV4__END_TARGET
 #endif
 
 /* For the table of kernel sets. */
@@ -2140,92 +2172,142 @@ enum { DSV4__FN(has_dot) = 0, DSV4__FN(tile_rows) = DSV4__TILE_ROWS };
  * 3g. Dispatch: which kernel sets this CPU can run
  * ------------------------------------------------------------------------------------------------------------ */
 
-static int dsv4__always(void) { return 1; }
+/* What a kernel set needs of the CPU; each bit stands for all that the set is made of. */
+enum {
+    DSV4__CPU_AVX2 = 1 << 0,     /* AVX2, FMA */
+    DSV4__CPU_AVX512 = 1 << 1,   /* and AVX-512 F, BW, VL, DQ */
+    DSV4__CPU_BF16 = 1 << 2,     /* and AVX512-BF16, on the CPUs where it pays */
+    DSV4__CPU_SLOW_BF16 = 1 << 3 /* or, Intel's: VDPBF16PS has half the rate of FMA there */
+};
 
-#if defined(DSV4__X86)
-/* Every condition is asked for, not only up to the first that fails: what one CPU runs is then all there is to run. */
-static int dsv4__has_avx2(void) { return (__builtin_cpu_supports("avx2") != 0) & (__builtin_cpu_supports("fma") != 0); }
+DSV4__INLINE unsigned dsv4__all_of(uint64_t word, uint64_t bits) { return (word & bits) == bits; }
 
-static int dsv4__has_avx512(void) {
-    return dsv4__has_avx2() & (__builtin_cpu_supports("avx512f") != 0) & (__builtin_cpu_supports("avx512bw") != 0) &
-           (__builtin_cpu_supports("avx512vl") != 0) & (__builtin_cpu_supports("avx512dq") != 0);
+#if defined(DSV4__CPUID)
+typedef struct dsv4__cpuid {
+    uint32_t a, b, c, d;
+} dsv4__cpuid;
+
+/* What the CPU says of itself, by the leaves of its manual, and what the system keeps of it. */
+typedef struct dsv4__cpu {
+    dsv4__cpuid leaf_0, leaf_1, leaf_7, leaf_7_1;
+    uint64_t kept; /* XCR0: the registers that survive a change of threads */
+} dsv4__cpu;
+
+static dsv4__cpuid dsv4__ask_cpu(uint32_t leaf, uint32_t part) {
+    dsv4__cpuid says;
+    __asm__ volatile("cpuid" : "=a"(says.a), "=b"(says.b), "=c"(says.c), "=d"(says.d) : "0"(leaf), "2"(part));
+    return says;
+}
+
+/* Without the compiler's runtime, which not every C library has, and which is not ready for constructors. In a virtual
+ * machine each leaf takes microseconds. */
+static dsv4__cpu dsv4__this_cpu(void) {
+    dsv4__cpu cpu;
+    uint32_t low = 0, high = 0;
+    cpu.leaf_0 = dsv4__ask_cpu(0, 0);
+    cpu.leaf_1 = dsv4__ask_cpu(1, 0);
+    cpu.leaf_7 = dsv4__ask_cpu(7, 0);
+    cpu.leaf_7_1 = dsv4__ask_cpu(7, 1);
+    if (cpu.leaf_1.c >> 27 & 1u) __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+    cpu.kept = (uint64_t)high << 32 | low;
+#if defined(__APPLE__)
+    cpu.kept |= (cpu.kept & 0x4u) * 0x38u; /* it keeps AVX-512's from their first use on */
+#endif
+    return cpu;
+}
+
+/* The DSV4__CPU_... bits. Leaves beyond the CPU's last one say what another does. */
+static unsigned dsv4__cpu_offers(const dsv4__cpu *cpu) {
+    const unsigned has_7 = cpu->leaf_0.a >= 7, has_7_1 = cpu->leaf_7.a >= 1;
+    const unsigned intel =
+        (cpu->leaf_0.b == 0x756e6547u) & (cpu->leaf_0.d == 0x49656e69u) & (cpu->leaf_0.c == 0x6c65746eu);
+    const unsigned avx2 = dsv4__all_of(cpu->kept, 0x6) & dsv4__all_of(cpu->leaf_1.c, 1u << 12 | 1u << 27 | 1u << 28) &
+                          has_7 & dsv4__all_of(cpu->leaf_7.b, 1u << 5);
+    const unsigned avx512 =
+        avx2 & dsv4__all_of(cpu->kept, 0xe6) & dsv4__all_of(cpu->leaf_7.b, 1u << 16 | 1u << 17 | 1u << 30 | 1u << 31);
+    const unsigned bf16 = avx512 & has_7_1 & dsv4__all_of(cpu->leaf_7_1.a, 1u << 5);
+    return avx2 * DSV4__CPU_AVX2 | avx512 * DSV4__CPU_AVX512 | bf16 * (intel ? DSV4__CPU_SLOW_BF16 : DSV4__CPU_BF16);
 }
 #endif
 
-#if defined(DSV4__X86_BF16)
-static int dsv4__has_avx512bf16(void) {
-    unsigned a = 0, b = 0, c = 0, d = 0;
-    (void)__get_cpuid_count(7, 1, &a, &b, &c, &d); /* a stays 0 where there is no such leaf */
-    return dsv4__has_avx512() & (int)(a >> 5 & 1u);
+/* What this CPU offers. */
+static unsigned dsv4__offers(void) {
+#if defined(DSV4__CPUID)
+    const dsv4__cpu cpu = dsv4__this_cpu();
+    return dsv4__cpu_offers(&cpu);
+#else
+    return 0;
+#endif
 }
 
-/* Intel's VDPBF16PS has half the rate of its FMA: there, widening weights once a block is twice as fast. */
-static int dsv4__has_fast_avx512bf16(void) { return (__builtin_cpu_is("intel") == 0) & dsv4__has_avx512bf16(); }
-static int dsv4__has_slow_avx512bf16(void) { return (__builtin_cpu_is("intel") != 0) & dsv4__has_avx512bf16(); }
-#endif
-
-#define DSV4__SET_ROW(set, usable)                                                                               \
-    {                                                                                                            \
-#set, usable, dsv4__##set##_tile_rows, dsv4__##set##_has_dot, dsv4__##set##_product, dsv4__##set##_pool, \
-            dsv4__##set##_pool_back, dsv4__##set##_finish, dsv4__##set##_finish_back, dsv4__##set##_add,         \
-            dsv4__##set##_round, dsv4__##set##_widen, dsv4__##set##_narrow                                       \
+#define DSV4__SET_ROW(set, needs)                                                                               \
+    {                                                                                                           \
+#set, needs, dsv4__##set##_tile_rows, dsv4__##set##_has_dot, dsv4__##set##_product, dsv4__##set##_pool, \
+            dsv4__##set##_pool_back, dsv4__##set##_finish, dsv4__##set##_finish_back, dsv4__##set##_add,        \
+            dsv4__##set##_round, dsv4__##set##_widen, dsv4__##set##_narrow                                      \
     }
 
+/* The fastest first. The last one needs nothing. */
 static const dsv4__kernels dsv4__sets[] = {
 #if defined(DSV4__X86_BF16)
-    DSV4__SET_ROW(avx512bf16, dsv4__has_fast_avx512bf16),
+    DSV4__SET_ROW(avx512bf16, DSV4__CPU_BF16),
 #endif
 #if defined(DSV4__X86)
-    DSV4__SET_ROW(avx512, dsv4__has_avx512),
+    DSV4__SET_ROW(avx512, DSV4__CPU_AVX512),
 #endif
 #if defined(DSV4__X86_BF16)
-    DSV4__SET_ROW(avx512bf16, dsv4__has_slow_avx512bf16),
+    DSV4__SET_ROW(avx512bf16, DSV4__CPU_SLOW_BF16),
 #endif
 #if defined(DSV4__X86)
-    DSV4__SET_ROW(avx2, dsv4__has_avx2),
+    DSV4__SET_ROW(avx2, DSV4__CPU_AVX2),
 #endif
 #if defined(DSV4__NEON)
-    DSV4__SET_ROW(neon, dsv4__always),
+    DSV4__SET_ROW(neon, 0),
 #endif
 #if defined(DSV4__SIMDE)
-    DSV4__SET_ROW(simde, dsv4__always),
+    DSV4__SET_ROW(simde, 0),
 #endif
-    DSV4__SET_ROW(scalar, dsv4__always),
+    DSV4__SET_ROW(scalar, 0),
 };
 
 enum { DSV4__SET_COUNT = (int)(sizeof dsv4__sets / sizeof dsv4__sets[0]) };
 
-static const dsv4__kernels *dsv4__set_at(int index) {
+/* The index-th of the sets that a CPU can run. */
+static const dsv4__kernels *dsv4__set_at(unsigned offers, int index) {
     for (int i = 0; i < DSV4__SET_COUNT; i++)
-        if (dsv4__sets[i].usable() && index-- == 0) return &dsv4__sets[i];
+        if (dsv4__all_of(offers, dsv4__sets[i].needs) && index-- == 0) return &dsv4__sets[i];
     return NULL;
 }
 
 DSV4_API const char *dsv4_isa_name(int index) {
-    const dsv4__kernels *set = index < 0 ? NULL : dsv4__set_at(index);
+    const dsv4__kernels *set = index < 0 ? NULL : dsv4__set_at(dsv4__offers(), index);
     return set != NULL ? set->name : NULL;
 }
 
 static dsv4_status dsv4__set_by_name(const char *name, const dsv4__kernels **set, dsv4_error *error) {
-    *set = dsv4__set_at(0);
-    for (int i = 1; name != NULL && *set != NULL && strcmp((*set)->name, name) != 0; i++) *set = dsv4__set_at(i);
+    const unsigned offers = dsv4__offers();
+    *set = dsv4__set_at(offers, 0);
+    for (int i = 1; name != NULL && *set != NULL && strcmp((*set)->name, name) != 0; i++)
+        *set = dsv4__set_at(offers, i);
     if (*set != NULL) return DSV4_OK;
     return dsv4__fail(error, DSV4_ERROR_ISA, "no kernel set \"%.40s\" on this CPU", name);
 }
 
-/* For conversions any set will do but those whose test asks the CPU anew, which takes long in a virtual machine. */
-static const dsv4__kernels *dsv4__set_for_arrays(void) {
-    int i = 0;
-    while (dsv4__sets[i].dot || !dsv4__sets[i].usable()) i++;
-    return &dsv4__sets[i];
+/* Asking an x86 takes as long, in a virtual machine, as converting some rows by the scalar set. */
+static const dsv4__kernels *dsv4__set_for_arrays(size_t count) {
+#if defined(DSV4__CPUID)
+    if (count < 16384) return &dsv4__sets[DSV4__SET_COUNT - 1];
+#endif
+    (void)count;
+    return dsv4__set_at(dsv4__offers(), 0);
 }
 
 DSV4_API void dsv4_bf16_from_f32_array(dsv4_bf16 *destination, const float *source, size_t count) {
-    dsv4__set_for_arrays()->narrow(destination, source, (int64_t)count);
+    dsv4__set_for_arrays(count)->narrow(destination, source, (int64_t)count);
 }
 
 DSV4_API void dsv4_bf16_to_f32_array(float *destination, const dsv4_bf16 *source, size_t count) {
-    dsv4__set_for_arrays()->widen(destination, source, (int64_t)count);
+    dsv4__set_for_arrays(count)->widen(destination, source, (int64_t)count);
 }
 
 /* ------------------------------------------------------------------------------------------------------------

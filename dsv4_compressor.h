@@ -392,8 +392,10 @@ DSV4_API void dsv4_workspace_destroy(dsv4_workspace *workspace); /* NULL is fine
  * 2f. Stream state: what a sequence carries from call to call
  * ============================================================================================================ */
 
-/* The projected rows that windows yet to close will need: those of the open window, with overlap also the previous
- * one's first series, and `depth` tokens more, so that up to that many can be taken back. */
+/* What windows yet to close will need of the tokens seen: three numbers a channel for each open window (one; with overlap
+ * two), however many tokens it has had, and the projected rows of the last `depth` tokens, so that up to that many can be
+ * taken back. Where rows are needed one by one, by rounded softmax weights (DSV4_ROUND_WEIGHT, _PRODUCT) and by a
+ * compressor for training, it keeps the open windows' rows as well; states of the two kinds are not each other's. */
 typedef struct dsv4_state dsv4_state;
 
 DSV4_CHECKED DSV4_API dsv4_status dsv4_state_size(const dsv4_compressor *compressor, int64_t depth, size_t *bytes,
@@ -456,7 +458,8 @@ typedef struct dsv4_segment {
  * the others those of out, without gaps; rows of no segment, or of a dropped tail, are not written. */
 typedef struct dsv4_stages {
     float *kv, *gate; /* [tokens, coff * D] after the projection's rounding */
-    float *weights;   /* [entries, coff * ratio, D]: softmax weights by window row */
+    float *weights;   /* [entries, coff * ratio, D]: softmax weights by window row. Of windows that were open before the
+                         call they need a state deep enough to have their rows; DSV4_ERROR_STATE says how deep */
     float *pooled;    /* [entries, D] */
     void *latent;     /* [entries, D] in out.dtype: the entry before RoPE, DeepSeek-V4.1's indexer key */
 } dsv4_stages;
@@ -1256,8 +1259,11 @@ typedef struct dsv4__pool_job {
     int64_t channels;
     uint32_t rounding;
     float pad_gate;
-    float *scores;  /* scratch, [rows of the window, 32] */
-    float *pooled;  /* [channels] */
+    float *scores;     /* scratch, [rows of the window, 32] */
+    const float *from; /* what is folded already: top, den and num, fold_stride apart; NULL: nothing is */
+    float *to;         /* where the fold is left for rows to come; NULL: the window closes, and `pooled` is written */
+    int64_t fold_stride;
+    float *pooled;     /* [channels] */
     float *weights; /* [rows of the window, weights_stride] or NULL */
     int64_t weights_stride;
     const float *dpooled; /* [channels], on the way back */
@@ -1329,6 +1335,8 @@ typedef struct dsv4__kernels {
  *   v_add v_sub v_mul v_div v_max                v_fma(a, b, c) = a b + c rounded once
  *   v_madd(a, b, c)                              the same where a b is exact, so that it may be rounded twice
  *   v_below(x, limit, v)                         0 in lanes where x < limit, else v
+ *   v_above(a, b, x, y)                          x in lanes where a > b, else y
+ *   v_unequal(a, b, v)                           0 in lanes where a = b, else v
  *   v_power(t)                                   2^n, t = n + DSV4__MAGIC
  *   v_round(v)                                   to bf16, nearest even, NaN quiet
  *   v_widen(p) v_narrow(p, v)                    VL bf16 from / to memory; v_narrow rounds
@@ -1355,6 +1363,8 @@ typedef struct dsv4__kernels {
 #define v_fma(a, b, c)       dsv4__fma(a, b, c)
 #define v_madd(a, b, c)      ((float)((a) * (b) + (c)))
 #define v_below(x, limit, v) ((x) < (limit) ? 0.0f : (v))
+#define v_above(a, b, x, y)  ((a) > (b) ? (x) : (y))
+#define v_unequal(a, b, v)   ((a) == (b) ? 0.0f : (v))
 #define v_power(t)           dsv4__from_bits((dsv4__bits(t) << 23) + 0x3f800000u)
 #define v_round(v)           dsv4_bf16_to_f32(dsv4_bf16_from_f32(v))
 #define v_widen(p)           dsv4_bf16_to_f32(*(p))
@@ -1384,6 +1394,8 @@ DSV4__BEGIN_TARGET("avx2,fma")
 #define v_fma(a, b, c)       _mm256_fmadd_ps(a, b, c)
 #define v_madd(a, b, c)      _mm256_fmadd_ps(a, b, c)
 #define v_below(x, limit, v) _mm256_andnot_ps(_mm256_cmp_ps(x, limit, _CMP_LT_OQ), v)
+#define v_above(a, b, x, y)  _mm256_blendv_ps(y, x, _mm256_cmp_ps(a, b, _CMP_GT_OQ))
+#define v_unequal(a, b, v)   _mm256_and_ps(_mm256_cmp_ps(a, b, _CMP_NEQ_UQ), v)
 #define v_power(t) \
     _mm256_castsi256_ps(_mm256_add_epi32(_mm256_slli_epi32(_mm256_castps_si256(t), 23), _mm256_set1_epi32(0x3f800000)))
 #define v_round(v) _mm256_castsi256_ps(_mm256_slli_epi32(DSV4__FN(upper)(v), 16))
@@ -1445,6 +1457,8 @@ DSV4__BEGIN_TARGET("avx512bf16," DSV4__AVX512)
 #define v_fma(a, b, c)       _mm512_fmadd_ps(a, b, c)
 #define v_madd(a, b, c)      _mm512_fmadd_ps(a, b, c)
 #define v_below(x, limit, v) _mm512_maskz_mov_ps((__mmask16)~_mm512_cmp_ps_mask(x, limit, _CMP_LT_OQ), v)
+#define v_above(a, b, x, y)  _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_GT_OQ), y, x)
+#define v_unequal(a, b, v)   _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(a, b, _CMP_NEQ_UQ), v)
 #define v_power(t) \
     _mm512_castsi512_ps(_mm512_add_epi32(_mm512_slli_epi32(_mm512_castps_si512(t), 23), _mm512_set1_epi32(0x3f800000)))
 #define v_round(v) _mm512_castsi512_ps(_mm512_slli_epi32(DSV4__FN(upper)(v), 16))
@@ -1483,6 +1497,8 @@ static inline __m512i DSV4__FN(upper)(__m512 v) {
 #define v_fma(a, b, c)       vfmaq_f32(c, a, b)
 #define v_madd(a, b, c)      vfmaq_f32(c, a, b)
 #define v_below(x, limit, v) vreinterpretq_f32_u32(vbicq_u32(vreinterpretq_u32_f32(v), vcltq_f32(x, limit)))
+#define v_above(a, b, x, y)  vbslq_f32(vcgtq_f32(a, b), x, y)
+#define v_unequal(a, b, v)   vreinterpretq_f32_u32(vbicq_u32(vreinterpretq_u32_f32(v), vceqq_f32(a, b)))
 #define v_power(t)           vreinterpretq_f32_u32(vaddq_u32(vshlq_n_u32(vreinterpretq_u32_f32(t), 23), vdupq_n_u32(0x3f800000u)))
 #define v_round(v)           vreinterpretq_f32_u32(vshlq_n_u32(DSV4__FN(upper)(v), 16))
 #define v_widen(p)           vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p), 16))
@@ -1520,6 +1536,8 @@ static inline uint32x4_t DSV4__FN(upper)(float32x4_t v) {
 #endif
 #define v_madd(a, b, c)      simde_mm_add_ps(simde_mm_mul_ps(a, b), c)
 #define v_below(x, limit, v) simde_mm_andnot_ps(simde_mm_cmplt_ps(x, limit), v)
+#define v_above(a, b, x, y)  simde_mm_blendv_ps(y, x, simde_mm_cmpgt_ps(a, b))
+#define v_unequal(a, b, v)   simde_mm_and_ps(simde_mm_cmpneq_ps(a, b), v)
 #define v_power(t)         \
     simde_mm_castsi128_ps( \
         simde_mm_add_epi32(simde_mm_slli_epi32(simde_mm_castps_si128(t), 23), simde_mm_set1_epi32(0x3f800000)))
@@ -1808,7 +1826,13 @@ typedef struct DSV4__FN(span) {
     int64_t c, n;
 } DSV4__FN(span);
 
-/* Softmax over a window's rows: maximum, and the sums of e and of e kv in row order. */
+/* One pass over a window's rows in order: the greatest score so far, and the sums of e^(score - top) and of that times
+ * kv. What it holds is all that an open window needs of the rows it has seen. */
+typedef struct DSV4__FN(fold) {
+    DSV4__VF top[DSV4__POOL_VECTORS], den[DSV4__POOL_VECTORS], num[DSV4__POOL_VECTORS];
+} DSV4__FN(fold);
+
+/* Softmax in two passes, where weights are needed one by one: maximum, and the sums of e and of e kv in row order. */
 typedef struct DSV4__FN(softmax) {
     DSV4__VF top[DSV4__POOL_VECTORS], den[DSV4__POOL_VECTORS], sum[DSV4__POOL_VECTORS];
 } DSV4__FN(softmax);
@@ -1837,9 +1861,85 @@ DSV4__INLINE DSV4__VF DSV4__FN(value)(const dsv4__run *run, int64_t row, int64_t
     return run->kv == NULL ? v_zero() : DSV4__FN(load_some)(run->kv + row * run->stride + c, n);
 }
 
+/* One more row. Whichever of score and top is the smaller brings e^-|score - top| to its side of the sums. Equal ones,
+ * both -INFINITY among them, never meet in a subtraction. */
+DSV4__INLINE void DSV4__FN(fold_row)(DSV4__FN(fold) *f, const DSV4__VF *score, const DSV4__VF *value,
+                                     const int vectors) {
+    const DSV4__VF one = v_set(1.0f);
+    DSV4__UNROLL
+    for (int v = 0; v < vectors; v++) {
+        const DSV4__VF s = score[v], top = f->top[v], den = f->den[v], num = f->num[v];
+        const DSV4__VF high = v_above(s, top, s, top), low = v_above(s, top, top, s);
+        const DSV4__VF e = DSV4__FN(exp)(v_unequal(s, top, v_sub(low, v_unequal(s, top, high))));
+        f->den[v] = v_fma(v_above(s, top, den, one), e, v_above(s, top, one, den));
+        f->num[v] = v_fma(v_above(s, top, num, value[v]), e, v_above(s, top, value[v], num));
+        f->top[v] = high;
+    }
+}
+
+/* Where the fold starts: at what the job goes on from, or at nothing. */
+DSV4__INLINE void DSV4__FN(fold_begin)(const dsv4__pool_job *job, DSV4__FN(span) at, const int vectors,
+                                       DSV4__FN(fold) *f) {
+    DSV4__UNROLL
+    for (int v = 0; v < vectors; v++) {
+        const float *from = job->from == NULL ? NULL : job->from + at.c + v * DSV4__VL;
+        f->top[v] = from == NULL ? v_zero() : DSV4__FN(load_some)(from, at.n);
+        f->den[v] = from == NULL ? v_zero() : DSV4__FN(load_some)(from + job->fold_stride, at.n);
+        f->num[v] = from == NULL ? v_zero() : DSV4__FN(load_some)(from + 2 * job->fold_stride, at.n);
+    }
+}
+
+DSV4__INLINE void DSV4__FN(fold_store)(const dsv4__pool_job *job, DSV4__FN(span) at, const int vectors,
+                                       const DSV4__FN(fold) *f) {
+    DSV4__UNROLL
+    for (int v = 0; v < vectors; v++) {
+        float *to = job->to + at.c + v * DSV4__VL;
+        DSV4__FN(store_some)(to, f->top[v], at.n);
+        DSV4__FN(store_some)(to + job->fold_stride, f->den[v], at.n);
+        DSV4__FN(store_some)(to + 2 * job->fold_stride, f->num[v], at.n);
+    }
+}
+
+/* Folds the job's rows, and closes the window or leaves it open. A pad of -INFINITY is left out; a channel of nothing
+ * but -INFINITY has no mean. */
+DSV4__INLINE void DSV4__FN(fold_span)(const dsv4__pool_job *job, DSV4__FN(span) at, const int vectors) {
+    DSV4__FN(fold) f;
+    int begun = job->from != NULL;
+    DSV4__FN(fold_begin)(job, at, vectors, &f);
+    for (int i = 0; i < job->window->run_count; i++) {
+        const dsv4__run run = job->window->runs[i];
+        if (run.kv == NULL && job->pad_gate < -FLT_MAX) continue;
+        for (int64_t row = 0; row < run.count; row++) {
+            DSV4__VF score[DSV4__POOL_VECTORS], value[DSV4__POOL_VECTORS];
+            DSV4__FN(score_row)(job, &run, row, at, vectors, score);
+            DSV4__UNROLL
+            for (int v = 0; v < vectors; v++) value[v] = DSV4__FN(value)(&run, row, at.c + v * DSV4__VL, at.n);
+            if (begun) {
+                DSV4__FN(fold_row)(&f, score, value, vectors);
+                continue;
+            }
+            begun = 1;
+            DSV4__UNROLL
+            for (int v = 0; v < vectors; v++) {
+                f.top[v] = score[v];
+                f.den[v] = v_set(1.0f);
+                f.num[v] = value[v];
+            }
+        }
+    }
+    if (job->to != NULL) {
+        DSV4__FN(fold_store)(job, at, vectors, &f);
+        return;
+    }
+    DSV4__UNROLL
+    for (int v = 0; v < vectors; v++)
+        DSV4__FN(store_some)(job->pooled + at.c + v * DSV4__VL,
+                             v_above(f.top[v], v_set(-INFINITY), v_div(f.num[v], f.den[v]), v_set(NAN)), at.n);
+}
+
 /* Writes the scores to job->scores [rows, vectors * VL]; their maximum to s->top. */
 DSV4__INLINE void DSV4__FN(scores)(const dsv4__pool_job *job, DSV4__FN(span) at, const int vectors,
-                                   DSV4__FN(softmax) * s) {
+                                   DSV4__FN(softmax) *s) {
     float *scores = job->scores;
     DSV4__UNROLL
     for (int v = 0; v < vectors; v++) s->top[v] = v_set(-INFINITY);
@@ -1857,9 +1957,9 @@ DSV4__INLINE void DSV4__FN(scores)(const dsv4__pool_job *job, DSV4__FN(span) at,
     }
 }
 
-/* Sums the scores' exponentials; `keep` puts these where the scores were. */
+/* Sums the scores' exponentials, and puts these where the scores were. */
 DSV4__INLINE void DSV4__FN(exponentials)(const dsv4__pool_job *job, DSV4__FN(span) at, const int vectors,
-                                         const int keep, DSV4__FN(softmax) * s) {
+                                         DSV4__FN(softmax) *s) {
     float *scores = job->scores;
     DSV4__UNROLL
     for (int v = 0; v < vectors; v++) s->den[v] = s->sum[v] = v_zero();
@@ -1869,7 +1969,7 @@ DSV4__INLINE void DSV4__FN(exponentials)(const dsv4__pool_job *job, DSV4__FN(spa
             DSV4__UNROLL
             for (int v = 0; v < vectors; v++, scores += DSV4__VL) {
                 const DSV4__VF e = DSV4__FN(exp)(v_sub(v_load(scores), s->top[v]));
-                if (keep) v_store(scores, e);
+                v_store(scores, e);
                 s->den[v] = v_add(s->den[v], e);
                 s->sum[v] = v_fma(e, DSV4__FN(value)(&run, row, at.c + v * DSV4__VL, at.n), s->sum[v]);
             }
@@ -1880,7 +1980,7 @@ DSV4__INLINE void DSV4__FN(exponentials)(const dsv4__pool_job *job, DSV4__FN(spa
 /* Where softmax weights are wanted one by one, rounded presets and the stage: sum becomes that of the rounded ones. On
  * arrays of its own, so that the other steps' stay in registers. */
 DSV4__INLINE void DSV4__FN(one_by_one)(const dsv4__pool_job *job, DSV4__FN(span) at, const int vectors,
-                                       DSV4__FN(softmax) * s) {
+                                       DSV4__FN(softmax) *s) {
     const float *e = job->scores;
     float *weights = job->weights;
     DSV4__FN(softmax) own = *s;
@@ -1904,19 +2004,18 @@ DSV4__INLINE void DSV4__FN(one_by_one)(const dsv4__pool_job *job, DSV4__FN(span)
     *s = own;
 }
 
+/* Rounded weights need both passes; so does the stage, beside the fold. */
 DSV4__INLINE void DSV4__FN(pool_span)(const dsv4__pool_job *job, DSV4__FN(span) at, const int vectors) {
     const int weighted = (job->rounding & (DSV4_ROUND_WEIGHT | DSV4_ROUND_PRODUCT)) != 0;
-    const int weights = weighted || job->weights != NULL;
+    if (!weighted) DSV4__FN(fold_span)(job, at, vectors);
+    if (!weighted && job->weights == NULL) return;
     DSV4__FN(softmax) s;
-    DSV4__VF pooled[DSV4__POOL_VECTORS];
     DSV4__FN(scores)(job, at, vectors, &s);
-    DSV4__FN(exponentials)(job, at, vectors, weights, &s);
+    DSV4__FN(exponentials)(job, at, vectors, &s);
+    DSV4__FN(one_by_one)(job, at, vectors, &s);
     DSV4__UNROLL
-    for (int v = 0; v < vectors; v++) pooled[v] = v_div(s.sum[v], s.den[v]);
-    if (weights) DSV4__FN(one_by_one)(job, at, vectors, &s);
-    DSV4__UNROLL
-    for (int v = 0; v < vectors; v++)
-        DSV4__FN(store_some)(job->pooled + at.c + v * DSV4__VL, weighted ? s.sum[v] : pooled[v], at.n);
+    for (int v = 0; v < vectors && weighted; v++)
+        DSV4__FN(store_some)(job->pooled + at.c + v * DSV4__VL, s.sum[v], at.n);
 }
 
 /* The same weights on the way back: dkv_j = p_j dpooled and dgate_j = p_j dpooled (kv_j - mean), mean = sum p kv. */
@@ -1924,7 +2023,7 @@ DSV4__INLINE void DSV4__FN(pool_back_span)(const dsv4__pool_job *job, DSV4__FN(s
     const float *e = job->scores;
     DSV4__FN(softmax) s;
     DSV4__FN(scores)(job, at, vectors, &s);
-    DSV4__FN(exponentials)(job, at, vectors, 1, &s);
+    DSV4__FN(exponentials)(job, at, vectors, &s);
     DSV4__UNROLL
     for (int v = 0; v < vectors; v++) s.sum[v] = v_div(s.sum[v], s.den[v]);
     for (int i = 0; i < job->window->run_count; i++) {
@@ -2129,6 +2228,8 @@ enum { DSV4__FN(has_dot) = 0, DSV4__FN(tile_rows) = DSV4__TILE_ROWS };
 #undef v_fma
 #undef v_madd
 #undef v_below
+#undef v_above
+#undef v_unequal
 #undef v_power
 #undef v_round
 #undef v_widen
@@ -2272,6 +2373,9 @@ static const dsv4__kernels dsv4__sets[] = {
 
 enum { DSV4__SET_COUNT = (int)(sizeof dsv4__sets / sizeof dsv4__sets[0]) };
 
+/* The definition, for what is not worth a choice. */
+static const dsv4__kernels *dsv4__plain_set(void) { return &dsv4__sets[DSV4__SET_COUNT - 1]; }
+
 /* The index-th of the sets that a CPU can run. */
 static const dsv4__kernels *dsv4__set_at(unsigned offers, int index) {
     for (int i = 0; i < DSV4__SET_COUNT; i++)
@@ -2296,7 +2400,7 @@ static dsv4_status dsv4__set_by_name(const char *name, const dsv4__kernels **set
 /* Asking an x86 takes as long, in a virtual machine, as converting some rows by the scalar set. */
 static const dsv4__kernels *dsv4__set_for_arrays(size_t count) {
 #if defined(DSV4__CPUID)
-    if (count < 16384) return &dsv4__sets[DSV4__SET_COUNT - 1];
+    if (count < 16384) return dsv4__plain_set();
 #endif
     (void)count;
     return dsv4__set_at(dsv4__offers(), 0);
@@ -2555,6 +2659,7 @@ struct dsv4_compressor {
     int64_t terms;   /* hidden_dim, made even */
     int w_bf16[2];   /* type of each matrix */
     int training;    /* DSV4__BACK, DSV4__BF16_SUMS */
+    int keeps_rows;  /* states keep an open window's rows: needed one by one, or less than what is folded of them */
     float *ape;      /* [ratio, columns] or NULL */
     float *norm;     /* [head_dim] */
     float *inv_freq; /* [rope_dim / 2] */
@@ -2645,6 +2750,14 @@ static dsv4_status dsv4__check_param(dsv4_const_matrix array, const dsv4_param_i
     return dsv4__fail(error, DSV4_ERROR_ARGUMENT, "%s is given, but the configuration has none", info->name);
 }
 
+/* Rounded weights and gradients need an open window's rows; of few of them (disjoint windows of two) kv and gate are
+ * fewer numbers than the three that are folded of each open window. */
+static int dsv4__keeps_rows(const dsv4_compressor *c) {
+    const int64_t waiting = c->series == 2 ? 3 * c->config.ratio - 2 : c->config.ratio - 1;
+    return c->training != 0 || (c->config.rounding & (DSV4_ROUND_WEIGHT | DSV4_ROUND_PRODUCT)) != 0 ||
+           2 * waiting <= 3 * c->series;
+}
+
 /* Checks everything that size and create are given and fills in all but the arrays. */
 static dsv4_status dsv4__compressor_plan(const dsv4_config *config, const dsv4_params *params,
                                          const dsv4_options *options, dsv4_compressor *c, dsv4_error *error) {
@@ -2656,7 +2769,6 @@ static dsv4_status dsv4__compressor_plan(const dsv4_config *config, const dsv4_p
     for (int i = 0; i < DSV4_PARAM_COUNT; i++) DSV4__TRY(dsv4__check_param(arrays[i], &info[i], error));
     DSV4__TRY(dsv4__set_by_name(options != NULL ? options->isa : NULL, &c->kernels, error));
     c->config = dsv4__resolve(config);
-    c->fingerprint = dsv4__config_fingerprint(&c->config);
     c->series = c->config.overlap ? 2 : 1;
     c->matrices = c->config.no_gate ? 1 : 2;
     c->columns = c->series * c->config.head_dim;
@@ -2667,6 +2779,8 @@ static dsv4_status dsv4__compressor_plan(const dsv4_config *config, const dsv4_p
     c->w_bf16[1] = rounded || params->wgate.dtype == DSV4_BF16;
     if (options != NULL && options->training)
         c->training = DSV4__BACK | (options->bf16_gradients ? DSV4__BF16_SUMS : 0);
+    c->keeps_rows = dsv4__keeps_rows(c);
+    c->fingerprint = dsv4__hash_number(dsv4__config_fingerprint(&c->config), (uint64_t)c->keeps_rows);
     return DSV4_OK;
 }
 
@@ -2869,9 +2983,13 @@ DSV4_API const char *dsv4_compressor_isa(const dsv4_compressor *compressor) {
 /* ------------------------------------------------------------------------------------------------------------
  * 3j. Streams
  *
- * Projected rows wait in one ring per series, at their token's index modulo the ring's capacity. The series pooled with
- * its own window needs the open window's rows, at most ratio - 1; the series pooled with the next window (overlap's
- * first) a whole window more. Each ring is `depth` rows longer, so that a roll-back only has to move `tokens` back.
+ * A state stands at `floor`, the furthest that a roll-back can go, with what has been folded of the windows open there:
+ * the one that token `floor` falls in and, with overlap, the next. The rows of the tokens since, at most `depth`, wait in
+ * one ring per series, at their token's index modulo the ring's capacity, so that a roll-back only has to move `tokens`
+ * back. They hold scores, ape included, where compressors have gates: what folds them need not know the compressor.
+ *
+ * A state that keeps rows has no folds, but rings that reach back to the first row of the first open window: gates as
+ * projected, for the backward pass.
  * ------------------------------------------------------------------------------------------------------------ */
 
 struct dsv4_state {
@@ -2884,6 +3002,9 @@ struct dsv4_state {
     int64_t tokens; /* seen since */
     int64_t floor;  /* the least number of tokens that a roll-back can leave */
     int listed;     /* met among the segments of the call that is being checked */
+    int64_t windows; /* open windows that are folded; 0: rows are kept */
+    float pad_gate;
+    float *folds; /* [windows, 3, head_dim]: top, den, num, of the tokens before floor */
     int64_t capacity[2];
     float *rings[2];
 };
@@ -2891,7 +3012,13 @@ struct dsv4_state {
 /* The series that is pooled one window later than the last one. */
 static int64_t dsv4__lag(const dsv4_state *state, int64_t series) { return series + 1 < state->series ? 1 : 0; }
 
-static void dsv4__state_plan(const dsv4_compressor *c, int64_t depth, dsv4_state *state) {
+/* The pad of window 0 as pooling takes it. */
+static float dsv4__pad_gate(const dsv4_config *config) {
+    const float pad = config->pad_gate;
+    return config->rounding & DSV4_ROUND_SCORE ? dsv4_bf16_to_f32(dsv4_bf16_from_f32(pad)) : pad;
+}
+
+static void dsv4__state_plan(const dsv4_compressor *c, int64_t depth, int keeps_rows, dsv4_state *state) {
     memset(state, 0, sizeof *state);
     state->fingerprint = c->fingerprint;
     state->ratio = c->config.ratio;
@@ -2899,40 +3026,51 @@ static void dsv4__state_plan(const dsv4_compressor *c, int64_t depth, dsv4_state
     state->series = c->series;
     state->row = c->matrices * c->config.head_dim;
     state->depth = depth;
+    state->pad_gate = dsv4__pad_gate(&c->config);
+    if (c->series == 1 && state->ratio == 1) return; /* every window closes with its token: nothing waits */
+    state->windows = keeps_rows ? 0 : c->series;
     for (int64_t s = 0; s < c->series; s++)
-        state->capacity[s] = depth + state->ratio - 1 + dsv4__lag(state, s) * state->ratio;
+        state->capacity[s] = depth + (keeps_rows ? state->ratio - 1 + dsv4__lag(state, s) * state->ratio : 0);
 }
 
-static dsv4__size dsv4__state_parts(const dsv4_state *state, uint64_t begin[2]) {
-    dsv4__size size = {0, 0};
-    (void)dsv4__reserve(&size, 1, 1, sizeof *state);
+typedef struct dsv4__state_layout {
+    uint64_t folds, rings[2];
+    dsv4__size size;
+} dsv4__state_layout;
+
+static dsv4__state_layout dsv4__state_places(const dsv4_state *state) {
+    dsv4__state_layout layout;
+    memset(&layout, 0, sizeof layout);
+    (void)dsv4__reserve(&layout.size, 1, 1, sizeof *state);
+    layout.folds = dsv4__reserve(&layout.size, 3 * state->windows, state->head_dim, sizeof(float));
     for (int64_t s = 0; s < state->series; s++)
-        begin[s] = dsv4__reserve(&size, state->capacity[s], state->row, sizeof(float));
-    return size;
+        layout.rings[s] = dsv4__reserve(&layout.size, state->capacity[s], state->row, sizeof(float));
+    return layout;
 }
 
 DSV4_API dsv4_status dsv4_state_size(const dsv4_compressor *compressor, int64_t depth, size_t *bytes,
                                      dsv4_error *error) {
     dsv4_state plan;
-    uint64_t begin[2];
     DSV4__TRY(dsv4__need(compressor, "compressor", error));
     DSV4__TRY(dsv4__need(bytes, "bytes", error));
     if (depth < 0 || depth > INT64_MAX / 4)
         return dsv4__fail(error, DSV4_ERROR_ARGUMENT, "depth is %lld, not in 0 ... 2^61", (long long)depth);
-    dsv4__state_plan(compressor, depth, &plan);
-    const dsv4__size size = dsv4__state_parts(&plan, begin);
-    DSV4__TRY(dsv4__size_check(&size, "state", error));
-    *bytes = (size_t)size.bytes;
+    dsv4__state_plan(compressor, depth, compressor->keeps_rows, &plan);
+    const dsv4__state_layout layout = dsv4__state_places(&plan);
+    DSV4__TRY(dsv4__size_check(&layout.size, "state", error));
+    *bytes = (size_t)layout.size.bytes;
     return DSV4_OK;
 }
 
-/* Lays a state out in memory of dsv4_state_size bytes. */
-static dsv4_state *dsv4__state_place(const dsv4_compressor *c, int64_t depth, void *block) {
+/* Lays a state out in memory of the size that its places take. */
+static dsv4_state *dsv4__state_place(const dsv4_compressor *c, int64_t depth, int keeps_rows, void *block) {
     dsv4_state *state = (dsv4_state *)block;
-    uint64_t begin[2];
-    dsv4__state_plan(c, depth, state);
-    state->bytes = (size_t)dsv4__state_parts(state, begin).bytes;
-    for (int64_t s = 0; s < state->series; s++) state->rings[s] = (float *)(void *)((unsigned char *)block + begin[s]);
+    unsigned char *base = (unsigned char *)block;
+    dsv4__state_plan(c, depth, keeps_rows, state);
+    const dsv4__state_layout layout = dsv4__state_places(state);
+    state->bytes = (size_t)layout.size.bytes;
+    state->folds = (float *)(void *)(base + layout.folds);
+    for (int64_t s = 0; s < state->series; s++) state->rings[s] = (float *)(void *)(base + layout.rings[s]);
     return state;
 }
 
@@ -2943,7 +3081,7 @@ DSV4_API dsv4_status dsv4_state_create(const dsv4_compressor *compressor, int64_
     DSV4__TRY(dsv4_state_size(compressor, depth, &bytes, error));
     DSV4__TRY(dsv4__need(state, "state", error));
     DSV4__TRY(dsv4__allocate(allocator, bytes, "state", &block, error));
-    *state = dsv4__state_place(compressor, depth, block);
+    *state = dsv4__state_place(compressor, depth, compressor->keeps_rows, block);
     (*state)->allocator = *allocator;
     return DSV4_OK;
 }
@@ -2968,15 +3106,82 @@ static float *dsv4__state_row(const dsv4_state *state, int64_t series, int64_t t
     return state->rings[series] + t % state->capacity[series] * state->row;
 }
 
-/* The first token whose row of a series is still needed once roll-backs go no further than `floor`. */
+/* The first token whose row of a series is kept where roll-backs go no further than `floor`. */
 static int64_t dsv4__state_first(const dsv4_state *state, int64_t series, int64_t floor) {
+    if (state->ratio == 1 && state->series == 1) return INT64_MAX;
+    if (state->windows > 0) return floor;
     return dsv4__max((floor / state->ratio - dsv4__lag(state, series)) * state->ratio, 0);
+}
+
+/* What is folded of a window: 0 is the one that token t falls in, 1 the next; t tokens have been. NULL: nothing is. */
+static float *dsv4__fold_at(const dsv4_state *state, int64_t window, int64_t t) {
+    const int begun = t % state->ratio != 0 || (window == 0 && state->series == 2 && t > 0);
+    return window < state->windows && begun ? state->folds + window * 3 * state->head_dim : NULL;
+}
+
+/* One token as it is folded: of each series kv and gate, and ape where the gate is without it. */
+typedef struct dsv4__token_rows {
+    const float *kv[2], *gate[2], *ape[2];
+    int64_t channel, channels; /* which channels these are */
+    uint32_t rounding;         /* of scores */
+    int fresh;                 /* its own window has not been folded from its start, and closes before it is asked for */
+} dsv4__token_rows;
+
+/* Folds token t, the first that is not, into the windows that pool it: each series its own. */
+static void dsv4__fold_token(const dsv4_state *state, const dsv4__kernels *kernels, int64_t t,
+                             const dsv4__token_rows *rows) {
+    const int64_t dim = state->head_dim;
+    dsv4__window window;
+    dsv4__pool_job job;
+    memset(&job, 0, sizeof job);
+    job.window = &window;
+    job.channels = rows->channels;
+    job.rounding = rows->rounding;
+    job.pad_gate = state->pad_gate;
+    job.fold_stride = dim;
+    for (int64_t s = 0; s < state->series; s++) {
+        const int64_t ahead = dsv4__lag(state, s);
+        const float *from = dsv4__fold_at(state, ahead, t);
+        if (ahead == 0 && rows->fresh) continue;
+        memset(window.runs, 0, 2 * sizeof window.runs[0]);
+        window.run_count = 0;
+        if (ahead == 0 && state->series == 2 && t == 0) window.runs[window.run_count++].count = state->ratio;
+        dsv4__run *run = &window.runs[window.run_count++];
+        run->kv = rows->kv[s];
+        run->gate = rows->gate[s];
+        run->ape = rows->ape[s];
+        run->count = 1;
+        job.from = from == NULL ? NULL : from + rows->channel;
+        job.to = state->folds + ahead * 3 * dim + rows->channel;
+        kernels->pool(&job);
+    }
+    for (int i = 0; i < 3 && state->series == 2 && (t + 1) % state->ratio == 0; i++) /* the next window is now the open one */
+        memcpy(state->folds + i * dim + rows->channel, state->folds + (3 + i) * dim + rows->channel,
+               (size_t)rows->channels * sizeof(float));
 }
 
 static void dsv4__state_advance(dsv4_state *state, int64_t position, int64_t count) {
     if (state->tokens == 0) state->origin = position;
     state->tokens += count;
     state->floor = dsv4__max(state->floor, state->tokens - state->depth);
+}
+
+/* Takes over what `source` has folded, and folds its rows up to `floor`. */
+static void dsv4__copy_folds(dsv4_state *state, const dsv4_state *source, int64_t floor) {
+    const int64_t dim = state->head_dim;
+    for (int64_t w = 0; w < state->windows; w++)
+        if (dsv4__fold_at(source, w, source->floor) != NULL)
+            memcpy(state->folds + w * 3 * dim, source->folds + w * 3 * dim, (size_t)(3 * dim) * sizeof(float));
+    for (int64_t t = source->floor; t < floor && state->windows > 0; t++) {
+        dsv4__token_rows rows;
+        memset(&rows, 0, sizeof rows);
+        rows.channels = dim;
+        for (int64_t s = 0; s < state->series; s++) {
+            rows.kv[s] = dsv4__state_row(source, s, t);
+            rows.gate[s] = rows.kv[s] + dim;
+        }
+        dsv4__fold_token(state, dsv4__plain_set(), t, &rows);
+    }
 }
 
 DSV4_API dsv4_status dsv4_state_copy(dsv4_state *destination, const dsv4_state *source, dsv4_error *error) {
@@ -2987,6 +3192,7 @@ DSV4_API dsv4_status dsv4_state_copy(dsv4_state *destination, const dsv4_state *
                           (unsigned long long)destination->fingerprint, (unsigned long long)source->fingerprint);
     if (destination == source) return DSV4_OK;
     const int64_t floor = dsv4__max(source->floor, source->tokens - destination->depth);
+    dsv4__copy_folds(destination, source, floor);
     for (int64_t s = 0; s < source->series; s++)
         for (int64_t t = dsv4__state_first(source, s, floor); t < source->tokens; t++)
             memcpy(dsv4__state_row(destination, s, t), dsv4__state_row(source, s, t),
@@ -3007,10 +3213,10 @@ DSV4_API dsv4_status dsv4_state_roll_back(dsv4_state *state, int64_t tokens, dsv
     return DSV4_OK;
 }
 
-/* Saved form: 8 numbers of 8 bytes, the live rows, a checksum; all little-endian.
- *     magic and version, fingerprint, row, origin, tokens, floor, number of rows, 0 */
+/* Saved form: 8 numbers of 8 bytes, the folds, the live rows series by series, a checksum; all little-endian.
+ *     magic and version, fingerprint, row, origin, tokens, floor, number of rows, number of folds */
 enum { DSV4__SAVE_HEADER = 64, DSV4__SAVE_CHECK = 8 };
-static const uint64_t dsv4__save_magic = 0x0131764353345644u; /* "DV4SCv1", then version 1 */
+static const uint64_t dsv4__save_magic = 0x0231764353345644u; /* "DV4SCv1", then version 2 */
 
 static void dsv4__write64(unsigned char *bytes, uint64_t number) {
     for (int i = 0; i < 8; i++) bytes[i] = (unsigned char)(number >> (8 * i));
@@ -3022,17 +3228,41 @@ static uint64_t dsv4__read64(const unsigned char *bytes) {
     return number;
 }
 
-/* Rows of all series that a state at (tokens, floor) needs. */
+static unsigned char *dsv4__write_floats(unsigned char *to, const float *from, int64_t count) {
+    for (int64_t i = 0; i < count; i++, to += 4) {
+        const uint32_t bits = dsv4__bits(from[i]);
+        for (int b = 0; b < 4; b++) to[b] = (unsigned char)(bits >> (8 * b));
+    }
+    return to;
+}
+
+static void dsv4__read_floats(float *to, const unsigned char *from, int64_t count) {
+    for (int64_t i = 0; i < count; i++, from += 4)
+        to[i] = dsv4__from_bits((uint32_t)from[0] | (uint32_t)from[1] << 8 | (uint32_t)from[2] << 16 |
+                                (uint32_t)from[3] << 24);
+}
+
+/* Rows of all series, and windows folded, that a state at (tokens, floor) has. */
 static int64_t dsv4__live_rows(const dsv4_state *state, int64_t tokens, int64_t floor) {
     int64_t rows = 0;
-    for (int64_t s = 0; s < state->series; s++) rows += tokens - dsv4__state_first(state, s, floor);
+    for (int64_t s = 0; s < state->series; s++) rows += dsv4__max(tokens - dsv4__state_first(state, s, floor), 0);
     return rows;
+}
+
+static int64_t dsv4__live_folds(const dsv4_state *state, int64_t floor) {
+    return (dsv4__fold_at(state, 0, floor) != NULL) + (dsv4__fold_at(state, 1, floor) != NULL);
+}
+
+/* Bytes of so many folds. */
+static size_t dsv4__fold_bytes(const dsv4_state *state, int64_t folds) {
+    return (size_t)(folds * 3 * state->head_dim) * sizeof(float);
 }
 
 DSV4_API size_t dsv4_state_save_size(const dsv4_state *state) {
     if (state == NULL) return 0;
     const int64_t rows = dsv4__live_rows(state, state->tokens, state->floor);
-    return DSV4__SAVE_HEADER + (size_t)(rows * state->row) * sizeof(float) + DSV4__SAVE_CHECK;
+    return DSV4__SAVE_HEADER + dsv4__fold_bytes(state, dsv4__live_folds(state, state->floor)) +
+           (size_t)(rows * state->row) * sizeof(float) + DSV4__SAVE_CHECK;
 }
 
 DSV4_API dsv4_status dsv4_state_save(const dsv4_state *state, void *bytes, size_t size, size_t *written,
@@ -3050,18 +3280,28 @@ DSV4_API dsv4_status dsv4_state_save(const dsv4_state *state, void *bytes, size_
                                 (uint64_t)state->tokens,
                                 (uint64_t)state->floor,
                                 (uint64_t)dsv4__live_rows(state, state->tokens, state->floor),
-                                0};
+                                (uint64_t)dsv4__live_folds(state, state->floor)};
     unsigned char *to = (unsigned char *)bytes;
     for (int i = 0; i < 8; i++, to += 8) dsv4__write64(to, header[i]);
+    for (int64_t w = 0; w < 2; w++) {
+        const float *fold = dsv4__fold_at(state, w, state->floor);
+        if (fold != NULL) to = dsv4__write_floats(to, fold, 3 * state->head_dim);
+    }
     for (int64_t s = 0; s < state->series; s++)
         for (int64_t t = dsv4__state_first(state, s, state->floor); t < state->tokens; t++)
-            for (int64_t i = 0; i < state->row; i++, to += 4) {
-                const uint32_t bits = dsv4__bits(dsv4__state_row(state, s, t)[i]);
-                for (int b = 0; b < 4; b++) to[b] = (unsigned char)(bits >> (8 * b));
-            }
+            to = dsv4__write_floats(to, dsv4__state_row(state, s, t), state->row);
     dsv4__write64(to, dsv4__hash(dsv4__hash_start, bytes, needed - DSV4__SAVE_CHECK));
     if (written != NULL) *written = needed;
     return DSV4_OK;
+}
+
+/* Whether a state at (tokens, floor) has the rows and folds that the header names, and `room` bytes of them. */
+static int dsv4__saved_lengths_fit(const dsv4_state *state, int64_t tokens, int64_t floor, const unsigned char *header,
+                                   uint64_t room) {
+    const uint64_t rows = (uint64_t)dsv4__live_rows(state, tokens, floor), row = (uint64_t)state->row * sizeof(float);
+    const uint64_t folds = (uint64_t)dsv4__live_folds(state, floor);
+    return dsv4__read64(header + 48) == rows && dsv4__read64(header + 56) == folds && rows <= room / row &&
+           rows * row + dsv4__fold_bytes(state, (int64_t)folds) == room;
 }
 
 /* Whether the bytes are what save wrote for a state like this one. */
@@ -3070,7 +3310,7 @@ static dsv4_status dsv4__check_saved(const dsv4_state *state, const unsigned cha
     if (size < DSV4__SAVE_HEADER + DSV4__SAVE_CHECK)
         return dsv4__fail(error, DSV4_ERROR_DATA, "%llu bytes are too few for a saved state", (unsigned long long)size);
     if (dsv4__read64(bytes) != dsv4__save_magic)
-        return dsv4__fail(error, DSV4_ERROR_DATA, "no saved state of version 1: it begins with %016llx",
+        return dsv4__fail(error, DSV4_ERROR_DATA, "no saved state of version 2: it begins with %016llx",
                           (unsigned long long)dsv4__read64(bytes));
     if (dsv4__read64(bytes + size - DSV4__SAVE_CHECK) != dsv4__hash(dsv4__hash_start, bytes, size - DSV4__SAVE_CHECK))
         return dsv4__fail(error, DSV4_ERROR_DATA, "the checksum over %llu bytes does not fit",
@@ -3079,15 +3319,33 @@ static dsv4_status dsv4__check_saved(const dsv4_state *state, const unsigned cha
         return dsv4__fail(error, DSV4_ERROR_DATA, "saved under configuration %016llx, not %016llx",
                           (unsigned long long)dsv4__read64(bytes + 8), (unsigned long long)state->fingerprint);
     const uint64_t limit = (uint64_t)1 << 62, origin = dsv4__read64(bytes + 24), tokens = dsv4__read64(bytes + 32);
-    const uint64_t floor = dsv4__read64(bytes + 40), row = (uint64_t)state->row * sizeof(float);
+    const uint64_t floor = dsv4__read64(bytes + 40);
     const uint64_t room = size - DSV4__SAVE_HEADER - DSV4__SAVE_CHECK;
-    if (origin >= limit || tokens >= limit - origin || floor > tokens || (tokens - floor) / 2 > room ||
-        dsv4__read64(bytes + 16) != (uint64_t)state->row || dsv4__read64(bytes + 56) != 0 ||
-        dsv4__read64(bytes + 48) != (uint64_t)dsv4__live_rows(state, (int64_t)tokens, (int64_t)floor) ||
-        room % row != 0 || room / row != dsv4__read64(bytes + 48))
+    if (origin >= limit || tokens >= limit - origin || floor > tokens || dsv4__read64(bytes + 16) != (uint64_t)state->row ||
+        !dsv4__saved_lengths_fit(state, (int64_t)tokens, (int64_t)floor, bytes, room))
         return dsv4__fail(error, DSV4_ERROR_DATA, "the numbers of the saved state do not fit its %llu bytes",
                           (unsigned long long)size);
     return DSV4_OK;
+}
+
+/* Folds saved tokens that the state does not reach back to, a panel of channels at a time: `bytes` holds `saved` rows of
+ * each series, from token `from` on. */
+static void dsv4__restore_folded(const dsv4_state *state, const unsigned char *bytes, int64_t saved, int64_t from) {
+    float kv[2][DSV4__PANEL], gate[2][DSV4__PANEL];
+    dsv4__token_rows rows;
+    memset(&rows, 0, sizeof rows);
+    for (int64_t t = from; t < state->floor && state->windows > 0; t++)
+        for (rows.channel = 0; rows.channel < state->head_dim; rows.channel += DSV4__PANEL) {
+            rows.channels = dsv4__min(state->head_dim - rows.channel, DSV4__PANEL);
+            for (int64_t s = 0; s < state->series; s++) {
+                const unsigned char *row = bytes + ((s * saved + t - from) * state->row + rows.channel) * 4;
+                dsv4__read_floats(kv[s], row, rows.channels);
+                dsv4__read_floats(gate[s], row + state->head_dim * 4, rows.channels);
+                rows.kv[s] = kv[s];
+                rows.gate[s] = gate[s];
+            }
+            dsv4__fold_token(state, dsv4__plain_set(), t, &rows);
+        }
 }
 
 DSV4_API dsv4_status dsv4_state_restore(dsv4_state *state, const void *bytes, size_t size, dsv4_error *error) {
@@ -3100,14 +3358,17 @@ DSV4_API dsv4_status dsv4_state_restore(dsv4_state *state, const void *bytes, si
     state->tokens = (int64_t)dsv4__read64(from + 32);
     state->floor = dsv4__max(saved_floor, state->tokens - state->depth);
     from += DSV4__SAVE_HEADER;
+    for (int64_t w = 0; w < 2; w++) {
+        float *fold = dsv4__fold_at(state, w, saved_floor);
+        if (fold == NULL) continue;
+        dsv4__read_floats(fold, from, 3 * state->head_dim);
+        from += dsv4__fold_bytes(state, 1);
+    }
+    dsv4__restore_folded(state, from, state->tokens - saved_floor, saved_floor);
     for (int64_t s = 0; s < state->series; s++)
-        for (int64_t t = dsv4__state_first(state, s, saved_floor); t < state->tokens; t++, from += state->row * 4) {
-            if (t < dsv4__state_first(state, s, state->floor)) continue;
-            float *row = dsv4__state_row(state, s, t);
-            for (int64_t i = 0; i < state->row; i++)
-                row[i] = dsv4__from_bits((uint32_t)from[4 * i] | (uint32_t)from[4 * i + 1] << 8 |
-                                         (uint32_t)from[4 * i + 2] << 16 | (uint32_t)from[4 * i + 3] << 24);
-        }
+        for (int64_t t = dsv4__state_first(state, s, saved_floor); t < state->tokens; t++, from += state->row * 4)
+            if (t >= dsv4__state_first(state, s, state->floor))
+                dsv4__read_floats(dsv4__state_row(state, s, t), from, state->row);
     return DSV4_OK;
 }
 
@@ -3132,8 +3393,10 @@ enum {
 /* The part of a segment that lies in the current block. */
 typedef struct dsv4__piece {
     const dsv4_segment *segment;
-    dsv4_state *state;       /* where rows wait: the segment's own, or the workspace's for one that spans blocks */
-    int keeps;               /* rows have to be put there */
+    dsv4_state *state;       /* the segment's own, or NULL */
+    int continues;           /* in the next block */
+    int64_t first;           /* index in the sequence of the segment's first token */
+    int64_t folded;          /* tokens that the state has folded */
     int64_t token;           /* first row in x */
     int64_t t;               /* its index in the sequence */
     int64_t row, count;      /* rows of the block */
@@ -3280,11 +3543,10 @@ static dsv4__workspace_layout dsv4__workspace_parts(dsv4_workspace *ws, size_t c
 static dsv4_status dsv4__workspace_plan(const dsv4_compressor *c, int threads, dsv4_workspace *ws,
                                         dsv4__workspace_layout *layout, dsv4_error *error) {
     dsv4_state carry;
-    uint64_t begin[2];
     memset(ws, 0, sizeof *ws);
     DSV4__TRY(dsv4__need(c, "compressor", error));
-    dsv4__state_plan(c, 0, &carry);
-    const dsv4__size carried = dsv4__state_parts(&carry, begin);
+    dsv4__state_plan(c, 0, 1, &carry);
+    const dsv4__size carried = dsv4__state_places(&carry).size;
     ws->compressor = c;
     ws->threads = threads < 1 ? 1 : threads;
     *layout = dsv4__workspace_parts(ws, (size_t)carried.bytes);
@@ -3318,7 +3580,7 @@ DSV4_API dsv4_status dsv4_workspace_create(const dsv4_compressor *compressor, co
     ws->allocator = *allocator;
     ws->bytes = (size_t)layout.size.bytes;
     if (parallel != NULL) ws->parallel = *parallel;
-    ws->carry = dsv4__state_place(compressor, 0, base + layout.carry);
+    ws->carry = dsv4__state_place(compressor, 0, 1, base + layout.carry);
     ws->pieces = (dsv4__piece *)(void *)(base + layout.pieces);
     ws->pooled = (float *)(void *)(base + layout.pooled);
     ws->x = base + layout.x;
@@ -3415,6 +3677,17 @@ static dsv4_status dsv4__check_state(const dsv4_compressor *c, const dsv4_segmen
     return DSV4_OK;
 }
 
+/* Whether a state has the rows of the windows that close, one by one. */
+static dsv4_status dsv4__check_weights(const dsv4_state *state, int64_t count, int64_t index, dsv4_error *error) {
+    const int64_t ratio = state->ratio, lag = state->series - 1, first = state->tokens / ratio;
+    if (state->windows == 0 || count < ratio - state->tokens % ratio || state->floor <= (first - lag) * ratio ||
+        state->floor == 0)
+        return DSV4_OK;
+    return dsv4__fail(error, DSV4_ERROR_STATE,
+                      "segment %lld: stages.weights of a window whose rows its state has not kept; depth %lld keeps them",
+                      (long long)index, (long long)((1 + lag) * ratio - 1));
+}
+
 static dsv4_status dsv4__check_segment(const dsv4_compressor *c, const dsv4_batch *batch, int64_t index,
                                        dsv4_error *error) {
     const dsv4_segment *segment = &batch->segments[index];
@@ -3427,6 +3700,8 @@ static dsv4_status dsv4__check_segment(const dsv4_compressor *c, const dsv4_batc
         return dsv4__fail(error, DSV4_ERROR_LENGTH, "segment %lld: %lld tokens, which the ratio %lld does not divide",
                           (long long)index, (long long)segment->count, (long long)ratio);
     if (segment->state != NULL) DSV4__TRY(dsv4__check_state(c, segment, index, error));
+    if (segment->state != NULL && batch->stages.weights != NULL)
+        DSV4__TRY(dsv4__check_weights(segment->state, segment->count, index, error));
     return dsv4__check_span(segment->entry, dsv4_entry_count(&c->config, segment->state, segment->count),
                             batch->entries, index, "entries", error);
 }
@@ -3505,8 +3780,10 @@ static void dsv4__take_piece(dsv4__call *call) {
     piece->stage_row = piece->token;
     piece->count = dsv4__min(left, call->ws->block_rows - call->rows);
     piece->count = dsv4__min(piece->count, (call->ws->slots - call->entries + 1) * ratio - 1 - piece->t % ratio);
-    piece->state = segment->state != NULL ? segment->state : call->ws->carry;
-    piece->keeps = segment->state != NULL || piece->count < left;
+    piece->state = segment->state;
+    piece->continues = piece->count < left;
+    piece->first = seen;
+    piece->folded = piece->state != NULL ? piece->state->floor : 0;
     piece->window = piece->t / ratio;
     piece->windows = (piece->t + piece->count) / ratio - piece->window;
     piece->slot = call->entries;
@@ -3689,6 +3966,28 @@ static dsv4__source dsv4__thread_source(const dsv4__call *call, int64_t thread) 
     return source;
 }
 
+/* Whether a piece's state folds what it has seen: its rows, where it has any, then hold scores. */
+static int dsv4__folds(const dsv4__piece *piece) { return piece->state != NULL && piece->state->windows > 0; }
+
+/* Whether rows of a piece that continues have to wait in the workspace: those of a segment without a state, and, where
+ * weights are asked for, of one whose state folds. */
+static int dsv4__carries(const dsv4__call *call, const dsv4__piece *piece) {
+    return piece->state == NULL || (dsv4__folds(piece) && call->batch.stages.weights != NULL);
+}
+
+/* Where the rows before a piece wait. */
+static const dsv4_state *dsv4__holder(const dsv4__call *call, const dsv4__piece *piece) {
+    const int carried = piece->t > piece->first && dsv4__carries(call, piece);
+    return carried ? call->ws->carry : piece->state;
+}
+
+/* Row 0's ape of a series, for rows from token t on. */
+static const float *dsv4__ape_from(const dsv4__call *call, const dsv4__source *source, int64_t series, int64_t t) {
+    const dsv4_compressor *c = call->c;
+    if (c->ape == NULL) return NULL;
+    return c->ape + t % c->config.ratio * c->columns + series * c->config.head_dim + source->channel;
+}
+
 /* Appends `count` rows from token t on: of the piece itself, or of the ring where they wait. */
 static void dsv4__add_run(const dsv4__call *call, const dsv4__piece *piece, const dsv4__source *source, int64_t series,
                           int64_t t, int64_t count, dsv4__window *window) {
@@ -3697,36 +3996,30 @@ static void dsv4__add_run(const dsv4__call *call, const dsv4__piece *piece, cons
     DSV4_ASSERT(window->run_count <= DSV4__MAX_RUNS);
     memset(run, 0, sizeof *run);
     run->count = count;
+    run->ape = dsv4__ape_from(call, source, series, t);
+    run->ape_stride = c->columns;
     if (t >= piece->t) {
         const int64_t offset = (piece->source_row + t - piece->t) * source->stride + series * source->series;
         run->kv = source->kv + offset;
         run->gate = source->gate == NULL ? NULL : source->gate + offset;
         run->stride = source->stride;
     } else {
-        const float *row = dsv4__state_row(piece->state, series, t) + source->channel;
+        const dsv4_state *holder = dsv4__holder(call, piece);
+        const float *row = dsv4__state_row(holder, series, t) + source->channel;
         run->kv = row;
         run->gate = row + c->config.head_dim; /* windows without a gate have one row, which does not wait */
-        run->stride = piece->state->row;
-    }
-    if (c->ape != NULL) {
-        run->ape = c->ape + t % c->config.ratio * c->columns + series * c->config.head_dim + source->channel;
-        run->ape_stride = c->columns;
+        run->stride = holder->row;
+        if (dsv4__folds(piece)) run->ape = NULL;
     }
 }
 
-/* Appends the rows [t, t + ratio) of a series: from the ring, twice where it wraps, then from the piece. */
+/* Appends the rows [t, end) of a series: from the ring, twice where it wraps, then from the piece. */
 static void dsv4__add_series(const dsv4__call *call, const dsv4__piece *piece, const dsv4__source *source,
-                             int64_t series, int64_t t, dsv4__window *window) {
-    const int64_t end = t + call->c->config.ratio;
-    if (t < 0) {
-        memset(&window->runs[window->run_count], 0, sizeof window->runs[0]);
-        window->runs[window->run_count++].count = call->c->config.ratio;
-        return;
-    }
+                             int64_t series, int64_t t, int64_t end, dsv4__window *window) {
     while (t < end) {
         int64_t count = end - t;
         if (t < piece->t) {
-            const int64_t capacity = piece->state->capacity[series];
+            const int64_t capacity = dsv4__holder(call, piece)->capacity[series];
             count = dsv4__min(dsv4__min(end, piece->t) - t, capacity - t % capacity);
         }
         dsv4__add_run(call, piece, source, series, t, count, window);
@@ -3734,14 +4027,19 @@ static void dsv4__add_series(const dsv4__call *call, const dsv4__piece *piece, c
     }
 }
 
-/* The rows that window w of a piece pools, in order. */
+/* The rows that window w of a piece pools, in order, but for those of tokens before `from`. */
 static dsv4__window dsv4__window_rows(const dsv4__call *call, const dsv4__piece *piece, const dsv4__source *source,
-                                      int64_t w) {
-    const int64_t ratio = call->c->config.ratio;
+                                      int64_t w, int64_t from) {
+    const int64_t ratio = call->c->config.ratio, lag = call->c->series - 1;
     dsv4__window window;
     window.run_count = 0;
-    if (call->c->series == 2) dsv4__add_series(call, piece, source, 0, (w - 1) * ratio, &window);
-    dsv4__add_series(call, piece, source, call->c->series - 1, w * ratio, &window);
+    if (lag == 1 && w > 0)
+        dsv4__add_series(call, piece, source, 0, dsv4__max((w - 1) * ratio, from), w * ratio, &window);
+    if (lag == 1 && w == 0 && from == 0) {
+        memset(&window.runs[0], 0, sizeof window.runs[0]);
+        window.runs[window.run_count++].count = ratio;
+    }
+    dsv4__add_series(call, piece, source, lag, dsv4__max(w * ratio, from), (w + 1) * ratio, &window);
     return window;
 }
 
@@ -3752,9 +4050,9 @@ static dsv4__pool_job dsv4__pool_settings(const dsv4__call *call, const dsv4__so
     memset(&job, 0, sizeof job);
     job.channels = source->channels;
     job.rounding = config->rounding;
-    job.pad_gate = config->pad_gate;
+    job.pad_gate = dsv4__pad_gate(config);
     job.scores = dsv4__scratch_of(call->ws, thread).wide;
-    if (job.rounding & DSV4_ROUND_SCORE) job.pad_gate = dsv4_bf16_to_f32(dsv4_bf16_from_f32(job.pad_gate));
+    job.fold_stride = config->head_dim;
     return job;
 }
 
@@ -3786,9 +4084,14 @@ static void dsv4__pool_block(const dsv4__call *call, const dsv4__source *source,
     job.weights_stride = dim;
     for (int64_t i = 0; i < call->pieces; i++) {
         const dsv4__piece *piece = &call->ws->pieces[i];
+        const int goes_on = dsv4__folds(piece) && call->batch.stages.weights == NULL; /* weights need all rows */
         for (int64_t j = 0; j < piece->windows; j++) {
-            window = dsv4__window_rows(call, piece, source, piece->window + j);
-            job.ahead = dsv4__rows_behind(call, piece, source, piece->window + j);
+            const int64_t w = piece->window + j;
+            const float *fold = goes_on ? dsv4__fold_at(piece->state, w - piece->folded / c->config.ratio, piece->folded)
+                                        : NULL;
+            job.from = fold == NULL ? NULL : fold + source->channel;
+            window = dsv4__window_rows(call, piece, source, w, goes_on ? piece->folded : 0);
+            job.ahead = dsv4__rows_behind(call, piece, source, w);
             job.pooled = call->ws->pooled + (piece->slot + j) * dim + source->channel;
             job.weights = call->batch.stages.weights;
             if (job.weights != NULL) job.weights += (piece->entry + j) * rows * dim + source->channel;
@@ -3805,17 +4108,73 @@ static void dsv4__copy_row(const dsv4__source *source, int64_t row, int64_t seri
     if (gate != NULL && source->gate != NULL) memcpy(gate, source->gate + offset, bytes);
 }
 
-/* Puts the last rows of each piece where its sequence goes on. After pooling: the ring may still hold what a window of
+/* Puts the last rows of a piece into a ring, as scores where its state folds. */
+static void dsv4__put_rows(const dsv4__call *call, const dsv4__piece *piece, const dsv4__source *source,
+                           const dsv4_state *holder) {
+    const dsv4_compressor *c = call->c;
+    const int64_t end = piece->t + piece->count;
+    for (int64_t s = 0; s < c->series; s++)
+        for (int64_t t = dsv4__max(piece->t, end - holder->capacity[s]); t < end; t++) {
+            float *row = dsv4__state_row(holder, s, t) + source->channel, *gate = row + c->config.head_dim;
+            dsv4__copy_row(source, piece->source_row + t - piece->t, s, row, gate);
+            if (!dsv4__folds(piece)) continue;
+            if (c->ape != NULL)
+                c->kernels->add(gate, dsv4__ape_from(call, source, s, t), NULL, source->channels);
+            if (c->config.rounding & DSV4_ROUND_SCORE) c->kernels->round_array(gate, source->channels);
+        }
+}
+
+/* Lets the rows of the state that the first open window needs wait with those of the piece. */
+static void dsv4__carry_state_rows(const dsv4__call *call, const dsv4__piece *piece, const dsv4__source *source) {
+    const dsv4_state *carry = call->ws->carry;
+    for (int64_t s = 0; s < call->c->series; s++)
+        for (int64_t t = dsv4__state_first(carry, s, piece->first); t < piece->first; t++) {
+            const float *from = dsv4__state_row(piece->state, s, t) + source->channel;
+            float *to = dsv4__state_row(carry, s, t) + source->channel;
+            memcpy(to, from, (size_t)source->channels * sizeof *to);
+            memcpy(to + carry->head_dim, from + carry->head_dim, (size_t)source->channels * sizeof *to);
+        }
+}
+
+/* Folds what falls out of a roll-back's reach: from where the state stands, or, where all windows open there close, from
+ * the first row of those that are open in the end. */
+static void dsv4__fold_piece(const dsv4__call *call, const dsv4__piece *piece, const dsv4__source *source) {
+    const dsv4_compressor *c = call->c;
+    const dsv4_state *state = piece->state;
+    const int64_t ratio = c->config.ratio, lag = c->series - 1;
+    const int64_t floor = dsv4__max(piece->folded, piece->t + piece->count - state->depth);
+    const int64_t start = dsv4__max(piece->folded, (floor / ratio - lag) * ratio);
+    dsv4__token_rows rows;
+    memset(&rows, 0, sizeof rows);
+    rows.channel = source->channel;
+    rows.channels = source->channels;
+    rows.rounding = c->config.rounding & DSV4_ROUND_SCORE;
+    for (int64_t t = start; t < floor; t++) {
+        rows.fresh = lag == 1 && start > piece->folded && t < start + ratio;
+        for (int64_t s = 0; s < c->series; s++) {
+            dsv4__window one;
+            one.run_count = 0;
+            dsv4__add_run(call, piece, source, s, t, 1, &one);
+            rows.kv[s] = one.runs[0].kv;
+            rows.gate[s] = one.runs[0].gate;
+            rows.ape[s] = one.runs[0].ape;
+        }
+        dsv4__fold_token(state, c->kernels, t, &rows);
+    }
+}
+
+/* Leaves of each piece what its sequence goes on with. After pooling: rings and folds may still hold what a window of
  * this block begins with. */
 static void dsv4__keep_rows(const dsv4__call *call, const dsv4__source *source) {
     for (int64_t i = 0; i < call->pieces; i++) {
         const dsv4__piece *piece = &call->ws->pieces[i];
-        const int64_t end = piece->t + piece->count;
-        for (int64_t s = 0; piece->keeps && s < call->c->series; s++)
-            for (int64_t t = dsv4__max(piece->t, end - piece->state->capacity[s]); t < end; t++) {
-                float *row = dsv4__state_row(piece->state, s, t) + source->channel;
-                dsv4__copy_row(source, piece->source_row + t - piece->t, s, row, row + call->c->config.head_dim);
-            }
+        if (piece->continues && dsv4__carries(call, piece)) {
+            if (piece->state != NULL && piece->t == piece->first) dsv4__carry_state_rows(call, piece, source);
+            dsv4__put_rows(call, piece, source, call->ws->carry);
+        }
+        if (piece->state == NULL) continue;
+        if (dsv4__folds(piece)) dsv4__fold_piece(call, piece, source);
+        dsv4__put_rows(call, piece, source, piece->state);
     }
 }
 
@@ -3896,6 +4255,15 @@ static void dsv4__finish_task(void *argument, int64_t thread) {
     }
 }
 
+/* States have folded what this block put out of their roll-backs' reach. */
+static void dsv4__end_block(const dsv4__call *call) {
+    for (int64_t i = 0; i < call->pieces; i++) {
+        const dsv4__piece *piece = &call->ws->pieces[i];
+        if (piece->state == NULL) continue;
+        piece->state->floor = dsv4__max(piece->folded, piece->t + piece->count - piece->state->depth);
+    }
+}
+
 /* Whether one compressor's workspaces serve the other: the layers of a model can share them. */
 static int dsv4__same_layout(const dsv4_compressor *a, const dsv4_compressor *b) {
     return a == b || (a->fingerprint == b->fingerprint && a->kernels == b->kernels && a->training == b->training);
@@ -3930,6 +4298,7 @@ DSV4_API dsv4_status dsv4_compress(const dsv4_compressor *compressor, const dsv4
     while (dsv4__next_block(&call)) {
         if (call.batch.kv == NULL) dsv4__project_block(&call);
         dsv4__for_threads(&call, dsv4__pool_task, &call, call.rows * compressor->columns * 16);
+        dsv4__end_block(&call);
         dsv4__for_threads(&call, dsv4__finish_task, &call, call.entries * (dim + 64 * compressor->config.rope_dim));
     }
     for (int64_t i = 0; i < batch->segment_count; i++)
@@ -3994,7 +4363,7 @@ static dsv4__part dsv4__part_ahead(const dsv4__back *back) {
     part.rows.window = part.t / ratio;
     const int64_t last = dsv4__min((part.t + part.count - 1) / ratio + lag + 1, part.closed);
     part.rows.windows = dsv4__max(last - part.rows.window, 0);
-    part.rows.t = dsv4__max(part.seen, (part.rows.window - lag) * ratio);
+    part.rows.t = part.rows.first = dsv4__max(part.seen, (part.rows.window - lag) * ratio);
     part.rows.count = part.rows.windows > 0 ? dsv4__max(last * ratio - part.rows.t, 0) : 0;
     part.rows.token = segment->token + part.rows.t - part.seen;
     part.rows.source_row = back->recompute ? back->context : part.rows.token;
@@ -4078,7 +4447,7 @@ static void dsv4__repool_task(void *argument, int64_t thread) {
     for (int64_t p = 0; p < back->parts; p++) {
         const dsv4__piece *rows = &back->room->parts[p].rows;
         for (int64_t i = 0; i < rows->windows; i++) {
-            window = dsv4__window_rows(&back->call, rows, &source, rows->window + i);
+            window = dsv4__window_rows(&back->call, rows, &source, rows->window + i, 0);
             job.pooled = back->room->normed + (rows->slot + i) * dim + source.channel;
             back->call.c->kernels->pool(&job);
         }
@@ -4157,7 +4526,7 @@ static int64_t dsv4__run_target(const dsv4__back *back, const dsv4__part *part, 
 static dsv4__window dsv4__window_back(const dsv4__back *back, const dsv4__part *part, const dsv4__source *source,
                                       int64_t w) {
     const int64_t ratio = back->call.c->config.ratio, lag = back->call.c->series - 1;
-    const dsv4__window whole = dsv4__window_rows(&back->call, &part->rows, source, w);
+    const dsv4__window whole = dsv4__window_rows(&back->call, &part->rows, source, w, 0);
     dsv4__window cut;
     int64_t t = (w - lag) * ratio;
     cut.run_count = 0;

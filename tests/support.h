@@ -227,6 +227,7 @@ typedef struct results {
     int64_t count[STAGE_COUNT];
     size_t bytes[STAGE_COUNT];
     void *stage[STAGE_COUNT];
+    int *no_weights; /* some call could not be asked for softmax weights: its state had folded the rows */
 } results;
 
 SUPPORT results results_new(const dsv4_config *config, dsv4_dtype out_dtype, int64_t tokens, int64_t entries) {
@@ -235,6 +236,8 @@ SUPPORT results results_new(const dsv4_config *config, dsv4_dtype out_dtype, int
     r.out_dtype = out_dtype;
     r.tokens = tokens;
     r.entries = entries;
+    r.no_weights = reserve(sizeof *r.no_weights);
+    *r.no_weights = 0;
     r.count[STAGE_KV] = tokens * coff * config->head_dim;
     r.count[STAGE_GATE] = config->no_gate ? 0 : r.count[STAGE_KV];
     r.count[STAGE_WEIGHTS] = entries * coff * config->ratio * config->head_dim;
@@ -250,13 +253,16 @@ SUPPORT results results_new(const dsv4_config *config, dsv4_dtype out_dtype, int
 
 SUPPORT void results_free(results *r) {
     for (int i = 0; i < STAGE_COUNT; i++) free(r->stage[i]);
+    free(r->no_weights);
     memset(r, 0, sizeof *r);
 }
 
 /* The first stage whose bytes differ, STAGE_COUNT where none does. */
 SUPPORT int results_difference(const results *a, const results *b) {
-    for (int i = 0; i < STAGE_COUNT; i++)
+    for (int i = 0; i < STAGE_COUNT; i++) {
+        if (i == STAGE_WEIGHTS && (*a->no_weights || *b->no_weights)) continue;
         if (a->bytes[i] != b->bytes[i] || memcmp(a->stage[i], b->stage[i], a->bytes[i]) != 0) return i;
+    }
     return STAGE_COUNT;
 }
 
@@ -333,19 +339,34 @@ SUPPORT dsv4_status compress_whole(const engine *e, const sequence *s, const res
     return dsv4_compress(e->compressor, &b, e->workspace, error);
 }
 
+/* The depth at which a state has every row of the windows that are open. */
+SUPPORT int64_t depth_for_weights(const dsv4_config *c) { return c->ratio * (c->overlap ? 2 : 1) - 1; }
+
+/* Whether the windows that `count` more tokens close can be weighed row by row. */
+SUPPORT int has_weights(const dsv4_config *c, const dsv4_state *state, int64_t count) {
+    const int64_t tokens = dsv4_state_tokens(state), folded = tokens - dsv4_state_reach(state);
+    const int64_t first = (tokens / c->ratio - (c->overlap ? 1 : 0)) * c->ratio;
+    return (c->rounding & (DSV4_ROUND_WEIGHT | DSV4_ROUND_PRODUCT)) || dsv4_entry_count(c, state, count) == 0 ||
+           c->ratio <= (c->overlap ? 1 : 2) || folded == 0 || folded <= first;
+}
+
 /* Feeds tokens [from, to) of the sequence into a state in one call. Entries lie in `r` where the one call puts them. */
 SUPPORT dsv4_status compress_part(const engine *e, const sequence *s, const results *r, dsv4_state *state, int64_t from,
                                   int64_t to, dsv4_error *error) {
     int64_t ratio = dsv4_compressor_config(e->compressor)->ratio;
     dsv4_segment part = segment_new(from, to - from, s->position + from, dsv4_state_tokens(state) / ratio, state);
     dsv4_batch b = batch_new(s, r, &part, 1);
+    if (!has_weights(dsv4_compressor_config(e->compressor), state, to - from)) {
+        b.stages.weights = NULL;
+        *r->no_weights = 1;
+    }
     return dsv4_compress(e->compressor, &b, e->workspace, error);
 }
 
 /* The whole sequence through a fresh state, `lengths` (used over and over) tokens at a time. */
-SUPPORT dsv4_status compress_cut(const engine *e, const sequence *s, const results *r, const int64_t *lengths,
-                                 int length_count, dsv4_error *error) {
-    dsv4_state *state = state_new(e, 0);
+SUPPORT dsv4_status compress_cut_at(const engine *e, const sequence *s, const results *r, const int64_t *lengths,
+                                    int length_count, int64_t depth, dsv4_error *error) {
+    dsv4_state *state = state_new(e, depth);
     dsv4_status status = DSV4_OK;
     int64_t from = 0;
     for (int i = 0; from < s->tokens && status == DSV4_OK; i++) {
@@ -356,6 +377,13 @@ SUPPORT dsv4_status compress_cut(const engine *e, const sequence *s, const resul
     }
     dsv4_state_destroy(state);
     return status;
+}
+
+/* The same through a state that keeps all rows. */
+SUPPORT dsv4_status compress_cut(const engine *e, const sequence *s, const results *r, const int64_t *lengths,
+                                 int length_count, dsv4_error *error) {
+    const int64_t depth = depth_for_weights(dsv4_compressor_config(e->compressor));
+    return compress_cut_at(e, s, r, lengths, length_count, depth, error);
 }
 
 /* ---- Allocators that watch and fail ------------------------------------------------------------------------ */

@@ -1161,7 +1161,7 @@ TEST a_bad_call_is_refused_and_changes_nothing(const struct bad_call *bad) {
     model strange = w.m; /* the same arrays under another configuration */
     strange.config.eps = 0.5f;
     engine other = engine_new(&strange, NULL, NULL), e = w.e;
-    dsv4_state *state = state_new(&w.e, 1);
+    dsv4_state *state = state_new(&w.e, depth_for_weights(&w.config));
     results r = workbench_results(&w), before = workbench_results(&w);
     ASSERT_EQ(DSV4_OK, compress_part(&w.e, &w.s, &before, state, 0, 2, NULL));
     size_t size = dsv4_state_save_size(state);
@@ -1257,7 +1257,7 @@ TEST thousands_of_short_segments_share_a_call(void) {
 
 TEST state_functions_check_their_arguments(void) {
     workbench w = workbench_new(&shapes[1], 2, 16);
-    dsv4_state *state = state_new(&w.e, 0);
+    dsv4_state *state = state_new(&w.e, depth_for_weights(&w.config));
     results r = workbench_results(&w);
     ASSERT_EQ(DSV4_OK, compress_part(&w.e, &w.s, &r, state, 0, 3, NULL));
     size_t size = dsv4_state_save_size(state), written = 77;

@@ -259,7 +259,7 @@ TEST stages_are_by_request_and_change_nothing(const shape *of) {
 TEST given_projections_give_the_same_entries(int table, int i) {
     workbench w = workbench_of(table, i);
     for (int parts = 1; parts <= 3; parts++) {
-        dsv4_state *state = state_new(&w.e, 0);
+        dsv4_state *state = state_new(&w.e, depth_for_weights(&w.config));
         results r = workbench_results(&w);
         for (int part = 0; part < parts; part++) {
             int64_t from = w.s.tokens * part / parts, to = w.s.tokens * (part + 1) / parts;

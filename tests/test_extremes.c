@@ -281,7 +281,7 @@ TEST a_stream_of_a_million_tokens_keeps_its_bits(void) {
     if (getenv("TESTS_SLOW")) of.head_dim = 512, of.rope_dim = 64;
     workbench w = workbench_new(&of, PERIOD / 4, 8);
     results chunk = workbench_results(&w), alone = workbench_results(&w);
-    dsv4_state *state = state_new(&w.e, 0);
+    dsv4_state *state = state_new(&w.e, depth_for_weights(&w.config));
     size_t row = chunk.bytes[STAGE_OUT] / (size_t)chunk.entries;
     for (int64_t t = 0; t < TOKENS; t += PERIOD) {
         int64_t count = TOKENS - t < PERIOD ? TOKENS - t : PERIOD, probe = t / PERIOD % (count / 4 - 1);
@@ -302,7 +302,112 @@ TEST a_stream_of_a_million_tokens_keeps_its_bits(void) {
     PASS();
 }
 
+/* ---- Special values in one row of a window ----------------------------------------------------------------- */
+
+/* A window of four rows whose projections are given, disjoint, D 1: in one call, or cut after `cut` rows through a state. */
+typedef struct window_case {
+    float kv[4], gate[4];
+} window_case;
+
+static float pooled_of(const window_case *w, uint32_t rounding, const char *isa, int64_t cut, int64_t depth) {
+    static const float one = 1;
+    dsv4_config c = {0};
+    c.hidden_dim = c.head_dim = 1;
+    c.ratio = 4;
+    c.no_ape = 1;
+    c.rounding = rounding;
+    model m = {0};
+    m.config = c;
+    m.params.wkv.data = m.params.wgate.data = m.params.norm.data = &one;
+    m.params.wkv.dtype = m.params.wgate.dtype = m.params.norm.dtype = DSV4_F32;
+    engine e = engine_new(&m, isa, NULL);
+    dsv4_state *state = cut > 0 ? state_new(&e, depth) : NULL;
+    float pooled = -1, out = 0;
+    for (int64_t from = 0, to = cut > 0 ? cut : 4; from < 4; from = to, to = 4) {
+        dsv4_segment part = segment_new(from, to - from, from, 0, state);
+        dsv4_batch b = {0};
+        b.kv = w->kv;
+        b.gate = w->gate;
+        b.tokens = 4;
+        b.out.data = &out;
+        b.out.dtype = DSV4_F32;
+        b.entries = 1;
+        b.segments = &part;
+        b.segment_count = 1;
+        b.stages.pooled = &pooled;
+        if (dsv4_compress(e.compressor, &b, e.workspace, NULL) != DSV4_OK) exit(1);
+    }
+    dsv4_state_destroy(state);
+    engine_free(&e);
+    return pooled;
+}
+
+/* The same, however the window is cut, by every kernel set, folded or with rounded weights. */
+static int pools_to(const window_case *w, float expected) {
+    static const uint32_t roundings_tried[] = {0, DSV4_ROUND_WEIGHT};
+    const char *isa;
+    for (int k = 0; (isa = dsv4_isa_name(k)) != NULL; k++)
+        for (int r = 0; r < 2; r++)
+            for (int64_t cut = 0; cut < 4; cut++)
+                for (int64_t depth = 0; depth < 3; depth += 2) {
+                    const float got = pooled_of(w, roundings_tried[r], isa, cut, depth);
+                    if (isnan(expected) ? !isnan(got) : got != expected) return 0;
+                }
+    return 1;
+}
+
+TEST a_score_of_minus_infinity_weighs_nothing(void) {
+    for (int row = 0; row < 4; row++) {
+        window_case w = {{2, 2, 2, 2}, {5, 5, 5, 5}};
+        w.kv[row] = 1e30f;
+        w.gate[row] = -INFINITY;
+        ASSERTm(note("row %d", row), pools_to(&w, 2));
+        for (int k = 0; k < 4; k++) w.gate[k] = k == row ? 3.0f : -INFINITY; /* and all the others */
+        w.kv[row] = 7;
+        ASSERTm(note("all but row %d", row), pools_to(&w, 7));
+    }
+    PASS();
+}
+
+TEST a_window_of_nothing_but_minus_infinity_has_no_mean(void) {
+    const window_case w = {{1, 2, 3, 4}, {-INFINITY, -INFINITY, -INFINITY, -INFINITY}};
+    ASSERT(pools_to(&w, NAN));
+    PASS();
+}
+
+TEST a_nan_poisons_its_window(void) {
+    for (int row = 0; row < 4; row++) {
+        window_case score = {{1, 2, 3, 4}, {0, 0, 0, 0}}, kv = score;
+        score.gate[row] = NAN;
+        kv.kv[row] = NAN;
+        ASSERTm(note("score of row %d", row), pools_to(&score, NAN));
+        ASSERTm(note("kv of row %d", row), pools_to(&kv, NAN));
+    }
+    PASS();
+}
+
+/* As IEEE arithmetic has it: infinite where it weighs something, NaN beside its opposite or at a weight of 0. */
+TEST an_infinite_kv_is_infinite(void) {
+    for (int row = 0; row < 4; row++) {
+        window_case w = {{1, 2, 3, 4}, {0, 0, 0, 0}};
+        w.kv[row] = INFINITY;
+        ASSERTm(note("row %d", row), pools_to(&w, INFINITY));
+        w.kv[row] = -INFINITY;
+        ASSERTm(note("row %d", row), pools_to(&w, -INFINITY));
+        w.kv[(row + 1) % 4] = INFINITY;
+        ASSERTm(note("both, from row %d", row), pools_to(&w, NAN));
+        w.kv[(row + 1) % 4] = 1;
+        w.gate[row] = -INFINITY;
+        ASSERTm(note("masked row %d", row), pools_to(&w, NAN));
+    }
+    PASS();
+}
+
 SUITE(extremes) {
+    RUN_TEST(a_score_of_minus_infinity_weighs_nothing);
+    RUN_TEST(a_window_of_nothing_but_minus_infinity_has_no_mean);
+    RUN_TEST(a_nan_poisons_its_window);
+    RUN_TEST(an_infinite_kv_is_infinite);
     static char suffix[64];
     const char *isa;
     for (int i = 0; (isa = dsv4_isa_name(i)) != NULL; i++) {

@@ -42,9 +42,12 @@ TEST any_cut_into_calls_gives_the_bits_of_the_one_call(const shape *of) {
         int64_t lengths[5];
         for (int i = 0; i < 5; i++) lengths[i] = round < 12 ? round + 1 : dice_below(&d, 3 * w.config.ratio + 1);
         lengths[4]++; /* so that five of them are never nothing */
+        const int64_t depths[] = {0, depth_for_weights(&w.config), 1, w.config.ratio};
+        const int64_t depth = depths[round % 4];
         results cut = workbench_results(&w);
         dsv4_error error = {0};
-        ASSERTm(note("%s", error.text), compress_cut(&w.e, &w.s, &cut, lengths, 5, &error) == DSV4_OK);
+        ASSERTm(note("%s", error.text), compress_cut_at(&w.e, &w.s, &cut, lengths, 5, depth, &error) == DSV4_OK);
+        ASSERT(depth < depths[1] || !*cut.no_weights);
         int stage = results_difference(&w.whole, &cut);
         ASSERTm(note("%s differs, cut %d", stage_name(stage), round), stage == STAGE_COUNT);
         results_free(&cut);
@@ -59,11 +62,14 @@ TEST a_long_sequence_may_be_cut_anywhere(const shape *of) {
     static const int64_t cuts[][5] = {{1, 1, 1, 1, 1},           {223, 224, 225, 1, 2}, {127, 128, 129, 3, 5},
                                       {500, 7, 300, 299, 301},   {17, 40, 2, 0, 13},    {899, 1, 900, 1, 1}};
     for (size_t i = 0; i < sizeof cuts / sizeof *cuts; i++) {
-        results cut = workbench_results(&w);
-        ASSERT_EQ(DSV4_OK, compress_cut(&w.e, &w.s, &cut, cuts[i], 5, NULL));
-        int stage = results_difference(&w.whole, &cut);
-        ASSERTm(note("%s differs, cut %d", stage_name(stage), (int)i), stage == STAGE_COUNT);
-        results_free(&cut);
+        const int64_t depths[] = {0, 3, depth_for_weights(&w.config)};
+        for (int k = 0; k < 3; k++) {
+            results cut = workbench_results(&w);
+            ASSERT_EQ(DSV4_OK, compress_cut_at(&w.e, &w.s, &cut, cuts[i], 5, depths[k], NULL));
+            int stage = results_difference(&w.whole, &cut);
+            ASSERTm(note("%s differs, cut %d", stage_name(stage), (int)i), stage == STAGE_COUNT);
+            results_free(&cut);
+        }
     }
     workbench_free(&w);
     PASS();
@@ -148,7 +154,7 @@ TEST taking_back_is_as_if_the_tokens_had_never_come(const shape *of, int64_t dep
         ASSERT_EQ_FMT((int)t, (int)dsv4_state_tokens(state), "%d");
         if (t > 0) ASSERT_EQ_FMT((int)(w.s.position + t), (int)dsv4_state_position(state), "%d");
     }
-    for (int stage = STAGE_WEIGHTS; stage < STAGE_COUNT; stage++)
+    for (int stage = *r.no_weights ? STAGE_POOLED : STAGE_WEIGHTS; stage < STAGE_COUNT; stage++)
         ASSERTm(stage_name(stage), !memcmp(w.whole.stage[stage], r.stage[stage], r.bytes[stage]));
     results_free(&r);
     dsv4_state_destroy(state);
@@ -416,7 +422,8 @@ TEST forged_bytes_are_rejected_and_the_state_unchanged(const shape *of) {
             int changed = memcmp(bytes, good.bytes, good.size) != 0;
             int any_position = field == 24 && numbers[i] >> 62 == 0;
             int same_rows = field == 40 && numbers[i] / ratio == (uint64_t)(w.s.tokens - 3) / ratio; /* deeper state */
-            if (changed && !any_position && !same_rows) {
+            int nothing_waits = ratio == 1 && !w.config.overlap && (field == 32 || field == 40); /* as many as you like */
+            if (changed && !any_position && !same_rows && !nothing_waits) {
                 ASSERTm(note("field %d, number %d", (int)field, (int)i),
                         dsv4_state_restore(state, bytes, good.size, NULL) == DSV4_ERROR_DATA);
             }
@@ -611,7 +618,7 @@ TEST sequences_that_share_calls_do_not_mix(const shape *of) {
     }
     dice d = {17};
     dsv4_state *states[PARTIES] = {NULL};
-    for (int p = 1; p < PARTIES; p++) states[p] = state_new(&w.e, p);
+    for (int p = 1; p < PARTIES; p++) states[p] = state_new(&w.e, depth_for_weights(&w.config) + p);
     for (int64_t left = w.s.tokens; left > 0;) {
         dsv4_segment segments[PARTIES];
         int count = 0, first = (int)dice_below(&d, PARTIES);
@@ -648,7 +655,7 @@ TEST hundreds_of_windows_close_in_one_call(const shape *of) {
     dsv4_state *states[SEQUENCES];
     for (int i = 0; i < SEQUENCES; i++) {
         segments[i] = segment_new(i * tokens, tokens, i, 2 * i, NULL);
-        states[i] = state_new(&w.e, 0);
+        states[i] = state_new(&w.e, depth_for_weights(&w.config));
     }
     dsv4_batch b = batch_new(&w.s, &apart, segments, SEQUENCES);
     ASSERT_EQ(DSV4_OK, dsv4_compress(w.e.compressor, &b, w.e.workspace, NULL));
@@ -675,10 +682,10 @@ TEST windows_of_one_token_and_of_many_close_in_one_call(const shape *of) {
     const size_t row = w.whole.bytes[STAGE_OUT] / WINDOWS;
     results r = results_new(&w.config, w.out_dtype, w.s.tokens, MOST + WINDOWS);
     const char *expected = w.whole.stage[STAGE_OUT], *out = r.stage[STAGE_OUT];
-    dsv4_state *open = state_new(&w.e, 0), *states[MOST];
+    dsv4_state *open = state_new(&w.e, depth_for_weights(&w.config)), *states[MOST];
     dsv4_segment segments[MOST + 1];
     ASSERT_EQ(DSV4_OK, compress_part(&w.e, &w.s, &r, open, 0, last, NULL));
-    for (int i = 0; i < MOST; i++) states[i] = state_new(&w.e, 0);
+    for (int i = 0; i < MOST; i++) states[i] = state_new(&w.e, depth_for_weights(&w.config));
     for (int n = 1; n <= MOST; n++) {
         for (int i = 0; i < n; i++) {
             ASSERT_EQ(DSV4_OK, dsv4_state_copy(states[i], open, NULL));
@@ -701,7 +708,7 @@ TEST windows_of_one_token_and_of_many_close_in_one_call(const shape *of) {
 TEST a_failed_call_advances_no_state(void) {
     workbench w = workbench_new(&shapes[0], 4, 18);
     results r = workbench_results(&w), untouched = workbench_results(&w);
-    dsv4_state *good = state_new(&w.e, 2), *bad = state_new(&w.e, 2);
+    dsv4_state *good = state_new(&w.e, depth_for_weights(&w.config) + 2), *bad = state_new(&w.e, depth_for_weights(&w.config) + 2);
     ASSERT_EQ(DSV4_OK, compress_part(&w.e, &w.s, &r, good, 0, 3, NULL));
     ASSERT_EQ(DSV4_OK, compress_part(&w.e, &w.s, &r, bad, 0, 3, NULL));
     saved of_good = save(good), of_bad = save(bad);
@@ -724,17 +731,54 @@ TEST a_failed_call_advances_no_state(void) {
     PASS();
 }
 
+/* ---- Weights ----------------------------------------------------------------------------------------------- */
+
+/* The stage needs rows; a state that has folded them says how deep it would have to be, and nothing changes. */
+TEST weights_of_folded_rows_are_refused(const shape *of) {
+    workbench w = workbench_new(of, 3, 25);
+    const dsv4_config *c = &w.config;
+    const int64_t deep = depth_for_weights(c), seen = 2 * c->ratio - 1;
+    dsv4_state *shallow = state_new(&w.e, deep - 1), *enough = state_new(&w.e, deep);
+    results r = workbench_results(&w);
+    char words[32];
+    ASSERT_EQ(DSV4_OK, compress_part(&w.e, &w.s, &r, shallow, 0, seen, NULL));
+    ASSERT_EQ(DSV4_OK, compress_part(&w.e, &w.s, &r, enough, 0, seen, NULL));
+    dsv4_segment last = segment_new(seen, 1, w.s.position + seen, seen / c->ratio, shallow);
+    dsv4_batch b = batch_new(&w.s, &r, &last, 1);
+    dsv4_error error = {0};
+    snprintf(words, sizeof words, "depth %d", (int)deep);
+    ASSERT_EQ(DSV4_ERROR_STATE, dsv4_compress(w.e.compressor, &b, w.e.workspace, &error));
+    ASSERTm(note("%s", error.text), strstr(error.text, words) != NULL && strstr(error.text, "stages.weights") != NULL);
+    ASSERT_EQ_FMT((int)seen, (int)dsv4_state_tokens(shallow), "%d");
+    b.stages.weights = NULL; /* without the stage it goes on */
+    ASSERT_EQ(DSV4_OK, dsv4_compress(w.e.compressor, &b, w.e.workspace, NULL));
+    last.state = enough;
+    b = batch_new(&w.s, &r, &last, 1);
+    ASSERT_EQ(DSV4_OK, dsv4_compress(w.e.compressor, &b, w.e.workspace, NULL));
+    const size_t entry = w.whole.bytes[STAGE_WEIGHTS] / (size_t)w.whole.entries;
+    ASSERT_MEM_EQ((char *)w.whole.stage[STAGE_WEIGHTS] + entry, (char *)r.stage[STAGE_WEIGHTS] + entry, entry);
+    results_free(&r);
+    dsv4_state_destroy(enough);
+    dsv4_state_destroy(shallow);
+    workbench_free(&w);
+    PASS();
+}
+
 /* ---- Size -------------------------------------------------------------------------------------------------- */
 
-/* The open window's rows (its last one closes it), the previous window's first series, and the rows of `depth` tokens. */
+/* Three numbers a channel for each open window and the rows of `depth` tokens; or the open windows' rows, where these are
+ * fewer numbers or have to be rounded one by one. */
 TEST a_state_is_no_larger_than_what_it_waits_for(const shape *of) {
     workbench w = workbench_new(of, 6, 19);
     const dsv4_config *c = &w.config;
     int64_t coff = c->overlap ? 2 : 1, kinds = c->no_gate ? 1 : 2, header = 512;
     results r = workbench_results(&w);
     for (int64_t depth = 0; depth <= 9; depth += 3) {
-        int64_t rows = (c->ratio + depth) * coff * c->head_dim + (c->overlap ? c->ratio * c->head_dim : 0);
-        int64_t bound = header + rows * kinds * 4;
+        int64_t open = (c->ratio - 1) * coff + (c->overlap ? c->ratio : 0); /* the last row closes its window */
+        int64_t by_rows = open * kinds * c->head_dim, folded = 3 * coff * c->head_dim;
+        int rounded = (c->rounding & (DSV4_ROUND_WEIGHT | DSV4_ROUND_PRODUCT)) != 0;
+        int64_t windows = rounded || by_rows < folded ? by_rows : folded;
+        int64_t bound = header + (windows + depth * coff * kinds * c->head_dim) * 4;
         size_t size = 0;
         ASSERT_EQ(DSV4_OK, dsv4_state_size(w.e.compressor, depth, &size, NULL));
         ASSERTm(note("%d bytes, bound %d", (int)size, (int)bound), (int64_t)size <= bound);
@@ -759,6 +803,12 @@ TEST a_state_is_no_larger_than_what_it_waits_for(const shape *of) {
     }
 
 SUITE(streams) {
+    for (int i = 0; i < SHAPE_COUNT; i++) {
+        const uint32_t rounded = DSV4_ROUND_WEIGHT | DSV4_ROUND_PRODUCT;
+        if (shapes[i].ratio <= 2 || (shapes[i].rounding & rounded)) continue; /* these keep their rows */
+        greatest_set_test_suffix(shapes[i].name);
+        RUN_TESTp(weights_of_folded_rows_are_refused, &shapes[i]);
+    }
     FOR_EVERY_SHAPE(any_cut_into_calls_gives_the_bits_of_the_one_call, &shapes[i]);
     for (int i = 0; i < LONG_SHAPE_COUNT; i++) {
         greatest_set_test_suffix(long_shapes[i].name);

@@ -66,6 +66,7 @@ step lint make_ lint
 step coverage make_ coverage
 step check-san make_ check-san
 step check-cross make_ check-cross
+step check-pytorch make_ check-pytorch PYTHON="${PYTHON:-python3}"
 step fuzz make_ fuzz FUZZ_SECONDS="$seconds"
 step mutate make_ mutate MUTATE="${MUTATE:---seconds 150}"
 ! have valgrind || step valgrind under_valgrind

@@ -46,6 +46,8 @@ def main():
             passed, failed = runner.run(program, given.seed, given.only)
     if failed:
         print(f"the same again: make check-pytorch PYTORCH='--seed {given.seed}'")
+    if not real.INSTALLED:
+        print(f"!!! {real.found()}: ITS OWN MODULES WERE NOT COMPARED, THE FORMULAS ALONE WERE.")
     print(f"{passed} passed, {failed} failed")
     return failed > 0 or not passed
 

@@ -30,18 +30,19 @@ try:
     transformers.utils.logging.disable_progress_bar()
 except ImportError:
     VERSION = ()
+INSTALLED = VERSION >= OLDEST
 
 
 def found():
-    if VERSION >= OLDEST:
+    if INSTALLED:
         return f"transformers {transformers.__version__}"
     version = f"{transformers.__version__} is older than 5.20.2" if VERSION else "not found"
-    return f"transformers {version}: !!! ITS OWN MODULES WERE NOT RUN !!!"
+    return f"transformers {version}"
 
 
 def real(*values):
     """A test that needs them."""
-    return test(*values) if VERSION >= OLDEST else lambda function: function
+    return test(*values) if INSTALLED else lambda function: function
 
 
 class Small:

@@ -677,10 +677,12 @@ file without them, or define DSV4_COMPRESSOR_FAST_MATH to give the guarantee up.
 #if defined(__GNUC__)
 #define DSV4__UNUSED                __attribute__((unused))
 #define DSV4__PREFETCH(pointer)     __builtin_prefetch((pointer), 0, 3)
+#define DSV4__PREFETCH_L2(pointer)  __builtin_prefetch((pointer), 0, 2)
 #define DSV4__PREFETCH_SUM(pointer) __builtin_prefetch((pointer), 1, 3)
 #else
 #define DSV4__UNUSED
 #define DSV4__PREFETCH(pointer)     ((void)(pointer))
+#define DSV4__PREFETCH_L2(pointer)  ((void)(pointer))
 #define DSV4__PREFETCH_SUM(pointer) ((void)(pointer))
 #endif
 
@@ -1245,7 +1247,7 @@ typedef struct dsv4__window {
     int run_count;
 } dsv4__window;
 
-/* Rows of kv and gate that the next window will read, from memory: pieces of `bytes`, one for each row and series. */
+/* Rows of kv and gate that one of the next windows will read, from memory: pieces of `bytes`, one for each row and series. */
 typedef struct dsv4__rows_ahead {
     uintptr_t kv, gate; /* addresses of the first piece; they may not exist */
     int64_t rows, series;
@@ -1275,13 +1277,18 @@ DSV4__INLINE void dsv4__fetch(uintptr_t from, uintptr_t bytes) {
     for (uintptr_t line = 0; line < bytes; line += 64) DSV4__PREFETCH((const void *)(from + line));
 }
 
+/* The same into the second cache: memory that is read later, and more of it than the first cache's queues take. */
+DSV4__INLINE void dsv4__fetch_far_ahead(uintptr_t from, uintptr_t bytes) {
+    for (uintptr_t line = 0; line < bytes; line += 64) DSV4__PREFETCH_L2((const void *)(from + line));
+}
+
 /* Asks for `share` / `whole` of the rows ahead: row by row, so that the CPU's own prefetching can follow, kv first. */
 DSV4__INLINE void dsv4__fetch_rows(dsv4__rows_ahead *ahead, int64_t share, int64_t whole) {
     for (ahead->due += 2 * ahead->rows * ahead->series * share; ahead->due >= whole; ahead->due -= whole) {
         const int64_t row = ahead->row < ahead->rows ? ahead->row : ahead->row - ahead->rows;
         const uintptr_t first = ahead->row < ahead->rows ? ahead->kv : ahead->gate;
-        dsv4__fetch(first + (uintptr_t)(row * ahead->stride + ahead->at * ahead->series_stride),
-                    (uintptr_t)ahead->bytes);
+        dsv4__fetch_far_ahead(first + (uintptr_t)(row * ahead->stride + ahead->at * ahead->series_stride),
+                              (uintptr_t)ahead->bytes);
         ahead->at = ahead->at + 1 < ahead->series ? ahead->at + 1 : 0;
         ahead->row += ahead->at == 0;
     }
@@ -4056,7 +4063,7 @@ static dsv4__pool_job dsv4__pool_settings(const dsv4__call *call, const dsv4__so
     return job;
 }
 
-/* What follows window w of a piece, where projections are given. */
+/* What follows window w of a piece at some distance, where projections are given. */
 static dsv4__rows_ahead dsv4__rows_behind(const dsv4__call *call, const dsv4__piece *piece, const dsv4__source *source,
                                           int64_t w) {
     dsv4__rows_ahead ahead;
@@ -4068,7 +4075,8 @@ static dsv4__rows_ahead dsv4__rows_behind(const dsv4__call *call, const dsv4__pi
     ahead.stride = source->stride * number;
     ahead.series_stride = source->series * number;
     ahead.bytes = source->channels * number;
-    const int64_t offset = (piece->source_row + (w + 1) * ahead.rows - piece->t) * ahead.stride;
+    const int64_t windows = ahead.rows < 16 ? 2 : 1; /* few rows do not last until memory has answered */
+    const int64_t offset = (piece->source_row + (w + windows) * ahead.rows - piece->t) * ahead.stride;
     ahead.kv = (uintptr_t)source->kv + (uintptr_t)offset;
     ahead.gate = (uintptr_t)source->gate + (uintptr_t)offset;
     return ahead;

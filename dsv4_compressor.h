@@ -705,6 +705,7 @@ enum {
     DSV4__PANEL = 32,   /* output columns of a packed weight panel, and channels of a group */
     DSV4__KBLOCK = 256, /* terms of a dot product of bf16 that share an accumulator; part of the numeric contract */
     DSV4__FBLOCK = 128, /* the same where an operand is fp32 */
+    DSV4__ROWS_AT_ONCE = 4, /* of a long window from memory */
     DSV4__LANES = 16,   /* partial sums of a mean of squares; part of the numeric contract */
     DSV4__MAX_RUNS = 12 /* places in memory that a window's rows can be spread over, with room to spare */
 };
@@ -4082,12 +4083,45 @@ static dsv4__rows_ahead dsv4__rows_behind(const dsv4__call *call, const dsv4__pi
     return ahead;
 }
 
+/* Pools a window of many rows that come from memory: some rows of all channels at a time, so that these are read as they
+ * lie and the next ones are fetched meanwhile. `fold` holds what is folded in between. */
+static void dsv4__pool_by_rows(const dsv4__call *call, dsv4__pool_job job, float *fold) {
+    const dsv4__window whole = *job.window;
+    dsv4__window part;
+    part.run_count = 1;
+    job.window = &part;
+    for (int i = 0; i < whole.run_count; i++)
+        for (int64_t done = 0; done < whole.runs[i].count; done += part.runs[0].count) {
+            dsv4__run *run = &part.runs[0];
+            const int64_t number = (int64_t)sizeof(float);
+            *run = whole.runs[i];
+            run->count = dsv4__min(run->count - done, DSV4__ROWS_AT_ONCE);
+            if (run->kv != NULL) run->kv += done * run->stride;
+            if (run->gate != NULL) run->gate += done * run->stride;
+            if (run->ape != NULL) run->ape += done * run->ape_stride;
+            memset(&job.ahead, 0, sizeof job.ahead);
+            if (run->kv != NULL && run->gate != NULL) {
+                job.ahead.kv = (uintptr_t)run->kv + (uintptr_t)(2 * DSV4__ROWS_AT_ONCE * run->stride * number);
+                job.ahead.gate = (uintptr_t)run->gate + (uintptr_t)(2 * DSV4__ROWS_AT_ONCE * run->stride * number);
+                job.ahead.rows = run->count;
+                job.ahead.series = 1;
+                job.ahead.stride = run->stride * number;
+                job.ahead.bytes = job.channels * number;
+            }
+            job.to = i + 1 == whole.run_count && done + run->count == whole.runs[i].count ? NULL : fold;
+            call->c->kernels->pool(&job);
+            job.from = job.to;
+        }
+}
+
 /* Pools the windows of the block that close, over the source's channels. */
 static void dsv4__pool_block(const dsv4__call *call, const dsv4__source *source, int64_t thread) {
     const dsv4_compressor *c = call->c;
     const int64_t dim = c->config.head_dim, rows = c->series * c->config.ratio;
     dsv4__pool_job job = dsv4__pool_settings(call, source, thread);
     dsv4__window window;
+    const int by_rows = call->batch.kv != NULL && call->batch.stages.weights == NULL && !c->keeps_rows &&
+                        c->config.ratio >= 4 * DSV4__ROWS_AT_ONCE && 3 * dim <= call->ws->scratch_numbers;
     job.window = &window;
     job.weights_stride = dim;
     for (int64_t i = 0; i < call->pieces; i++) {
@@ -4103,7 +4137,10 @@ static void dsv4__pool_block(const dsv4__call *call, const dsv4__source *source,
             job.pooled = call->ws->pooled + (piece->slot + j) * dim + source->channel;
             job.weights = call->batch.stages.weights;
             if (job.weights != NULL) job.weights += (piece->entry + j) * rows * dim + source->channel;
-            c->kernels->pool(&job);
+            if (by_rows)
+                dsv4__pool_by_rows(call, job, dsv4__scratch_of(call->ws, thread).wide);
+            else
+                c->kernels->pool(&job);
         }
     }
 }

@@ -42,6 +42,7 @@ static const bench_case bench_cases[] = {
     {"csa-flash-bf16-decode-8", DSV4_V4_FLASH_CSA, DSV4_BF16, BENCH_DECODE, 8, 1, 0},
     {"csa-flash-bf16-decode-32", DSV4_V4_FLASH_CSA, DSV4_BF16, BENCH_DECODE, 32, 0, 0},
     {"csa-flash-f32-pool", DSV4_V4_FLASH_CSA, DSV4_F32, BENCH_POOL, 2048, 1, 0},
+    {"hca-flash-f32-pool", DSV4_V4_FLASH_HCA, DSV4_F32, BENCH_POOL, 2048, 1, 0},
 };
 enum { BENCH_CASES = sizeof bench_cases / sizeof bench_cases[0] };
 

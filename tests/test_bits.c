@@ -258,9 +258,11 @@ TEST stages_are_by_request_and_change_nothing(const shape *of) {
 /* Projections from elsewhere: what stages.kv and stages.gate gave, handed back instead of x, in one call and in cuts. */
 TEST given_projections_give_the_same_entries(int table, int i) {
     workbench w = workbench_of(table, i);
-    for (int parts = 1; parts <= 3; parts++) {
-        dsv4_state *state = state_new(&w.e, depth_for_weights(&w.config));
+    for (int way = 2; way <= 7; way++) { /* in one to three parts, without the stage of weights and with it */
+        const int parts = way / 2, weights = way % 2;
+        dsv4_state *state = state_new(&w.e, weights ? depth_for_weights(&w.config) : 0);
         results r = workbench_results(&w);
+        *r.no_weights = !weights;
         for (int part = 0; part < parts; part++) {
             int64_t from = w.s.tokens * part / parts, to = w.s.tokens * (part + 1) / parts;
             dsv4_segment segment = segment_new(from, to - from, w.s.position + from, from / w.config.ratio,
@@ -269,6 +271,7 @@ TEST given_projections_give_the_same_entries(int table, int i) {
             b.x.data = NULL;
             b.kv = w.whole.stage[STAGE_KV];
             b.gate = w.config.no_gate ? NULL : w.whole.stage[STAGE_GATE];
+            if (!weights) b.stages.weights = NULL;
             ASSERT_EQ(DSV4_OK, dsv4_compress(w.e.compressor, &b, w.e.workspace, NULL));
         }
         ASSERT_SAME_BITS(&w.whole, &r, note("%d parts", parts));

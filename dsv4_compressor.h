@@ -657,18 +657,19 @@ file without them, or define DSV4_COMPRESSOR_FAST_MATH to give the guarantee up.
 #define DSV4__AVX512 "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma"
 #endif
 
-/* What a sanitizer watches is compiled as written: unrolled and inlined, every access with its checks, the kernels
- * would take a compiler minutes. */
-#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
-#define DSV4__SANITIZED 1
+/* Compiled as written, neither inlined nor unrolled, is what a sanitizer watches: with the checks of every access, the
+ * kernels would take a compiler minutes. And what is not optimised: a kernel's frame would have room for every variable
+ * of every copy of a tile, half a megabyte. */
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__) || !defined(__OPTIMIZE__)
+#define DSV4__AS_WRITTEN 1
 #elif defined(DSV4__CLANG) && defined(__has_feature)
 #if __has_feature(address_sanitizer) || __has_feature(undefined_behavior_sanitizer) || \
     __has_feature(memory_sanitizer) || __has_feature(thread_sanitizer)
-#define DSV4__SANITIZED 1
+#define DSV4__AS_WRITTEN 1
 #endif
 #endif
 
-#if defined(__GNUC__) && !defined(DSV4__SANITIZED)
+#if defined(__GNUC__) && !defined(DSV4__AS_WRITTEN)
 #define DSV4__INLINE __attribute__((always_inline)) static inline
 #else
 #define DSV4__INLINE static inline
@@ -687,7 +688,7 @@ file without them, or define DSV4_COMPRESSOR_FAST_MATH to give the guarantee up.
 #endif
 
 /* Register tiles are loops of constant length over arrays of vectors: only fully unrolled do they stay in registers. */
-#if defined(DSV4__SANITIZED)
+#if defined(DSV4__AS_WRITTEN)
 #define DSV4__UNROLL
 #elif defined(DSV4__CLANG)
 #define DSV4__UNROLL _Pragma("clang loop unroll(full)")

@@ -38,14 +38,15 @@ valgrind_on() {
 under_valgrind() {
     make_ tests BUILD="$out/valgrind" CFLAGS='-O2 -g' SIMDE= || return 1
     # Without the extremes, which are large (guard pages do to them what valgrind would); of the suites that take a quarter
-    # of an hour together, what moves memory about. The sanitizers see all of them.
+    # of an hour together, what moves memory about. The sanitizers see all of them. (Stacks are painted where valgrind
+    # watches.)
     for some in transferred close_in_one_call taking_back a_failed; do valgrind_on test_streams -t $some; done
     for some in carried thousands refused; do valgrind_on test_gradients -t $some; done
     for some in layers_of segments strides objects; do valgrind_on test_bits -t $some; done
     for test in tests/test_*.c; do
         program=$(basename "$test" .c)
         case $program in
-            test_extremes | test_gradients | test_streams | test_bits) ;;
+            test_extremes | test_gradients | test_streams | test_bits | test_stack) ;;
             *) valgrind_on "$program" ;;
         esac
     done

@@ -1,0 +1,160 @@
+/* How much stack a call takes, so that small threads can be planned for: each runs on a painted stack of its own, and
+ * what is no longer paint was used. */
+
+#if !defined(_XOPEN_SOURCE)
+#define _XOPEN_SOURCE 600 /* pthread_attr_setstack */
+#endif
+#include <pthread.h>
+
+#include "runner.h"
+#include "gradient_support.h"
+
+enum { STACK = 1 << 20, PAGE = 1 << 16, PAINT = 0x5C };
+
+/* Without optimisation every variable has a place of its own. */
+#if defined(__OPTIMIZE__)
+enum { LIMIT = 16 << 10 };
+#else
+enum { LIMIT = 32 << 10 };
+#endif
+
+/* A compressor of one kernel set at work, and what its calls need. */
+typedef struct site {
+    const char *isa;
+    lesson l;
+    engine e;
+    results r;
+    gradient_set g;
+    dsv4_state *state;
+    dsv4_status status;
+} site;
+
+static site site_new(const shape *of, const char *isa) {
+    site s = {0};
+    s.isa = isa;
+    s.l = lesson_of(of, 300 / of->ratio * of->ratio, 7);
+    s.e = trainer_new(&s.l.m, isa, NULL);
+    s.r = results_new(&s.l.config, of->out, s.l.s.tokens, s.l.entries);
+    s.g = gradient_set_new(&s.l.config, DSV4_F32, s.l.s.tokens);
+    s.state = state_new(&s.e, 0);
+    return s;
+}
+
+static void site_free(site *s) {
+    dsv4_state_destroy(s->state);
+    gradient_set_free(&s->g);
+    results_free(&s->r);
+    engine_free(&s->e);
+    lesson_free(&s->l);
+}
+
+/* ---- The calls --------------------------------------------------------------------------------------------- */
+
+static void creates(site *s) {
+    const dsv4_options options = {s->isa, 1, 1};
+    dsv4_compressor *compressor = NULL;
+    dsv4_workspace *workspace = NULL;
+    const dsv4_allocator heap = dsv4_heap();
+    s->status = dsv4_compressor_create(&s->l.config, &s->l.m.params, &options, &heap, &compressor, NULL);
+    if (s->status == DSV4_OK) s->status = dsv4_workspace_create(compressor, NULL, &heap, &workspace, NULL);
+    dsv4_workspace_destroy(workspace);
+    dsv4_compressor_destroy(compressor);
+}
+
+static void compresses(site *s) { s->status = compress_whole(&s->e, &s->l.s, &s->r, NULL); }
+
+/* Tokens one by one until a window closes, in steps of 1 to 15 tokens afterwards: every height of a tile. */
+static void decodes(site *s) {
+    s->status = dsv4_state_reset(s->state, NULL);
+    for (int64_t from = 0, count; from < s->l.s.tokens && s->status == DSV4_OK; from += count) {
+        count = from < 2 * s->l.config.ratio ? 1 : from % 15 + 1;
+        if (count > s->l.s.tokens - from) count = s->l.s.tokens - from;
+        s->status = compress_part(&s->e, &s->l.s, &s->r, s->state, from, from + count, NULL);
+    }
+}
+
+static void goes_back(site *s) { s->status = backward_whole(&s->l, &s->e, &s->g); }
+
+/* ---- Their depth ------------------------------------------------------------------------------------------- */
+
+typedef struct dive {
+    void (*call)(site *);
+    site *s;
+    const unsigned char *top; /* somewhere in the frame that makes the call */
+} dive;
+
+static void *dive_down(void *argument) {
+    dive *d = argument;
+    unsigned char here;
+    d->top = &here;
+    d->call(d->s);
+    return NULL;
+}
+
+/* Bytes of stack below the frame of the caller; -1 where the call failed. It has run once before: the first call of a
+ * library's function goes through the dynamic linker, which saves all registers. */
+static int64_t depth_of(void (*call)(site *), site *s) {
+    unsigned char *memory = reserve(STACK + PAGE), *stack = memory + (PAGE - (uintptr_t)memory % PAGE);
+    dive d = {call, s, NULL};
+    pthread_attr_t attributes;
+    pthread_t thread;
+    int64_t untouched = 0;
+    call(s);
+    memset(stack, PAINT, STACK);
+    pthread_attr_init(&attributes);
+    if (s->status != DSV4_OK || pthread_attr_setstack(&attributes, stack, STACK) != 0 ||
+        pthread_create(&thread, &attributes, dive_down, &d) != 0 || pthread_join(thread, NULL) != 0 ||
+        s->status != DSV4_OK) {
+        free(memory);
+        return -1;
+    }
+    pthread_attr_destroy(&attributes);
+    while (stack[untouched] == PAINT) untouched++;
+    const int64_t depth = d.top - (stack + untouched);
+    free(memory);
+    return depth;
+}
+
+static const struct {
+    const char *name;
+    void (*call)(site *);
+} calls[] = {
+    {"create", creates},
+    {"compress", compresses},
+    {"decode", decodes},
+    {"backward", goes_back},
+};
+
+/* bf16, and fp32 */
+static const shape *const kinds[] = {&long_shapes[0], &long_shapes[1]};
+
+TEST calls_need_little_stack(const char *isa) {
+#if defined(TESTS_SANITIZED)
+    (void)isa;
+    SKIPm("sanitizers have frames of their own");
+#else
+    int64_t most = 0;
+    for (size_t k = 0; k < sizeof kinds / sizeof kinds[0]; k++) {
+        site s = site_new(kinds[k], isa);
+        for (size_t i = 0; i < sizeof calls / sizeof calls[0]; i++) {
+            const int64_t depth = depth_of(calls[i].call, &s);
+            ASSERTm(note("%s of %s: %lld bytes", calls[i].name, kinds[k]->name, (long long)depth),
+                    depth > 0 && depth <= LIMIT);
+            if (depth > most) most = depth;
+        }
+        site_free(&s);
+    }
+    printf("%s: at most %lld bytes of stack\n", isa, (long long)most);
+    PASS();
+#endif
+}
+
+SUITE(stack) {
+    const char *isa;
+    for (int i = 0; (isa = dsv4_isa_name(i)) != NULL; i++) {
+        greatest_set_test_suffix(isa);
+        RUN_TESTp(calls_need_little_stack, isa);
+    }
+}
+
+TESTS_MAIN(stack);

@@ -586,18 +586,37 @@ file without them, or define DSV4_COMPRESSOR_FAST_MATH to give the guarantee up.
 #elif defined(__GNUC__)
 #define DSV4__GCC __GNUC__
 #endif
+#if defined(DSV4__CLANG) || defined(DSV4__GCC)
+#define DSV4__GNU 1 /* GNU's attributes, builtins and assembler: clang for Windows has them, but no __GNUC__ */
+#endif
 
-/* GCC on Windows keeps the stack at 16 bytes and yet spills wider vectors with aligned stores (its bug 54412), so only
- * clang gets the wide kernels there. */
-#if !defined(DSV4_COMPRESSOR_SCALAR) && defined(__x86_64__) && !defined(_MSC_VER) && \
-    !(defined(_WIN32) && defined(DSV4__GCC))
-#if (defined(DSV4__CLANG) && __clang_major__ >= 9) || (defined(DSV4__GCC) && DSV4__GCC >= 9)
+/* GCC on Windows keeps the stack at 16 bytes and yet spills wider vectors with aligned stores (its bug 54412), so it gets
+ * vectors of 128 bits there. */
+#if !defined(DSV4_COMPRESSOR_SCALAR) && defined(__x86_64__) && \
+    ((defined(DSV4__CLANG) && __clang_major__ >= 9) || (defined(DSV4__GCC) && DSV4__GCC >= 9))
+#if defined(DSV4__GCC) && (defined(_WIN32) || defined(__CYGWIN__))
+#define DSV4__X86_128 1
+#else
 #define DSV4__X86 1
+#endif
 #include <immintrin.h>
 #endif
+
+/* Where clang stands in for MSVC, its <immintrin.h> leaves out what the command line does not allow everywhere. */
+#if defined(DSV4__X86) && defined(_MSC_VER)
+#include <avxintrin.h>
+#include <avx2intrin.h>
+#include <fmaintrin.h>
+#include <avx512fintrin.h>
+#include <avx512bwintrin.h>
+#include <avx512dqintrin.h>
+#include <avx512vlintrin.h>
+#if __clang_major__ < 16 || __clang_major__ > 17
+#include <avx512bf16intrin.h>
+#endif
 #endif
 
-#if defined(DSV4__X86)
+#if defined(DSV4__X86) || defined(DSV4__X86_128)
 #define DSV4__CPUID 1
 #endif
 
@@ -610,7 +629,7 @@ file without them, or define DSV4_COMPRESSOR_FAST_MATH to give the guarantee up.
 #endif
 
 #if !defined(DSV4_COMPRESSOR_SCALAR) && defined(__aarch64__) && defined(__ARM_NEON) && !defined(__AARCH64EB__) && \
-    (defined(DSV4__CLANG) || defined(DSV4__GCC))
+    defined(DSV4__GNU)
 #define DSV4__NEON 1
 #include <arm_neon.h>
 #endif
@@ -619,7 +638,7 @@ file without them, or define DSV4_COMPRESSOR_FAST_MATH to give the guarantee up.
  * does 32-bit NEON, which has no IEEE division and flushes subnormals. */
 #if !defined(DSV4_COMPRESSOR_SCALAR) && !(defined(__ARM_NEON) && !defined(__aarch64__)) && \
     (!defined(__BYTE_ORDER__) || __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__)
-#if !defined(DSV4_COMPRESSOR_SIMDE) && !defined(DSV4__X86) && !defined(DSV4__NEON) && defined(__has_include)
+#if !defined(DSV4_COMPRESSOR_SIMDE) && !defined(DSV4__CPUID) && !defined(DSV4__NEON) && defined(__has_include)
 #if __has_include(<simde/x86/sse4.1.h>)
 #define DSV4_COMPRESSOR_SIMDE 1
 #endif
@@ -669,13 +688,13 @@ file without them, or define DSV4_COMPRESSOR_FAST_MATH to give the guarantee up.
 #endif
 #endif
 
-#if defined(__GNUC__) && !defined(DSV4__AS_WRITTEN)
+#if defined(DSV4__GNU) && !defined(DSV4__AS_WRITTEN)
 #define DSV4__INLINE __attribute__((always_inline)) static inline
 #else
 #define DSV4__INLINE static inline
 #endif
 
-#if defined(__GNUC__)
+#if defined(DSV4__GNU)
 #define DSV4__UNUSED                __attribute__((unused))
 #define DSV4__PREFETCH(pointer)     __builtin_prefetch((pointer), 0, 3)
 #define DSV4__PREFETCH_L2(pointer)  __builtin_prefetch((pointer), 0, 2)
@@ -728,7 +747,7 @@ DSV4_API const char *dsv4_status_text(dsv4_status status) {
     return (unsigned)status < (unsigned)DSV4_STATUS_COUNT ? texts[status] : "unknown status";
 }
 
-#if defined(__GNUC__) && !defined(_WIN32)
+#if defined(DSV4__CLANG) || (defined(DSV4__GCC) && !defined(_WIN32))
 static dsv4_status dsv4__fail(dsv4_error *error, dsv4_status status, const char *format, ...)
     __attribute__((format(printf, 3, 4)));
 #endif
@@ -1008,11 +1027,11 @@ static void dsv4__write_matrix(dsv4_matrix to, const float *from, int64_t stride
 
 /* a * b rounded, whatever follows: compilers that fuse a product into a neighbouring sum would change the last bit. */
 DSV4__INLINE double dsv4__mul(double a, double b) {
-#if defined(__GNUC__) && defined(__x86_64__)
+#if defined(DSV4__GNU) && defined(__x86_64__)
     double product = a * b;
     __asm__("" : "+x"(product));
     return product;
-#elif defined(__GNUC__) && defined(__aarch64__)
+#elif defined(DSV4__GNU) && defined(__aarch64__)
     double product = a * b;
     __asm__("" : "+w"(product));
     return product;
@@ -1025,7 +1044,7 @@ DSV4__INLINE double dsv4__mul(double a, double b) {
 /* Fused multiply-add. Without the instruction: the product is exact in double, and the sum is rounded to odd there, so
  * that rounding it once more to float rounds the exact value. */
 DSV4__INLINE float dsv4__fma(float a, float b, float c) {
-#if defined(FP_FAST_FMAF) && defined(__GNUC__)
+#if defined(DSV4__GNU) && (defined(FP_FAST_FMAF) || defined(__FMA__))
     return __builtin_fmaf(a, b, c);
 #else
     const double product = (double)a * (double)b, addend = (double)c;
@@ -1522,68 +1541,75 @@ static inline uint32x4_t DSV4__FN(upper)(float32x4_t v) {
     return vbslq_u32(vceqq_f32(v, v), rounded, vorrq_u32(up, vdupq_n_u32(0x40u)));
 }
 
-#elif DSV4__STAMP == 6 /* SIMDe: any CPU with 128-bit vectors, and plain C loops for the others */
-#define DSV4__SET          simde
-#define DSV4__VF           simde__m128
+#elif DSV4__STAMP == 6 || DSV4__STAMP == 7 /* four lanes, as SSE4.1 has them */
+#if DSV4__STAMP == 6                       /* SIMDe: any CPU with 128-bit vectors, and plain C loops for the others */
+#define DSV4__SET       simde
+#define DSV4__VF        simde__m128
+#define DSV4__VI        simde__m128i
+#define DSV4__TILE_ROWS 4
+#define v_mm(name)      simde_mm_##name
+#else /* itself, with FMA: for GCC on Windows. No wider vectors by the compiler's own choice either */
+#define DSV4__SET       fma128
+DSV4__BEGIN_TARGET("avx2,fma,prefer-vector-width=128")
+#define DSV4__VF        __m128
+#define DSV4__VI        __m128i
+#define DSV4__TILE_ROWS 6
+#define v_mm(name)      _mm_##name
+#endif
 #define DSV4__VL           4
-#define DSV4__TILE_ROWS    4
 #define DSV4__TILE_VECTORS 2
-#define v_zero()           simde_mm_setzero_ps()
-#define v_set(f)           simde_mm_set1_ps(f)
-#define v_load(p)          simde_mm_loadu_ps(p)
-#define v_store(p, v)      simde_mm_storeu_ps(p, v)
-#define v_add(a, b)        simde_mm_add_ps(a, b)
-#define v_sub(a, b)        simde_mm_sub_ps(a, b)
-#define v_mul(a, b)        simde_mm_mul_ps(a, b)
-#define v_div(a, b)        simde_mm_div_ps(a, b)
-#define v_max(a, b)        simde_mm_max_ps(a, b)
-#if defined(SIMDE_X86_FMA_NATIVE) || defined(SIMDE_ARM_NEON_A64V8_NATIVE)
+#define v_zero()           v_mm(setzero_ps)()
+#define v_set(f)           v_mm(set1_ps)(f)
+#define v_load(p)          v_mm(loadu_ps)(p)
+#define v_store(p, v)      v_mm(storeu_ps)(p, v)
+#define v_add(a, b)        v_mm(add_ps)(a, b)
+#define v_sub(a, b)        v_mm(sub_ps)(a, b)
+#define v_mul(a, b)        v_mm(mul_ps)(a, b)
+#define v_div(a, b)        v_mm(div_ps)(a, b)
+#define v_max(a, b)        v_mm(max_ps)(a, b)
+#if DSV4__STAMP == 7 || defined(SIMDE_X86_FMA_NATIVE) || defined(SIMDE_ARM_NEON_A64V8_NATIVE)
 #define DSV4__FUSED    1
-#define v_fma(a, b, c) simde_mm_fmadd_ps(a, b, c)
+#define v_fma(a, b, c) v_mm(fmadd_ps)(a, b, c)
 #else /* SIMDe would round the product here */
 #define v_fma(a, b, c) DSV4__FN(fma)(a, b, c)
 #endif
-#define v_madd(a, b, c)      simde_mm_add_ps(simde_mm_mul_ps(a, b), c)
-#define v_below(x, limit, v) simde_mm_andnot_ps(simde_mm_cmplt_ps(x, limit), v)
-#define v_above(a, b, x, y)  simde_mm_blendv_ps(y, x, simde_mm_cmpgt_ps(a, b))
-#define v_unequal(a, b, v)   simde_mm_and_ps(simde_mm_cmpneq_ps(a, b), v)
-#define v_power(t)         \
-    simde_mm_castsi128_ps( \
-        simde_mm_add_epi32(simde_mm_slli_epi32(simde_mm_castps_si128(t), 23), simde_mm_set1_epi32(0x3f800000)))
-#define v_round(v) simde_mm_castsi128_ps(simde_mm_slli_epi32(DSV4__FN(upper)(v), 16))
-#define v_widen(p)                                                          \
-    simde_mm_castsi128_ps(simde_mm_unpacklo_epi16(simde_mm_setzero_si128(), \
-                                                  simde_mm_loadl_epi64((const simde__m128i *)(const void *)(p))))
-#define v_narrow(p, v)                                 \
-    simde_mm_storel_epi64((simde__m128i *)(void *)(p), \
-                          simde_mm_packus_epi32(DSV4__FN(upper)(v), simde_mm_setzero_si128()))
-#define v_even(p) \
-    simde_mm_castsi128_ps(simde_mm_slli_epi32(simde_mm_loadu_si128((const simde__m128i *)(const void *)(p)), 16))
-#define v_odd(p)                                                                                            \
-    simde_mm_castsi128_ps(simde_mm_and_si128(simde_mm_loadu_si128((const simde__m128i *)(const void *)(p)), \
-                                             simde_mm_set1_epi32((int32_t)0xffff0000u)))
+#define v_madd(a, b, c)      v_mm(add_ps)(v_mm(mul_ps)(a, b), c)
+#define v_below(x, limit, v) v_mm(andnot_ps)(v_mm(cmplt_ps)(x, limit), v)
+#define v_above(a, b, x, y)  v_mm(blendv_ps)(y, x, v_mm(cmpgt_ps)(a, b))
+#define v_unequal(a, b, v)   v_mm(and_ps)(v_mm(cmpneq_ps)(a, b), v)
+#define v_power(t) \
+    v_mm(castsi128_ps)(v_mm(add_epi32)(v_mm(slli_epi32)(v_mm(castps_si128)(t), 23), v_mm(set1_epi32)(0x3f800000)))
+#define v_round(v) v_mm(castsi128_ps)(v_mm(slli_epi32)(DSV4__FN(upper)(v), 16))
+#define v_widen(p)      \
+    v_mm(castsi128_ps)( \
+        v_mm(unpacklo_epi16)(v_mm(setzero_si128)(), v_mm(loadl_epi64)((const DSV4__VI *)(const void *)(p))))
+#define v_narrow(p, v) \
+    v_mm(storel_epi64)((DSV4__VI *)(void *)(p), v_mm(packus_epi32)(DSV4__FN(upper)(v), v_mm(setzero_si128)()))
+#define v_even(p) v_mm(castsi128_ps)(v_mm(slli_epi32)(v_mm(loadu_si128)((const DSV4__VI *)(const void *)(p)), 16))
+#define v_odd(p)                                                                               \
+    v_mm(castsi128_ps)(v_mm(and_si128)(v_mm(loadu_si128)((const DSV4__VI *)(const void *)(p)), \
+                                       v_mm(set1_epi32)((int32_t)0xffff0000u)))
 
-static inline simde__m128i DSV4__FN(upper)(simde__m128 v) {
-    const simde__m128i bits = simde_mm_castps_si128(v), up = simde_mm_srli_epi32(bits, 16);
-    const simde__m128i half =
-        simde_mm_add_epi32(simde_mm_set1_epi32(0x7fff), simde_mm_and_si128(up, simde_mm_set1_epi32(1)));
-    const simde__m128i rounded = simde_mm_srli_epi32(simde_mm_add_epi32(bits, half), 16);
-    const simde__m128i nan = simde_mm_castps_si128(simde_mm_cmpunord_ps(v, v));
-    return simde_mm_blendv_epi8(rounded, simde_mm_or_si128(up, simde_mm_set1_epi32(0x40)), nan);
+static inline DSV4__VI DSV4__FN(upper)(DSV4__VF v) {
+    const DSV4__VI bits = v_mm(castps_si128)(v), up = v_mm(srli_epi32)(bits, 16);
+    const DSV4__VI half = v_mm(add_epi32)(v_mm(set1_epi32)(0x7fff), v_mm(and_si128)(up, v_mm(set1_epi32)(1)));
+    const DSV4__VI rounded = v_mm(srli_epi32)(v_mm(add_epi32)(bits, half), 16);
+    const DSV4__VI nan = v_mm(castps_si128)(v_mm(cmpunord_ps)(v, v));
+    return v_mm(blendv_epi8)(rounded, v_mm(or_si128)(up, v_mm(set1_epi32)(0x40)), nan);
 }
 
-DSV4__UNUSED static inline simde__m128 DSV4__FN(fma)(simde__m128 a, simde__m128 b, simde__m128 c) {
+DSV4__UNUSED static inline DSV4__VF DSV4__FN(fma)(DSV4__VF a, DSV4__VF b, DSV4__VF c) {
     float x[4], y[4], z[4];
-    simde_mm_storeu_ps(x, a);
-    simde_mm_storeu_ps(y, b);
-    simde_mm_storeu_ps(z, c);
+    v_mm(storeu_ps)(x, a);
+    v_mm(storeu_ps)(y, b);
+    v_mm(storeu_ps)(z, c);
     for (int i = 0; i < 4; i++) z[i] = dsv4__fma(x[i], y[i], z[i]);
-    return simde_mm_loadu_ps(z);
+    return v_mm(loadu_ps)(z);
 }
 #endif
 
 /* Four lanes go through memory. */
-#if DSV4__STAMP == 5 || DSV4__STAMP == 6
+#if DSV4__STAMP >= 5
 #define v_load_n(p, n)     DSV4__FN(load_n)(p, n)
 #define v_store_n(p, v, n) DSV4__FN(store_n)(p, v, n)
 
@@ -2203,7 +2229,7 @@ static void DSV4__FN(add)(float *sum, const float *a, const float *b, int64_t co
     }
 }
 
-#if DSV4__STAMP >= 2 && DSV4__STAMP <= 4
+#if (DSV4__STAMP >= 2 && DSV4__STAMP <= 4) || DSV4__STAMP == 7
 DSV4__END_TARGET
 #endif
 
@@ -2216,6 +2242,7 @@ enum { DSV4__FN(has_dot) = 0, DSV4__FN(tile_rows) = DSV4__TILE_ROWS };
 
 #undef DSV4__SET
 #undef DSV4__VF
+#undef DSV4__VI
 #undef DSV4__VL
 #undef DSV4__FUSED
 #undef DSV4__DOT
@@ -2223,6 +2250,7 @@ enum { DSV4__FN(has_dot) = 0, DSV4__FN(tile_rows) = DSV4__TILE_ROWS };
 #undef DSV4__SMALL_ROWS
 #undef DSV4__POOL_VECTORS
 #undef DSV4__TILE_VECTORS
+#undef v_mm
 #undef v_zero
 #undef v_set
 #undef v_load
@@ -2274,6 +2302,11 @@ enum { DSV4__FN(has_dot) = 0, DSV4__FN(tile_rows) = DSV4__TILE_ROWS };
 #endif
 #if defined(DSV4__SIMDE)
 #define DSV4__STAMP 6
+#include DSV4_COMPRESSOR_HEADER
+#undef DSV4__STAMP
+#endif
+#if defined(DSV4__X86_128)
+#define DSV4__STAMP 7
 #include DSV4_COMPRESSOR_HEADER
 #undef DSV4__STAMP
 #endif
@@ -2370,6 +2403,9 @@ static const dsv4__kernels dsv4__sets[] = {
 #endif
 #if defined(DSV4__X86)
     DSV4__SET_ROW(avx2, DSV4__CPU_AVX2),
+#endif
+#if defined(DSV4__X86_128)
+    DSV4__SET_ROW(fma128, DSV4__CPU_AVX2),
 #endif
 #if defined(DSV4__NEON)
     DSV4__SET_ROW(neon, 0),

@@ -1225,9 +1225,9 @@ typedef struct dsv4__product_job {
     int64_t pairs, rows;
     float *sum;
     int64_t sum_stride;
-    int first;      /* the block starts the sum instead of being added */
-    int far;        /* the sums come from memory */
-    uintptr_t next; /* address of what a later call will read, if it reaches that far: fetched meanwhile */
+    int first;          /* the block starts the sum instead of being added */
+    int sums_in_memory; /* not in a cache: fetched early */
+    uintptr_t next;     /* address of what a later call will read, if it reaches that far: fetched meanwhile */
     int64_t next_bytes;
     float *wide; /* scratch for one widened block, [DSV4__KBLOCK][32] */
 } dsv4__product_job;
@@ -1245,13 +1245,13 @@ DSV4__INLINE dsv4__ahead dsv4__fetch_ahead(const dsv4__product_job *job, int64_t
     return ahead;
 }
 
-/* How many tiles of `height` rows to begin with: as many as fit, or up to three fewer where tiles of `small` rows then
- * leave less, since those that are lower still keep the multipliers waiting for their own sums. */
-DSV4__INLINE int64_t dsv4__large_tiles(int64_t rows, int64_t height, int64_t small) {
+/* How many tiles of `height` rows to begin with: as many as fit, or up to three fewer where tiles of `small_height` rows
+ * then leave less, since those that are lower still keep the multipliers waiting for their own sums. */
+DSV4__INLINE int64_t dsv4__large_tiles(int64_t rows, int64_t height, int64_t small_height) {
     const int64_t most = rows / height;
     int64_t best = most;
     for (int64_t tiles = most - 1; tiles >= 0 && tiles >= most - 3; tiles--)
-        if ((rows - tiles * height) % small < (rows - best * height) % small) best = tiles;
+        if ((rows - tiles * height) % small_height < (rows - best * height) % small_height) best = tiles;
     return best;
 }
 
@@ -1732,7 +1732,7 @@ DSV4__INLINE void DSV4__FN(tile)(const dsv4__product_job *job, int64_t row, int6
     const dsv4__ahead ahead = dsv4__fetch_ahead(job, row, rows);
     uintptr_t fetch = ahead.from;
     DSV4__VF acc[DSV4__TILE_ROWS][DSV4__TILE_VECTORS];
-    if (job->far) DSV4__FN(fetch_sums)(sum, job->sum_stride, rows);
+    if (job->sums_in_memory) DSV4__FN(fetch_sums)(sum, job->sum_stride, rows);
     DSV4__UNROLL
     for (int r = 0; r < rows; r++) {
         DSV4__UNROLL
@@ -1797,7 +1797,7 @@ static void DSV4__FN(fused)(const dsv4__product_job *job, const int mode, const 
         block.x = x + 2 * done * (int64_t)sizeof(float);
         block.pairs = dsv4__min(job->pairs - done, DSV4__FBLOCK / 2);
         block.first = job->first && done == 0;
-        block.far = job->far && done == 0;
+        block.sums_in_memory = job->sums_in_memory && done == 0;
         block.next = job->next + (uintptr_t)(job->next_bytes * done / job->pairs);
         block.next_bytes = job->next_bytes * block.pairs / job->pairs;
         DSV4__FN(tiles)(&block, mode, 0, part);
@@ -4884,7 +4884,7 @@ static void dsv4__dw_tile(const dsv4__back *back, int64_t matrix, int64_t row, i
         job->w = dsv4__x_panel(back, block->slab, i, block->row);
         job->pairs = dsv4__padded(block->count) / 2;
         job->first = !back->started && b == 0 && !back->g.accumulate;
-        job->far = !apart && b == 0;
+        job->sums_in_memory = !apart && b == 0;
         const dsv4__token_block *after = &back->room->blocks[(b + 1) % back->blocks];
         job->next = (uintptr_t)dsv4__x_panel(back, after->slab, i, after->row);
         if (b + 1 == back->blocks) job->next += DSV4__KBLOCK * DSV4__PANEL * dsv4_dtype_size(dtype);

@@ -21,7 +21,30 @@ becomes_code() { # becomes_code COMPILER FLAGS...: the implementation, down to m
     echo '#include "dsv4_compressor.h"' | "$compiler" $WARN -I. -x c $implement "$@" -O1 -c - -o /dev/null
 }
 
+# What system headers define as macros: windows.h and what it draws in, Xlib.h, complex.h, termios.h, sys/sysmacros.h,
+# sys/reg.h, tgmath.h, strings.h, Arduino.h, and compilers in their GNU modes. After these the header still compiles, with
+# every kernel set; its own includes come before, as they would with their authors' names.
+objects='far near huge small interface hyper boolean pascal cdecl IN OUT OPTIONAL CONST VOID TRUE FALSE ERROR DELETE IGNORE
+STRICT NEAR FAR THIS None Bool True False Status Success Always Above Below Unsorted Convex Complex Nonconvex Expose
+FocusIn I complex imaginary B0 B50 ECHO CR0 CS5 CS6 NL0 TAB0 BS0 FF0 VT0 ES CS SS DS FS unix linux i386 arm vax sun mips
+sparc hpux OVERFLOW UNDERFLOW DOMAIN PI DEFAULT INTERNAL errno'
+functions='min max abs clamp swap bit word sq F major minor makedev index rindex bcopy bzero exp log round floor ceil fma
+sqrt pow fabs sin cos'
+{
+    echo '#include <assert.h>'
+    for name in float math stdarg stdint stdio stdlib string; do echo "#include <$name.h>"; done
+    printf '#if %s\n#include <%s.h>\n#endif\n' 'defined(__x86_64__)' immintrin 'defined(__aarch64__)' arm_neon \
+        'defined(DSV4_COMPRESSOR_SIMDE)' simde/x86/sse4.1 'defined(DSV4_COMPRESSOR_SIMDE)' simde/x86/fma
+    for name in $objects; do printf '#undef %s\n#define %s @\n' "$name" "$name"; done
+    for name in $functions; do printf '#undef %s\n#define %s(...) @\n' "$name" "$name"; done
+    echo '#include "dsv4_compressor.h"'
+} >"$tmp/after.c"
+compiles_after_others() { # compiles_after_others COMPILER FLAGS...
+    "$@" $WARN -I. $implement $(simde_flag) -fsyntax-only "$tmp/after.c"
+}
+
 for compiler in $C; do
+    spawn "$compiler, after others' macros" compiles_after_others "$compiler" -std=gnu99 -x c
     for std in $C_STANDARDS; do
         spawn "$compiler -std=$std, declarations" compiles "$compiler" -std=$std -x c
         spawn "$compiler -std=$std, implementation" compiles "$compiler" -std=$std -x c $implement
@@ -36,6 +59,7 @@ for compiler in $C; do
         spawn "$compiler -mno-evex512" becomes_code "$compiler" -mno-evex512
 done
 for compiler in $CXX; do
+    spawn "$compiler, after others' macros" compiles_after_others "$compiler" -std=gnu++11 -x c++
     for std in c++11 c++20; do
         spawn "$compiler -std=$std, declarations" compiles "$compiler" -std=$std -x c++
         spawn "$compiler -std=$std, implementation" compiles "$compiler" -std=$std -x c++ $implement

@@ -416,6 +416,33 @@ TEST states_are_no_larger_than_the_tokens_they_wait_for(void) {
     PASS();
 }
 
+/* vLLM#48118, sglang#29609: gigabytes of states. A sequence over all layers, as README says; CSA has its indexer beside it. */
+TEST states_of_a_whole_model_take_what_is_said(void) {
+    static const struct {
+        int csa, hca;
+        size_t bytes[2]; /* at depth 0 and 8 */
+    } models[] = {{21, 20, {457344, 2833024}}, {30, 31, {668736, 4142144}}};
+    static const dsv4_preset presets[] = {DSV4_V4_FLASH_CSA, DSV4_V4_FLASH_INDEXER, DSV4_V4_FLASH_HCA};
+    for (int i = 0; i < 2; i++)
+        for (int64_t depth = 0; depth <= 8; depth += 8) {
+            size_t sum = 0;
+            for (int k = 0; k < 3; k++) {
+                dsv4_config c = dsv4_preset_config(presets[k]);
+                c.hidden_dim = 2;
+                model m = model_of(&c, DSV4_BF16, 1);
+                engine e = engine_new(&m, NULL, NULL);
+                size_t bytes = 0;
+                ASSERT_EQ(DSV4_OK, dsv4_state_size(e.compressor, depth, &bytes, NULL));
+                sum += bytes * (size_t)(k < 2 ? models[i].csa : models[i].hca);
+                engine_free(&e);
+                model_free(&m);
+            }
+            if (sizeof(void *) == 8) ASSERT_EQ_FMT((unsigned)models[i].bytes[depth / 8], (unsigned)sum, "%u");
+            ASSERT(sum <= models[i].bytes[depth / 8]);
+        }
+    PASS();
+}
+
 /* llama.cpp#27680: compute buffers grew with the batch. Here scratch is known before any batch is, and a call over
  * thousands of tokens stays within it. */
 TEST scratch_does_not_grow_with_the_batch(void) {
@@ -513,6 +540,7 @@ SUITE(hurts) {
     RUN_TEST(very_negative_scores_never_make_nan);
     RUN_TEST(a_prefix_cache_may_use_any_block_size);
     RUN_TEST(states_are_no_larger_than_the_tokens_they_wait_for);
+    RUN_TEST(states_of_a_whole_model_take_what_is_said);
     RUN_TEST(cpus_without_avx512_have_vector_kernels);
     RUN_TEST(a_cpu_is_given_the_kernel_sets_it_can_run);
     RUN_TEST(scratch_does_not_grow_with_the_batch);

@@ -604,6 +604,7 @@ file without them, or define DSV4_COMPRESSOR_FAST_MATH to give the guarantee up.
 
 /* Where clang stands in for MSVC, its <immintrin.h> leaves out what the command line does not allow everywhere. */
 #if defined(DSV4__X86) && defined(_MSC_VER)
+#include <smmintrin.h>
 #include <avxintrin.h>
 #include <avx2intrin.h>
 #include <fmaintrin.h>

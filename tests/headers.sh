@@ -53,6 +53,8 @@ for compiler in $C; do
         -DDSV4_COMPRESSOR_NO_HEAP -DDSV4_COMPRESSOR_STATIC '-DDSV4_ASSERT(condition)=((void)0)'
     spawn "$compiler -std=gnu99 -DNDEBUG" compiles "$compiler" -std=gnu99 -x c -DNDEBUG $implement
     [ -z "$(simde_flag)" ] || spawn "$compiler, simde" compiles "$compiler" -std=c99 -x c $implement $(simde_flag)
+    [ "${compiler#clang}" = "$compiler" ] ||
+        spawn "$compiler in place of MSVC" compiles "$compiler" -std=c99 -x c $implement $(msvc_flags)
     # What some versions of clang crash at, and what zig forbids them, shows in machine code alone.
     [ -z "$slow" ] || spawn "$compiler, machine code" becomes_code "$compiler"
     ! echo | "$compiler" -Werror -mno-evex512 -x c -c - -o /dev/null 2>/dev/null ||

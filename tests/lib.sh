@@ -57,6 +57,28 @@ compilers() {
     done | awk '!seen[$2]++ { print $1 }'
 }
 
+# Flags with which clang stands in for MSVC, with declarations in $tmp/msvc of what the header calls.
+msvc_flags() {
+    mkdir -p "$tmp/msvc"
+    cat >"$tmp/msvc/all.h" <<'END'
+#include <stdarg.h>
+#include <stddef.h>
+#define INFINITY __builtin_inff()
+#define NAN __builtin_nanf("")
+#define assert(condition) ((void)0)
+float sqrtf(float);
+int vsnprintf(char *, size_t, const char *, va_list), snprintf(char *, size_t, const char *, ...);
+void *malloc(size_t), free(void *), *memset(void *, int, size_t);
+void *memcpy(void *, const void *, size_t), *memmove(void *, const void *, size_t);
+int memcmp(const void *, const void *, size_t), strcmp(const char *, const char *);
+size_t strlen(const char *);
+END
+    for name in assert math stdio stdlib string; do
+        printf '#pragma once\n#include "all.h"\n' >"$tmp/msvc/$name.h"
+    done
+    echo --target=x86_64-pc-windows-msvc -ffreestanding -nostdlibinc -isystem "$tmp/msvc"
+}
+
 simde_flag() {
     printf '#if !__has_include(<simde/x86/sse4.1.h>)\n#error\n#endif\n' | $CC -E - >/dev/null 2>&1 &&
         echo -DDSV4_COMPRESSOR_SIMDE=1

@@ -60,6 +60,7 @@ on x86-without-avx "gcc $qemu" 'qemu-x86_64-static -cpu Nehalem' $x86 -O2 -stati
 on x86-avx2-only "gcc $qemu" 'qemu-x86_64-static -cpu Haswell' $x86 -O2 -static
 on wasm.js emscripten node emcc -O2 -s SINGLE_FILE=1 -s ALLOW_MEMORY_GROWTH=1
 on musl musl-tools '' musl-gcc -O2 -static
+! have zig || on zig '' '' zig cc -O2 # pip install ziglang
 on windows.exe "$windows" wine $mingw -O2 -static
 on windows-O3.exe "$windows" wine $mingw -O3 -static
 if have clang && have $mingw; then

@@ -5,6 +5,8 @@
 #include "fuzz.h"
 #include "safetensors.h"
 
+#include <math.h>
+
 static uint32_t read_all(const st_tensor *t) {
     size_t bytes = (size_t)t->count * (t->dtype == ST_F32 ? 4 : 2);
     uint32_t sum = 0;
@@ -12,6 +14,24 @@ static uint32_t read_all(const st_tensor *t) {
         sum = sum * 31 + ((const unsigned char *)t->data)[i];
     }
     return sum;
+}
+
+/* F16 as IEEE 754 defines it. */
+static double half_value(const unsigned char *bytes) {
+    const int half = bytes[0] | bytes[1] << 8, exponent = half >> 10 & 31, fraction = half & 1023;
+    double value = exponent == 31 ? (fraction ? NAN : INFINITY)
+                   : exponent     ? ldexp(1024 + fraction, exponent - 25)
+                                  : ldexp(fraction, -24);
+    return half >> 15 ? -value : value;
+}
+
+/* F16 is widened without loss, signs of zeros too. */
+static void check_halves(const st_tensor *t) {
+    for (int64_t i = 0; i < t->count; i++) {
+        const double expected = half_value(t->bytes + 2 * i), got = (double)((const float *)t->data)[i];
+        REQUIRE(isnan(expected) ? isnan(got) : expected == got);
+        REQUIRE(isnan(got) || !signbit(got) == !signbit(expected));
+    }
 }
 
 static void check_tensor(const st_file *file, const st_tensor *t) {
@@ -28,10 +48,12 @@ static void check_tensor(const st_file *file, const st_tensor *t) {
         count = empty ? 0 : count * t->shape[i];
     }
     REQUIRE(count == t->count);
+    REQUIRE(t->type && (t->data != NULL) == (t->dtype != ST_OTHER));
     if (t->dtype != ST_OTHER) {
         REQUIRE(t->count == 0 || (uintptr_t)t->data % (t->dtype == ST_F32 ? 4 : 2) == 0);
         read_all(t);
     }
+    if (strcmp(t->type, "F16") == 0) check_halves(t);
 }
 
 static void check_round_trip(const st_file *file) {

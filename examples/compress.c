@@ -6,8 +6,10 @@
 #define DSV4_COMPRESSOR_IMPLEMENTATION
 #include "dsv4_compressor.h"
 
+#include "checkpoint.h"
 #include "demo.h"
 #include "gate_map.h"
+#include "model_config.h"
 #include "paths.h"
 #include "pool.h"
 #include "safetensors.h"
@@ -19,15 +21,21 @@
 #include <unistd.h>
 
 static const char usage[] =
-    "compress --weights FILE [--prefix P] --input FILE [--tensor x] --output FILE [options]\n"
+    "compress --weights FILE [--prefix P | --all] --input FILE [--tensor x] --output FILE [options]\n"
+    "compress --weights FILE [--prefix P] --list [--json]\n"
     "\n"
     "Reads weights (wkv, wgate, ape, norm; checkpoint spellings are known) and hidden states x [B, S, H] or [S, H],\n"
-    "writes the compressed entries `out` [B, S / ratio, D]. Settings not given come from the weights file's metadata.\n"
+    "writes the compressed entries `out` [B, S / ratio, D]. Weights are a safetensors file, a checkpoint's\n"
+    "model.safetensors.index.json, or its folder. Settings not given come from the weights file's metadata, else from\n"
+    "the config.json beside it.\n"
     "\n"
+    "  --list               print the compressors there, and the published models' whose sizes they have\n"
+    "  --all                compress with each of them (below the prefix), results named by their prefixes\n"
     "  --preset NAME        where to round to bf16: none, deepseek, maxtext, transformers, transformers-5.8, vllm,\n"
     "                       nemo, megatron, or points such as projection+weight+pooled; default: deepseek for BF16 x,\n"
     "                       none for F32\n"
     "  --ratio M            tokens per entry, where there is no ape to tell\n"
+    "  --no-ape             there is none (DeepSeek-V4.1)\n"
     "  --rope-dim R         channels turned by RoPE (64)      --rope-theta T       its base (160000)\n"
     "  --yarn-factor F      1: no YaRN (16)                   --yarn-orig-ctx N    original context (65536)\n"
     "  --yarn-beta-fast X   (32)                              --yarn-beta-slow X   (1)\n"
@@ -39,7 +47,7 @@ static const char usage[] =
     "  --threads N          default: as many as the machine has\n"
     "  --isa NAME           kernel set; --list-isa prints those that this CPU can run, best first\n"
     "  --plot FILE.svg      draw the gate weights\n"
-    "  --json               report as one JSON object\n"
+    "  --json               report as one JSON object; with --all and --list, one a line\n"
     "  --version\n"
     "\n"
     "--option=VALUE is --option VALUE.\n";
@@ -67,47 +75,49 @@ complain(const char *format, ...) {
 
 /* ---- The command line -------------------------------------------------------------------------------------- */
 
-/* Numbers that come from the command line, else from the weights file's metadata, else from `standard`. */
+/* Numbers that come from the command line, else from the weights file's metadata, else from config.json, else from
+ * `standard`. The first ones make the result what it is, and are told with it. */
 enum {
     RATIO,
     ROPE_DIM,
     START,
+    EPS,
     THETA,
     YARN_FACTOR,
     YARN_CONTEXT,
     YARN_FAST,
     YARN_SLOW,
-    EPS,
     PAD_GATE,
-    CHUNK,
+    TOLD,
+    CHUNK = TOLD,
     THREADS,
     SETTINGS
 };
 
 static const struct setting {
     const char *option, *key;
-    int whole;
+    int stored, whole;          /* stored: files may give it under its key */
     double low, high, standard; /* `high` belongs to the range of real numbers, not of whole ones */
     const char *range;
 } settings[SETTINGS] = {
-    {"--ratio", "ratio", 1, 1, 0x1p40, 0, "1 to 2^40 exclusive"},
-    {"--rope-dim", "rope_dim", 1, 0, 0x1p40, 64, "0 to 2^40 exclusive"},
-    {"--start", "start", 1, 0, 0x1p62, 0, "0 to 2^62 exclusive"},
-    {"--rope-theta", "rope_theta", 0, 1, DBL_MAX, 160000, "1 and more"},
-    {"--yarn-factor", "yarn_factor", 0, 0, DBL_MAX, 16, "0 and more"},
-    {"--yarn-orig-ctx", "yarn_orig_ctx", 0, 0, DBL_MAX, 65536, "0 and more"},
-    {"--yarn-beta-fast", "yarn_beta_fast", 0, DBL_MIN, DBL_MAX, 32, "above 0"},
-    {"--yarn-beta-slow", "yarn_beta_slow", 0, DBL_MIN, DBL_MAX, 1, "above 0"},
-    {"--eps", "eps", 0, FLT_MIN, FLT_MAX, 1e-6, "above 0, in fp32"},
-    {"--pad-gate", NULL, 0, -HUGE_VAL, -FLT_MIN, -HUGE_VAL, "below 0, in fp32"},
-    {"--chunk", NULL, 1, 1, 0x1p62, 0, "1 to 2^62 exclusive"},
-    {"--threads", NULL, 1, 1, POOL_THREADS + 1, 0, "1 to 1024"},
+    {"--ratio", "ratio", 1, 1, 1, 0x1p40, 0, "1 to 2^40 exclusive"},
+    {"--rope-dim", "rope_dim", 1, 1, 0, 0x1p40, 64, "0 to 2^40 exclusive"},
+    {"--start", "start", 1, 1, 0, 0x1p62, 0, "0 to 2^62 exclusive"},
+    {"--eps", "eps", 1, 0, FLT_MIN, FLT_MAX, 1e-6, "above 0, in fp32"},
+    {"--rope-theta", "rope_theta", 1, 0, 1, DBL_MAX, 160000, "1 and more"},
+    {"--yarn-factor", "yarn_factor", 1, 0, 0, DBL_MAX, 16, "0 and more"},
+    {"--yarn-orig-ctx", "yarn_orig_ctx", 1, 0, 0, DBL_MAX, 65536, "0 and more"},
+    {"--yarn-beta-fast", "yarn_beta_fast", 1, 0, DBL_MIN, DBL_MAX, 32, "above 0"},
+    {"--yarn-beta-slow", "yarn_beta_slow", 1, 0, DBL_MIN, DBL_MAX, 1, "above 0"},
+    {"--pad-gate", "pad_gate", 0, 0, -HUGE_VAL, -FLT_MIN, -HUGE_VAL, "below 0, in fp32"},
+    {"--chunk", "chunk", 0, 1, 1, 0x1p62, 0, "1 to 2^62 exclusive"},
+    {"--threads", "threads", 0, 1, 1, POOL_THREADS + 1, 0, "1 to 1024"},
 };
 
 typedef struct options {
     const char *weights, *prefix, *input, *tensor, *output, *preset, *isa, *backward, *plot;
     const char *settings[SETTINGS];
-    int drop_tail, stages, json, list_isa, version, help;
+    int no_ape, drop_tail, stages, all, list, json, list_isa, version, help;
 } options;
 
 typedef struct number {
@@ -129,13 +139,11 @@ static const option_place text_options[] = {
     OPTION("--isa", isa),         OPTION("--plot", plot),     OPTION("--backward", backward),
 };
 static const option_place flags[] = {
-    OPTION("--drop-tail", drop_tail),
-    OPTION("--stages", stages),
-    OPTION("--json", json),
-    OPTION("--list-isa", list_isa),
-    OPTION("--version", version),
-    OPTION("--help", help),
-    OPTION("-h", help),
+    OPTION("--no-ape", no_ape),     OPTION("--drop-tail", drop_tail),
+    OPTION("--stages", stages),     OPTION("--all", all),
+    OPTION("--list", list),         OPTION("--json", json),
+    OPTION("--list-isa", list_isa), OPTION("--version", version),
+    OPTION("--help", help),         OPTION("-h", help),
 };
 #undef OPTION
 
@@ -197,16 +205,22 @@ static int parse_number(int i, const char *text, const char *where, number *valu
 
 /* ---- What is done, and what it needs ----------------------------------------------------------------------- */
 
+/* Where a setting comes from. */
+typedef enum origin { STANDARD, CONFIG, METADATA, OPTION, FROM_APE, FROM_X, ORIGINS } origin;
+static const char *const origins[ORIGINS] = {"standard", "config.json", "metadata", "option", "ape", "dtype of x"};
+
+/* What one compressor does. */
 typedef struct job {
     options o;
+    struct run *run;
+    checkpoint_compressor at;
     number values[SETTINGS];
+    origin from[SETTINGS], preset_from;
     char preset[DSV4_ROUNDING_TEXT_SIZE];
-    st_file weights, input;
-    const st_tensor *param[DSV4_PARAM_COUNT];
+    st_tensor *param[DSV4_PARAM_COUNT];
     const st_tensor *x, *dout;
     dsv4_config config;
     int64_t rows, tokens, entries; /* batch rows; tokens and entries of each */
-    pool *threads;
     dsv4_compressor *compressor;
     dsv4_workspace *workspace;
     dsv4_segment *segments; /* one a row; none where rows are shorter than a window */
@@ -214,19 +228,46 @@ typedef struct job {
     int64_t segment_count;
     st_tensor results[10];
     int result_count;
+    const char *isa;
     double pack_seconds, seconds;
 } job;
 
-static void close_job(job *j) {
+/* All that one call of the program does: a job, or with --all one for each compressor. */
+typedef struct run {
+    options o;
+    checkpoint weights;
+    model_config config;
+    char *config_path; /* NULL: none beside the weights */
+    st_file input;
+    pool *threads;
+    job *jobs;
+    int job_count;
+} run;
+
+/* What is not needed once the results are there. */
+static void close_engine(job *j) {
     dsv4_workspace_destroy(j->workspace);
     for (int64_t i = 0; j->states && i < j->segment_count; i++) dsv4_state_destroy(j->states[i]);
     dsv4_compressor_destroy(j->compressor);
-    pool_destroy(j->threads);
-    for (int i = 0; i < j->result_count; i++) free((void *)(uintptr_t)j->results[i].data);
     free(j->states);
-    free(j->segments);
-    st_close(&j->weights);
-    st_close(&j->input);
+    j->workspace = NULL;
+    j->states = NULL;
+    j->compressor = NULL;
+}
+
+static void close_run(run *r) {
+    for (int k = 0; k < r->job_count; k++) {
+        job *j = &r->jobs[k];
+        close_engine(j);
+        for (int i = 0; i < j->result_count; i++) free((void *)(uintptr_t)j->results[i].data);
+        free(j->segments);
+    }
+    pool_destroy(r->threads);
+    free(r->jobs);
+    checkpoint_close(&r->weights);
+    model_config_close(&r->config);
+    free(r->config_path);
+    st_close(&r->input);
 }
 
 static const char *shape_text(const st_tensor *t, char *text, size_t size) {
@@ -247,19 +288,189 @@ static int has_shape(const st_tensor *t, int64_t rows, int64_t columns) {
     return t->ndim == 2 && t->shape[0] == rows && t->shape[1] == columns;
 }
 
+/* ---- Tensors ----------------------------------------------------------------------------------------------- */
+
+enum { FULL_NAME_SIZE = 2 * ST_NAME_SIZE + 2, LONGEST_RESULT = sizeof ".latent" };
+
+/* The name of a result, or of a gradient that is read: with --all that of its compressor stands before it. */
+static const char *full_name(const job *j, const char *name, char text[FULL_NAME_SIZE]) {
+    const int dotted = j->o.all && *j->at.prefix;
+    snprintf(text, FULL_NAME_SIZE, "%s%s%.*s", dotted ? j->at.prefix : "", dotted ? "." : "", ST_NAME_SIZE, name);
+    return text;
+}
+
+/* The file that holds a parameter; wkv's stands for those that there are not. */
+static checkpoint_shard *shard_of(const job *j, int param) {
+    const checkpoint_name *name = j->at.param[j->at.param[param] ? param : DSV4_WKV];
+    return &j->run->weights.shards[name->shard];
+}
+
+static const char *metadata(const job *j, const char *key) { return st_metadata(&shard_of(j, DSV4_WKV)->file, key); }
+
+/* "; compressors there: 'a', 'b' and 7 more", those below the prefix if there are any. Nothing if it is one of them. */
+static const char *other_compressors(const run *r, char *text, size_t size) {
+    enum { SHOWN = 5 };
+    const char *prefix = r->o.prefix ? r->o.prefix : "";
+    checkpoint_compressor *list = NULL;
+    int count = checkpoint_list(&r->weights, prefix, &list);
+    const int itself = count > 0 && strncmp(list[0].prefix, prefix, strlen(list[0].prefix)) == 0;
+    if (count == 0) count = checkpoint_list(&r->weights, "", &list);
+    size_t used = (size_t)snprintf(text, size, count > 0 ? "; compressors there:" : "; no compressor is there");
+    for (int i = 0; i < count && i < SHOWN && used < size; i++) {
+        used += (size_t)snprintf(text + used, size - used, "%s '%.120s'", i ? "," : "", list[i].prefix);
+    }
+    if (count > SHOWN && used < size) snprintf(text + used, size - used, " and %d more", count - SHOWN);
+    if (itself) *text = 0;
+    free(list);
+    return text;
+}
+
+static int missing_param(const job *j, int param) {
+    const char *const *s = checkpoint_spellings[param];
+    char others[1024];
+    return fail(TROUBLE, "%s: no tensor '%s', '%s' or '%s' under prefix '%.80s'%s", j->run->weights.path, s[0], s[1],
+                s[2], j->at.prefix, other_compressors(j->run, others, sizeof others));
+}
+
+/* Names and shapes; the numbers are not looked at. */
+static int find_params(job *j) {
+    char message[1024], prefix[ST_NAME_SIZE];
+    memcpy(prefix, j->at.prefix, sizeof prefix);
+    if (checkpoint_params(&j->run->weights, prefix, &j->at, message, sizeof message)) {
+        return fail(TROUBLE, "%s", message);
+    }
+    if (!j->at.param[DSV4_WKV]) return missing_param(j, DSV4_WKV);
+    if (!j->at.param[DSV4_NORM]) return missing_param(j, DSV4_NORM);
+    for (int i = 0; i < DSV4_PARAM_COUNT; i++) {
+        if (!j->at.param[i]) continue;
+        j->param[i] = checkpoint_tensor(&j->run->weights, j->at.param[i], message, sizeof message);
+        if (!j->param[i]) return fail(TROUBLE, "%s", message);
+    }
+    return 0;
+}
+
+/* The tensor of scales that makes `name` a quantised one, NULL for none. */
+static const checkpoint_name *scales_of(const checkpoint *c, const char *name) {
+    static const char *const endings[] = {".scale", ".weight_scale", ".weight_scale_inv", ".scales"};
+    const size_t whole = strlen(name), ending = strlen(".weight");
+    const int dotted = whole > ending && strcmp(name + whole - ending, ".weight") == 0;
+    const checkpoint_name *found = NULL;
+    for (size_t i = 0; i < sizeof endings / sizeof *endings && !found; i++) {
+        char scale[2 * ST_NAME_SIZE];
+        snprintf(scale, sizeof scale, "%.*s%s", (int)(dotted ? whole - ending : whole), name, endings[i]);
+        found = checkpoint_find(c, scale);
+    }
+    return found;
+}
+
+static int check_param(const job *j, int param) {
+    const st_tensor *t = j->param[param];
+    const char *path = shard_of(j, param)->path;
+    const checkpoint_name *scales = scales_of(&j->run->weights, t->name);
+    if (scales) {
+        return fail(TROUBLE,
+                    "%s: tensor '%s' is quantised, %s with '%s'; the published models keep compressors in BF16", path,
+                    t->name, t->type, scales->name);
+    }
+    if (t->dtype == ST_OTHER) {
+        return fail(TROUBLE,
+                    "%s: tensor '%s' is %.20s, not BF16, F32 or F16; the published models keep compressors in BF16",
+                    path, t->name, t->type);
+    }
+    return 0;
+}
+
+/* head_dim, hidden_dim and overlap from norm [D] and wkv [coff * D, H]. */
+static int read_widths(job *j) {
+    const st_tensor *wkv = j->param[DSV4_WKV], *norm = j->param[DSV4_NORM];
+    if (norm->ndim != 1 || norm->shape[0] < 1) return wrong_shape(shard_of(j, DSV4_NORM)->path, norm, "[head_dim]");
+    const int64_t head_dim = norm->shape[0];
+    if (wkv->ndim != 2 || (wkv->shape[0] != head_dim && wkv->shape[0] / 2 != head_dim) || wkv->shape[0] % head_dim) {
+        return wrong_shape(shard_of(j, DSV4_WKV)->path, wkv,
+                           "[head_dim or 2 * head_dim, hidden_dim], by the length of norm");
+    }
+    j->config.head_dim = head_dim;
+    j->config.hidden_dim = wkv->shape[1];
+    j->config.overlap = wkv->shape[0] != head_dim;
+    return 0;
+}
+
+/* The ratio from ape [ratio, coff * D], or from the settings where there is none. An option must not contradict ape;
+ * metadata may, as a file can hold compressors of several ratios. */
+static int read_ape(job *j) {
+    const st_tensor *ape = j->param[DSV4_APE];
+    const int64_t width = j->param[DSV4_WKV]->shape[0], said = j->values[RATIO].whole;
+    j->config.no_ape = !ape;
+    j->config.ratio = said;
+    if (!ape) return 0;
+    if (ape->ndim != 2 || ape->shape[1] != width || ape->shape[0] < 1) {
+        return wrong_shape(shard_of(j, DSV4_APE)->path, ape, "[ratio, as many as wkv has rows]");
+    }
+    if (j->o.settings[RATIO] && ape->shape[0] != said) {
+        return fail(TROUBLE, "%s: '%s' has %" PRId64 " rows, but --ratio is %" PRId64, shard_of(j, DSV4_APE)->path,
+                    ape->name, ape->shape[0], said);
+    }
+    j->config.ratio = ape->shape[0];
+    j->from[RATIO] = FROM_APE;
+    return 0;
+}
+
+/* An ape that has been lost must not be taken for one that never was. */
+static int check_no_ape(const job *j) {
+    const char *path = j->run->weights.path, *const *s = checkpoint_spellings[DSV4_APE];
+    char others[1024];
+    if (j->param[DSV4_APE]) {
+        return j->o.no_ape ? fail(TROUBLE, "%s: --no-ape, but '%s' is there", path, j->param[DSV4_APE]->name) : 0;
+    }
+    if (!j->config.ratio) {
+        return fail(TROUBLE, "%s: neither an ape nor metadata tell the ratio; give --ratio (and --no-ape)%s", path,
+                    other_compressors(j->run, others, sizeof others));
+    }
+    if (!j->o.no_ape && !metadata(j, "ratio")) {
+        return fail(TROUBLE, "%s: neither '%s' nor '%s' under prefix '%.80s'; --no-ape says that there is none%s", path,
+                    s[0], s[2], j->at.prefix, other_compressors(j->run, others, sizeof others));
+    }
+    if (j->from[EPS] == STANDARD) {
+        return fail(TROUBLE, "%s: neither an ape nor an eps; give --eps (DeepSeek-V4.1's is 1e-20)", path);
+    }
+    return 0;
+}
+
+static int read_gate(job *j) {
+    const st_tensor *wkv = j->param[DSV4_WKV], *wgate = j->param[DSV4_WGATE];
+    if (wgate && !has_shape(wgate, wkv->shape[0], wkv->shape[1])) {
+        return wrong_shape(shard_of(j, DSV4_WGATE)->path, wgate, "of wkv's shape");
+    }
+    j->config.no_gate = !wgate;
+    return 0;
+}
+
 /* ---- Settings ---------------------------------------------------------------------------------------------- */
+
+/* What is said of setting `i`, by whoever has the last word; `where` is the line's beginning if it is wrong. */
+static const char *said_of(const job *j, int i, origin *from, char *where, size_t where_size) {
+    const struct setting *s = &settings[i];
+    const char *text = j->o.settings[i];
+    *from = OPTION;
+    snprintf(where, where_size, "%s", s->option);
+    if (!text && s->stored && (text = metadata(j, s->key))) {
+        *from = METADATA;
+        snprintf(where, where_size, "%s: metadata '%s'", shard_of(j, DSV4_WKV)->path, s->key);
+    }
+    if (!text && s->stored && (text = model_config_setting(&j->run->config, s->key))) {
+        *from = CONFIG;
+        snprintf(where, where_size, "%s: %s", j->run->config_path, s->key);
+    }
+    return text;
+}
 
 static int read_settings(job *j) {
     char where[512];
     for (int i = 0; i < SETTINGS; i++) {
-        const char *text = j->o.settings[i];
-        snprintf(where, sizeof where, "%s", settings[i].option);
-        if (!text && settings[i].key) {
-            text = st_metadata(&j->weights, settings[i].key);
-            snprintf(where, sizeof where, "%s: metadata '%s'", j->o.weights, settings[i].key);
-        }
+        const char *text = said_of(j, i, &j->from[i], where, sizeof where);
         j->values[i].real = settings[i].standard;
         j->values[i].whole = (int64_t)(settings[i].whole ? settings[i].standard : 0);
+        if (!text) j->from[i] = STANDARD;
         if (text && parse_number(i, text, where, &j->values[i])) return TROUBLE;
     }
     return 0;
@@ -267,13 +478,18 @@ static int read_settings(job *j) {
 
 static int read_preset(job *j) {
     dsv4_error error = {DSV4_OK, ""};
-    const char *wanted = j->o.preset ? j->o.preset : st_metadata(&j->weights, "preset");
-    if (!wanted) wanted = j->x->dtype == ST_BF16 ? "deepseek" : "none";
+    const char *wanted = j->o.preset, *path = shard_of(j, DSV4_WKV)->path;
+    j->preset_from = OPTION;
+    if (!wanted && (wanted = metadata(j, "preset"))) j->preset_from = METADATA;
+    if (!wanted) {
+        j->preset_from = FROM_X;
+        wanted = j->x->dtype == ST_BF16 ? "deepseek" : "none";
+    }
     if (dsv4_rounding_parse(wanted, &j->config.rounding, &error) == DSV4_OK &&
         dsv4_rounding_name(j->config.rounding, j->preset, sizeof j->preset, &error) == DSV4_OK) {
         return 0;
     }
-    return fail(TROUBLE, "%s%s: %s", j->o.preset ? "--preset" : j->o.weights, j->o.preset ? "" : ": metadata 'preset'",
+    return fail(TROUBLE, "%s%s: %s", j->o.preset ? "--preset" : path, j->o.preset ? "" : ": metadata 'preset'",
                 error.text);
 }
 
@@ -291,101 +507,29 @@ static void configure(job *j) {
     c->yarn_beta_slow = v[YARN_SLOW].real;
 }
 
-/* ---- Tensors ----------------------------------------------------------------------------------------------- */
+/* ---- Hidden states ----------------------------------------------------------------------------------------- */
 
-static const char *const spellings[DSV4_PARAM_COUNT][3] = {
-    {"wkv", "wkv.weight", "kv_proj.weight"},
-    {"wgate", "wgate.weight", "gate_proj.weight"},
-    {"ape", "ape", "position_bias"},
-    {"norm", "norm.weight", "kv_norm.weight"},
-};
-
-/* The prefix may end in its dot or not. NULL where the file has no such parameter. */
-static const st_tensor *find_param(const job *j, int param) {
-    const char *prefix = j->o.prefix ? j->o.prefix : "";
-    for (int i = 0; i < 6; i++) {
-        char name[2 * ST_NAME_SIZE];
-        snprintf(name, sizeof name, "%.*s%s%s", ST_NAME_SIZE, prefix, i < 3 ? "" : ".", spellings[param][i % 3]);
-        const st_tensor *found = st_find(&j->weights, name);
-        if (found) return found;
+/* A tensor of the input file, ready; NULL, and a line, where there is none. */
+static const st_tensor *input_tensor(const job *j, const char *name) {
+    const st_tensor *t = st_find(&j->run->input, name);
+    if (!t) {
+        complain("%s: no tensor '%.120s'", j->o.input, name);
+    } else if (t->dtype == ST_OTHER) {
+        complain("%s: tensor '%s' is %.20s, not BF16, F32 or F16", j->o.input, t->name, t->type);
+    } else if (!t->data) {
+        complain("%s: not enough memory for tensor '%s'", j->o.input, t->name);
     }
-    return NULL;
-}
-
-static int missing_param(const job *j, int param) {
-    const char *const *s = spellings[param];
-    return fail(TROUBLE, "%s: no tensor '%s', '%s' or '%s' under prefix '%.80s'", j->o.weights, s[0], s[1], s[2],
-                j->o.prefix ? j->o.prefix : "");
-}
-
-static int check_dtype(const char *path, const st_tensor *t) {
-    return t->dtype != ST_OTHER ? 0 : fail(TROUBLE, "%s: tensor '%s' is neither F32 nor BF16", path, t->name);
-}
-
-static int find_params(job *j) {
-    for (int i = 0; i < DSV4_PARAM_COUNT; i++) {
-        j->param[i] = find_param(j, i);
-        if (j->param[i] && check_dtype(j->o.weights, j->param[i])) return TROUBLE;
-    }
-    if (!j->param[DSV4_WKV]) return missing_param(j, DSV4_WKV);
-    if (!j->param[DSV4_NORM]) return missing_param(j, DSV4_NORM);
-    return 0;
-}
-
-/* head_dim, hidden_dim and overlap from norm [D] and wkv [coff * D, H]. */
-static int read_widths(job *j) {
-    const st_tensor *wkv = j->param[DSV4_WKV], *norm = j->param[DSV4_NORM];
-    if (norm->ndim != 1 || norm->shape[0] < 1) return wrong_shape(j->o.weights, norm, "[head_dim]");
-    const int64_t head_dim = norm->shape[0];
-    if (wkv->ndim != 2 || (wkv->shape[0] != head_dim && wkv->shape[0] / 2 != head_dim) || wkv->shape[0] % head_dim) {
-        return wrong_shape(j->o.weights, wkv, "[head_dim or 2 * head_dim, hidden_dim], by the length of norm");
-    }
-    j->config.head_dim = head_dim;
-    j->config.hidden_dim = wkv->shape[1];
-    j->config.overlap = wkv->shape[0] != head_dim;
-    return 0;
-}
-
-/* The ratio from ape [ratio, coff * D], or from the settings where there is none. An option must not contradict ape;
- * metadata may, as a file can hold compressors of several ratios. */
-static int read_ratio(job *j) {
-    const st_tensor *ape = j->param[DSV4_APE];
-    const int64_t width = j->param[DSV4_WKV]->shape[0], said = j->values[RATIO].whole;
-    if (!ape && !said) {
-        return fail(TROUBLE, "%s: neither an ape nor metadata tell the ratio; give --ratio", j->o.weights);
-    }
-    if (ape && (ape->ndim != 2 || ape->shape[1] != width || ape->shape[0] < 1)) {
-        return wrong_shape(j->o.weights, ape, "[ratio, as many as wkv has rows]");
-    }
-    if (ape && j->o.settings[RATIO] && ape->shape[0] != said) {
-        return fail(TROUBLE, "%s: ape has %" PRId64 " rows, but --ratio is %" PRId64, j->o.weights, ape->shape[0],
-                    said);
-    }
-    j->config.ratio = ape ? ape->shape[0] : said;
-    j->config.no_ape = !ape;
-    return 0;
-}
-
-static int read_gate(job *j) {
-    const st_tensor *wkv = j->param[DSV4_WKV], *wgate = j->param[DSV4_WGATE];
-    if (wgate && !has_shape(wgate, wkv->shape[0], wkv->shape[1])) {
-        return wrong_shape(j->o.weights, wgate, "of wkv's shape");
-    }
-    j->config.no_gate = !wgate;
-    if (!wgate && (j->config.ratio != 1 || j->config.overlap)) return missing_param(j, DSV4_WGATE);
-    return 0;
+    return t && t->data ? t : NULL;
 }
 
 static int read_input(job *j) {
-    const char *name = j->o.tensor ? j->o.tensor : "x";
-    const int64_t hidden_dim = j->param[DSV4_WKV]->shape[1], ratio = j->config.ratio;
-    const st_tensor *x = j->x = st_find(&j->input, name);
-    if (!x) return fail(TROUBLE, "%s: no tensor '%.80s'", j->o.input, name);
-    if (check_dtype(j->o.input, x)) return TROUBLE;
+    const int64_t hidden_dim = j->config.hidden_dim, ratio = j->config.ratio;
+    const st_tensor *x = j->x = input_tensor(j, j->o.tensor ? j->o.tensor : "x");
+    if (!x) return TROUBLE;
     if ((x->ndim != 2 && x->ndim != 3) || x->shape[x->ndim - 1] != hidden_dim) {
-        char wanted[80];
-        snprintf(wanted, sizeof wanted, "[batch, tokens, %" PRId64 "] or [tokens, %" PRId64 "]", hidden_dim,
-                 hidden_dim);
+        char wanted[128 + ST_NAME_SIZE];
+        snprintf(wanted, sizeof wanted, "[batch, tokens, %" PRId64 "] or [tokens, %" PRId64 "]%s%s", hidden_dim,
+                 hidden_dim, *j->at.prefix ? ", the hidden_dim of compressor " : "", j->at.prefix);
         return wrong_shape(j->o.input, x, wanted);
     }
     j->rows = x->ndim == 3 ? x->shape[0] : 1;
@@ -401,16 +545,42 @@ static int read_input(job *j) {
 }
 
 static int read_gradient(job *j) {
+    char name[FULL_NAME_SIZE];
     if (!j->o.backward) return 0;
-    const st_tensor *dout = j->dout = st_find(&j->input, j->o.backward);
-    if (!dout) return fail(TROUBLE, "%s: no tensor '%.80s'", j->o.input, j->o.backward);
-    if (check_dtype(j->o.input, dout)) return TROUBLE;
+    const st_tensor *dout = j->dout = input_tensor(j, full_name(j, j->o.backward, name));
+    if (!dout) return TROUBLE;
     const int64_t shape[3] = {j->rows, j->entries, j->config.head_dim};
     const int skipped = dout->ndim == 2 && j->rows == 1;
     if (dout->ndim != 3 - skipped || memcmp(dout->shape, shape + skipped, (size_t)dout->ndim * sizeof *shape) != 0) {
         return wrong_shape(j->o.input, dout, "of the shape of out");
     }
     return 0;
+}
+
+/* What the weights say, of dtypes that may not be read too. */
+static int describe(job *j) {
+    int status = find_params(j);
+    if (!status) status = read_settings(j);
+    if (!status) configure(j);
+    if (!status) status = read_widths(j);
+    if (!status) status = read_ape(j);
+    if (!status) status = read_gate(j);
+    return status;
+}
+
+static int load(job *j) {
+    if (strlen(j->at.prefix) + LONGEST_RESULT > ST_NAME_SIZE) {
+        return fail(TROUBLE, "--prefix: a name of %d characters is too long", (int)strlen(j->at.prefix));
+    }
+    int status = describe(j);
+    for (int i = 0; i < DSV4_PARAM_COUNT && !status; i++) status = j->param[i] ? check_param(j, i) : 0;
+    if (!status) status = check_no_ape(j);
+    if (!status && j->config.no_gate && (j->config.ratio != 1 || j->config.overlap))
+        status = missing_param(j, DSV4_WGATE);
+    if (!status) status = read_input(j);
+    if (!status) status = read_gradient(j);
+    if (!status) status = read_preset(j);
+    return status;
 }
 
 /* ---- Files ------------------------------------------------------------------------------------------------- */
@@ -427,24 +597,42 @@ static int check_names(const options *o) {
     return 0;
 }
 
-/* Whether writing to `path`, which `option` gave, would destroy what is read. */
-static int check_output(const options *o, const char *option, const char *path) {
-    const char *const inputs[][2] = {{"--weights", o->weights}, {"--input", o->input}};
-    for (int i = 0; i < 2; i++) {
-        if (path_same_file(path, inputs[i][1])) {
-            return fail(TROUBLE, "%s: '%s' is the file that %s reads, and would be lost", option, path, inputs[i][0]);
-        }
+static int check_usage(const options *o) {
+    const char *missing = !o->weights ? "--weights" : !o->input ? "--input" : !o->output ? "--output" : NULL;
+    if (o->list && o->weights) missing = NULL;
+    if (missing) return fail(USAGE, "%s is missing; --help lists the options", missing);
+    if (o->list) return 0;
+    if (o->plot && o->all) return fail(USAGE, "--plot draws one compressor, --all is for many");
+    if (o->plot && strcmp(o->plot, o->output) == 0) {
+        return fail(USAGE, "--plot and --output name one file, '%s'", o->output);
     }
     return 0;
 }
 
-static int check_outputs(const options *o) {
-    if (check_output(o, "--output", o->output)) return TROUBLE;
+static int is_output(const char *path, const char *input, const char *option, const char *reader) {
+    if (!path_same_file(path, input)) return 0;
+    return fail(TROUBLE, "%s: '%s' is a file that %s reads, and would be lost", option, path, reader);
+}
+
+/* Whether writing to `path`, which `option` gave, would destroy what is read, or could be: any shard is precious. */
+static int check_output(const run *r, const char *option, const char *path) {
+    int status = is_output(path, r->o.input, option, "--input");
+    if (!status) status = is_output(path, r->weights.path, option, "--weights");
+    if (!status && r->config_path) status = is_output(path, r->config_path, option, "--weights");
+    for (int i = 0; i < r->weights.shard_count && !status; i++) {
+        status = is_output(path, r->weights.shards[i].path, option, "--weights");
+    }
+    return status;
+}
+
+static int check_outputs(const run *r) {
+    const options *o = &r->o;
+    if (check_output(r, "--output", o->output)) return TROUBLE;
     if (!o->plot) return 0;
     char *partial = (char *)malloc(strlen(o->plot) + sizeof ".partial"); /* where a picture is drawn first */
     if (!partial) return fail(TROUBLE, "out of memory");
     sprintf(partial, "%s.partial", o->plot);
-    const int status = check_output(o, "--plot", o->plot) || check_output(o, "--plot", partial);
+    const int status = check_output(r, "--plot", o->plot) || check_output(r, "--plot", partial);
     free(partial);
     if (!status && path_same_file(o->plot, o->output)) {
         return fail(TROUBLE, "--plot and --output name one file, '%s'", o->output);
@@ -452,34 +640,48 @@ static int check_outputs(const options *o) {
     return status ? TROUBLE : 0;
 }
 
-static int open_files(job *j) {
-    const options *o = &j->o;
-    const char *missing = !o->weights ? "--weights" : !o->input ? "--input" : !o->output ? "--output" : NULL;
+static int open_files(run *r) {
+    const options *o = &r->o;
     char message[1024];
-    if (missing) return fail(USAGE, "%s is missing; --help lists the options", missing);
-    if (o->plot && strcmp(o->plot, o->output) == 0) {
-        return fail(USAGE, "--plot and --output name one file, '%s'", o->output);
+    int status = check_usage(o);
+    if (!status) status = check_names(o);
+    if (status) return status;
+    if (checkpoint_open(&r->weights, o->weights, message, sizeof message)) return fail(TROUBLE, "%s", message);
+    char *config = path_beside(r->weights.path, "config.json");
+    if (config && path_exists(config)) {
+        r->config_path = config;
+    } else {
+        free(config);
     }
-    if (check_names(o)) return TROUBLE;
-    if (st_open(&j->weights, o->weights, message, sizeof message) ||
-        st_open(&j->input, o->input, message, sizeof message)) {
+    if (r->config_path && model_config_open(&r->config, r->config_path, message, sizeof message)) {
         return fail(TROUBLE, "%s", message);
     }
-    return check_outputs(o);
+    if (o->list) return 0;
+    if (st_open(&r->input, o->input, message, sizeof message)) return fail(TROUBLE, "%s", message);
+    return check_outputs(r);
 }
 
-static int load(job *j) {
-    int status = open_files(j);
-    if (!status) status = read_settings(j);
-    if (!status) configure(j);
-    if (!status) status = find_params(j);
-    if (!status) status = read_widths(j);
-    if (!status) status = read_ratio(j);
-    if (!status) status = read_gate(j);
-    if (!status) status = read_input(j);
-    if (!status) status = read_gradient(j);
-    if (!status) status = read_preset(j);
-    return status;
+/* One job for the prefix, or one for each compressor at it or below. */
+static int choose_compressors(run *r) {
+    const char *prefix = r->o.prefix ? r->o.prefix : "";
+    const int many = r->o.all || r->o.list;
+    char others[1024];
+    checkpoint_compressor *list = NULL;
+    const int count = many ? checkpoint_list(&r->weights, prefix, &list) : 1;
+    r->jobs = count < 1 ? NULL : (job *)calloc((size_t)count, sizeof *r->jobs);
+    r->job_count = r->jobs ? count : 0;
+    for (int i = 0; i < r->job_count; i++) {
+        r->jobs[i].o = r->o;
+        r->jobs[i].run = r;
+        if (many) r->jobs[i].at = list[i];
+        if (!many) snprintf(r->jobs[i].at.prefix, ST_NAME_SIZE, "%s", prefix);
+    }
+    free(list);
+    if (r->jobs) return 0;
+    if (count) return fail(TROUBLE, "out of memory");
+    if (!*prefix) return fail(TROUBLE, "%s: no compressor is there", r->weights.path);
+    return fail(TROUBLE, "%s: no compressor under prefix '%.80s'%s", r->weights.path, prefix,
+                other_compressors(r, others, sizeof others));
 }
 
 /* ---- Compressing ------------------------------------------------------------------------------------------- */
@@ -518,31 +720,45 @@ static void hold_stops(int hold) {
 #endif
 }
 
+static int start_threads(run *r) {
+    const int64_t wanted = r->jobs->values[THREADS].whole ? r->jobs->values[THREADS].whole : processors();
+    hold_stops(1); /* the workers never take them: they are the main thread's */
+    r->threads = pool_create((int)wanted);
+    hold_stops(0);
+    return r->threads ? 0 : fail(TROUBLE, "out of memory");
+}
+
+/* Numbers are read as late as this, so that those of one compressor at a time are converted. */
+static int ready_params(job *j) {
+    for (int i = 0; i < DSV4_PARAM_COUNT; i++) {
+        if (j->param[i] && st_ready(j->param[i])) return fail(TROUBLE, "not enough memory for '%s'", j->param[i]->name);
+    }
+    return 0;
+}
+
 static int prepare(job *j) {
     const double start = demo_seconds();
     const dsv4_allocator heap = dsv4_heap();
     const dsv4_options choices = {.isa = j->o.isa, .training = j->o.backward != NULL};
     const dsv4_params params = {library_matrix(j->param[DSV4_WKV]), library_matrix(j->param[DSV4_WGATE]),
                                 library_matrix(j->param[DSV4_APE]), library_matrix(j->param[DSV4_NORM])};
-    const int64_t wanted = j->values[THREADS].whole ? j->values[THREADS].whole : processors();
+    const dsv4_parallel parallel = pool_parallel(j->run->threads);
     dsv4_error error = {DSV4_OK, ""};
-    hold_stops(1); /* the workers never take them: they are the main thread's */
-    j->threads = pool_create((int)wanted);
-    hold_stops(0);
-    if (!j->threads) return fail(TROUBLE, "out of memory");
-    const dsv4_parallel parallel = pool_parallel(j->threads);
     if (dsv4_compressor_create(&j->config, &params, &choices, &heap, &j->compressor, &error) != DSV4_OK ||
         dsv4_workspace_create(j->compressor, &parallel, &heap, &j->workspace, &error) != DSV4_OK) {
         return fail(TROUBLE, "%s", error.text);
     }
+    j->config = *dsv4_compressor_config(j->compressor); /* with its defaults */
+    j->isa = dsv4_compressor_isa(j->compressor);
     j->pack_seconds = demo_seconds() - start;
     return 0;
 }
 
 /* A tensor of zeros to write to and to be written, NULL where memory lacks. */
 static void *add_result(job *j, const char *name, st_dtype dtype, int ndim, const int64_t *shape) {
+    char full[FULL_NAME_SIZE];
     st_tensor *t = &j->results[j->result_count];
-    *t = st_make(name, dtype, NULL, ndim, shape);
+    *t = st_make(full_name(j, name, full), dtype, NULL, ndim, shape);
     void *data = t->count < 0 ? NULL : calloc((size_t)t->count + 1, st__size(dtype));
     if (!data) return NULL;
     t->data = data;
@@ -699,29 +915,60 @@ static void shortest_text(char *text, size_t size, double value, int is_float) {
     } while (digits < 17 && (is_float ? (double)(float)back : back) != value);
 }
 
-/* The same settings as metadata, so that the file says how it came about. */
-static int write_results(const job *j) {
-    const dsv4_config *c = dsv4_compressor_config(j->compressor);
-    char text[10][40], message[1024];
-    const char *const metadata[][2] = {
-        {"ratio", text[0]},          {"rope_dim", text[1]},    {"start", text[2]},         {"eps", text[3]},
-        {"rope_theta", text[4]},     {"yarn_factor", text[5]}, {"yarn_orig_ctx", text[6]}, {"yarn_beta_fast", text[7]},
-        {"yarn_beta_slow", text[8]}, {"pad_gate", text[9]},    {"preset", j->preset}};
-    const int64_t whole[3] = {c->ratio, c->rope_dim, j->values[START].whole};
-    const double real[7] = {(double)c->eps,    c->rope_theta,     c->yarn_factor,     c->yarn_orig_ctx,
-                            c->yarn_beta_fast, c->yarn_beta_slow, (double)c->pad_gate};
-    for (int i = 0; i < 10; i++) {
-        if (i < 3) {
-            snprintf(text[i], sizeof *text, "%" PRId64, whole[i]);
-        } else {
-            shortest_text(text[i], sizeof *text, real[i - 3], i == 3 || i == 9);
-        }
+/* A setting as it was used, with defaults filled in. */
+static const char *setting_text(const job *j, int setting, char *text, size_t size) {
+    const dsv4_config *c = &j->config;
+    const int64_t whole[] = {c->ratio, c->rope_dim, j->values[START].whole};
+    const double real[] = {(double)c->eps,    c->rope_theta,     c->yarn_factor,     c->yarn_orig_ctx,
+                           c->yarn_beta_fast, c->yarn_beta_slow, (double)c->pad_gate};
+    if (settings[setting].whole) {
+        snprintf(text, size, "%" PRId64, whole[setting]);
+    } else {
+        shortest_text(text, size, real[setting - EPS], setting == EPS || setting == PAD_GATE);
     }
-    if (st_write(j->o.output, j->results, j->result_count, metadata, 11, message, sizeof message)) {
-        if (j->o.plot) remove(j->o.plot);
-        return fail(TROUBLE, "%s", message);
+    return text;
+}
+
+/* What is written, of all jobs together. */
+typedef struct harvest {
+    st_tensor *results;
+    int result_count;
+    const char *(*metadata)[2];
+    int metadata_count;
+    char (*keys)[FULL_NAME_SIZE], (*values)[40];
+} harvest;
+
+/* The settings as metadata, so that the file says how it came about. */
+static void gather(harvest *h, const job *j) {
+    for (int i = 0; i <= TOLD; i++) {
+        char *key = h->keys[h->metadata_count], *value = h->values[h->metadata_count];
+        const char **pair = h->metadata[h->metadata_count++];
+        pair[0] = full_name(j, i < TOLD ? settings[i].key : "preset", key);
+        pair[1] = i < TOLD ? setting_text(j, i, value, sizeof *h->values) : j->preset;
     }
-    return 0;
+    for (int i = 0; i < j->result_count; i++) h->results[h->result_count++] = j->results[i];
+}
+
+static int write_results(const run *r) {
+    const size_t count = (size_t)r->job_count, pairs = count * (TOLD + 1);
+    harvest h = {0};
+    char message[1024] = "out of memory";
+    h.results = (st_tensor *)calloc(count, sizeof r->jobs->results);
+    h.metadata = (const char *(*)[2])calloc(pairs, sizeof *h.metadata);
+    h.keys = (char(*)[FULL_NAME_SIZE])calloc(pairs, sizeof *h.keys);
+    h.values = (char(*)[40])calloc(pairs, sizeof *h.values);
+    int failed = 1;
+    if (h.results && h.metadata && h.keys && h.values) {
+        for (int i = 0; i < r->job_count; i++) gather(&h, &r->jobs[i]);
+        failed = st_write(r->o.output, h.results, h.result_count, (const char *const(*)[2])h.metadata, h.metadata_count,
+                          message, sizeof message);
+    }
+    free(h.results);
+    free(h.metadata);
+    free(h.keys);
+    free(h.values);
+    if (failed && r->o.plot) remove(r->o.plot);
+    return failed ? fail(TROUBLE, "%s", message) : 0;
 }
 
 /* The gate weights of the first row's first windows, which are compressed once more for it. */
@@ -757,31 +1004,85 @@ static int draw_gates(job *j) {
 }
 
 /* Asked to stop, the program does so before it writes or after: nothing half-written stays behind. */
-static int write_files(job *j) {
+static int write_files(run *r) {
     hold_stops(1);
-    int status = draw_gates(j);
-    if (!status) status = write_results(j);
+    int status = draw_gates(r->jobs);
+    if (!status) status = write_results(r);
     hold_stops(0);
     return status;
 }
 
-static void report(const job *j) {
-    const double before = (double)j->x->count * (double)st__size(j->x->dtype);
-    const double after = (double)j->results[0].count * (double)st__size(j->x->dtype);
-    const double tokens = (double)j->rows * (double)j->tokens;
-    const char *isa = dsv4_compressor_isa(j->compressor);
-    const int threads = j->threads->workers + 1;
-    if (j->o.json) {
-        printf("{\"batch\": %" PRId64 ", \"tokens\": %.0f, \"entries\": %" PRId64 ", \"bytes_before\": %.0f, "
-               "\"bytes_after\": %.0f, \"hidden_dim\": %" PRId64 ", \"head_dim\": %" PRId64 ", \"ratio\": %" PRId64
-               ", \"overlap\": %s, \"preset\": \"%s\", \"dtype\": \"%s\", \"pack_seconds\": %.6f, \"seconds\": %.6f, "
-               "\"tokens_per_s\": %.1f, \"isa\": \"%s\", \"threads\": %d}\n",
-               j->rows, tokens, j->rows * j->entries, before, after, j->config.hidden_dim, j->config.head_dim,
-               j->config.ratio, j->config.overlap ? "true" : "false", j->preset,
-               j->x->dtype == ST_BF16 ? "BF16" : "F32", j->pack_seconds, j->seconds,
-               j->seconds > 0 ? tokens / j->seconds : 0, isa, threads);
-        return;
+/* ---- What is said ------------------------------------------------------------------------------------------ */
+
+static void print_json_string(const char *text) {
+    putchar('"');
+    for (; *text; text++) {
+        if (*text == '"' || *text == '\\') putchar('\\');
+        if ((unsigned char)*text < 0x20) {
+            printf("\\u%04x", (unsigned)(unsigned char)*text);
+        } else {
+            putchar(*text);
+        }
     }
+    putchar('"');
+}
+
+/* "ratio": {"value": 4, "from": "ape"}, ...; infinite values as text. */
+static void print_json_settings(const job *j) {
+    char text[40];
+    for (int i = 0; i < TOLD; i++) {
+        const char *value = setting_text(j, i, text, sizeof text), *quote = strchr(value, 'i') ? "\"" : "";
+        printf("\"%s\": {\"value\": %s%s%s, \"from\": \"%s\"}, ", settings[i].key, quote, value, quote,
+               origins[j->from[i]]);
+    }
+    printf("\"preset\": {\"value\": \"%s\", \"from\": \"%s\"}", j->preset, origins[j->preset_from]);
+}
+
+/* A line for each place that settings came from. */
+static void settings_lines(const job *j, char *lines, size_t size) {
+    size_t used = 0;
+    for (int from = ORIGINS - 1; from >= 0; from--) {
+        int said = 0;
+        for (int i = 0; i <= TOLD; i++) {
+            char text[40];
+            if ((int)(i < TOLD ? j->from[i] : j->preset_from) != from) continue;
+            if (!said++) used += (size_t)snprintf(lines + used, size - used, "settings, %s: ", origins[from]);
+            used += (size_t)snprintf(lines + used, size - used, "%s%s %s", said > 1 ? ", " : "",
+                                     i < TOLD ? settings[i].key : "preset",
+                                     i < TOLD ? setting_text(j, i, text, sizeof text) : j->preset);
+        }
+        if (said) used += (size_t)snprintf(lines + used, size - used, "\n");
+    }
+}
+
+/* Bytes of a tensor in a file. */
+static double file_bytes(const st_tensor *t) { return (double)t->count * st__bits(t->type) / 8; }
+
+static void report_json(const job *j) {
+    const double tokens = (double)j->rows * (double)j->tokens;
+    printf("{");
+    if (j->o.all) {
+        printf("\"prefix\": ");
+        print_json_string(j->at.prefix);
+        printf(", ");
+    }
+    printf("\"batch\": %" PRId64 ", \"tokens\": %.0f, \"entries\": %" PRId64 ", \"bytes_before\": %.0f, "
+           "\"bytes_after\": %.0f, \"hidden_dim\": %" PRId64 ", \"head_dim\": %" PRId64 ", \"ratio\": %" PRId64
+           ", \"overlap\": %s, \"preset\": \"%s\", \"dtype\": \"%s\", \"pack_seconds\": %.6f, \"seconds\": %.6f, "
+           "\"tokens_per_s\": %.1f, \"isa\": \"%s\", \"threads\": %d, \"settings\": {",
+           j->rows, tokens, j->rows * j->entries, file_bytes(j->x), file_bytes(j->results), j->config.hidden_dim,
+           j->config.head_dim, j->config.ratio, j->config.overlap ? "true" : "false", j->preset,
+           j->x->dtype == ST_BF16 ? "BF16" : "F32", j->pack_seconds, j->seconds,
+           j->seconds > 0 ? tokens / j->seconds : 0, j->isa, j->run->threads->workers + 1);
+    print_json_settings(j);
+    printf("}}\n");
+}
+
+static void report_text(const job *j) {
+    const double before = file_bytes(j->x), after = file_bytes(j->results),
+                 tokens = (double)j->rows * (double)j->tokens;
+    const int threads = j->run->threads->workers + 1;
+    if (j->o.all) printf("%s:\n", *j->at.prefix ? j->at.prefix : "no prefix");
     printf("%" PRId64 " x %" PRId64 " tokens -> %" PRId64 " x %" PRId64 " entries of %" PRId64 " numbers%s\n", j->rows,
            j->tokens, j->rows, j->entries, j->config.head_dim, j->x->dtype == ST_BF16 ? " in bf16" : "");
     printf("%.0f bytes of hidden states -> %.0f bytes of entries", before, after);
@@ -789,33 +1090,143 @@ static void report(const job *j) {
     printf("ratio %" PRId64 "%s, rounding as in preset %s\n", j->config.ratio,
            j->config.overlap ? ", overlapping windows" : "", j->preset);
     printf("%.3f s (%.0f tokens/s), and %.3f s to pack the weights; kernels %s, %d thread%s\n", j->seconds,
-           j->seconds > 0 ? tokens / j->seconds : 0, j->pack_seconds, isa, threads, threads > 1 ? "s" : "");
-    printf("entries: %s\n", j->o.output);
-    if (j->o.plot) printf("picture: %s\n", j->o.plot);
+           j->seconds > 0 ? tokens / j->seconds : 0, j->pack_seconds, j->isa, threads, threads > 1 ? "s" : "");
+}
+
+static void report(const run *r) {
+    char lines[2048];
+    for (int i = 0; i < r->job_count; i++) {
+        if (r->o.json) {
+            report_json(&r->jobs[i]);
+            continue;
+        }
+        report_text(&r->jobs[i]);
+        settings_lines(&r->jobs[i], lines, sizeof lines);
+        fputs(lines, stdout);
+    }
+    if (r->o.json) return;
+    printf("entries: %s\n", r->o.output);
+    if (r->o.plot) printf("picture: %s\n", r->o.plot);
+}
+
+/* ---- --list ------------------------------------------------------------------------------------------------ */
+
+/* The published model's compressor of these sizes, NULL for none; a ratio that nothing tells fits any. */
+static const char *matching_preset(const dsv4_config *c) {
+    for (int i = 0; i < DSV4_PRESET_COUNT; i++) {
+        const dsv4_config p = dsv4_preset_config((dsv4_preset)i);
+        if ((c->ratio == p.ratio || !c->ratio) && c->overlap == p.overlap && c->head_dim == p.head_dim &&
+            c->hidden_dim == p.hidden_dim && c->no_ape == p.no_ape && c->no_gate == p.no_gate) {
+            return dsv4_preset_name((dsv4_preset)i);
+        }
+    }
+    return NULL;
+}
+
+static const char *const param_names[DSV4_PARAM_COUNT] = {"wkv", "wgate", "ape", "norm"};
+
+static void list_json(const job *j) {
+    const char *preset = matching_preset(&j->config), *comma = "";
+    printf("{\"prefix\": ");
+    print_json_string(j->at.prefix);
+    printf(j->config.ratio ? ", \"ratio\": %" PRId64 : ", \"ratio\": null", j->config.ratio);
+    printf(", \"overlap\": %s, \"head_dim\": %" PRId64 ", \"hidden_dim\": %" PRId64 ", \"dtypes\": {",
+           j->config.overlap ? "true" : "false", j->config.head_dim, j->config.hidden_dim);
+    for (int i = 0; i < DSV4_PARAM_COUNT; i++) {
+        if (!j->param[i]) continue;
+        printf("%s\"%s\": ", comma, param_names[i]);
+        print_json_string(j->param[i]->type);
+        comma = ", ";
+    }
+    printf("}, \"preset\": %s%s%s}\n", preset ? "\"" : "", preset ? preset : "null", preset ? "\"" : "");
+}
+
+static void list_text(const job *j) {
+    const char *preset = matching_preset(&j->config);
+    printf("%s: ratio ", *j->at.prefix ? j->at.prefix : "no prefix");
+    printf(j->config.ratio ? "%" PRId64 : "not told", j->config.ratio);
+    printf(", overlap %d, head_dim %" PRId64 ", hidden_dim %" PRId64, j->config.overlap, j->config.head_dim,
+           j->config.hidden_dim);
+    for (int i = 0; i < DSV4_PARAM_COUNT; i++) {
+        if (j->param[i]) printf(", %s %s", param_names[i], j->param[i]->type);
+    }
+    printf("; %s%s\n", preset ? "preset " : "no preset", preset ? preset : "");
+}
+
+/* The shard of a parameter that is not on this disk, NULL where all are. */
+static const char *absent_shard(const job *j) {
+    for (int i = 0; i < DSV4_PARAM_COUNT; i++) {
+        if (j->at.param[i] && !path_exists(shard_of(j, i)->path)) return shard_of(j, i)->path;
+    }
+    return NULL;
+}
+
+static void list_absent(const job *j, const char *path) {
+    if (!j->o.json) {
+        printf("%s: in %s, which is not there\n", j->at.prefix, path);
+        return;
+    }
+    printf("{\"prefix\": ");
+    print_json_string(j->at.prefix);
+    printf(", \"absent\": ");
+    print_json_string(path);
+    printf("}\n");
+}
+
+static int list_compressors(const run *r) {
+    for (int i = 0; i < r->job_count; i++) {
+        job *j = &r->jobs[i];
+        const char *absent = absent_shard(j);
+        if (!absent && describe(j)) return TROUBLE;
+        if (j->config.no_gate && !j->config.overlap && !j->config.ratio) j->config.ratio = 1; /* it has no other */
+        if (absent) {
+            list_absent(j, absent);
+        } else if (r->o.json) {
+            list_json(j);
+        } else {
+            list_text(j);
+        }
+    }
+    return 0;
 }
 
 static void list_isas(void) {
     for (int i = 0; dsv4_isa_name(i); i++) puts(dsv4_isa_name(i));
 }
 
+/* With --all an engine goes when its results are there: weights are packed one compressor at a time. */
+static int work(job *j) {
+    int status = ready_params(j);
+    if (!status) status = prepare(j);
+    if (!status) status = compress_rows(j);
+    if (!status) status = differentiate(j);
+    if (j->o.all) close_engine(j);
+    return status;
+}
+
 int main(int argc, char **argv) {
-    job j = {0};
+    run r = {0};
 #ifdef SIGXFSZ
     signal(SIGXFSZ, SIG_IGN); /* a file-size limit is a failed write, to be reported and cleaned up */
 #endif
-    int status = parse_options(argc, argv, &j.o);
-    if (!status && (j.o.help || j.o.version || j.o.list_isa)) {
-        if (j.o.help) fputs(usage, stdout);
-        if (j.o.version) puts("compress " DSV4_COMPRESSOR_VERSION);
-        if (j.o.list_isa) list_isas();
+    int status = parse_options(argc, argv, &r.o);
+    if (!status && (r.o.help || r.o.version || r.o.list_isa)) {
+        if (r.o.help) fputs(usage, stdout);
+        if (r.o.version) puts("compress " DSV4_COMPRESSOR_VERSION);
+        if (r.o.list_isa) list_isas();
         return 0;
     }
-    if (!status) status = load(&j);
-    if (!status) status = prepare(&j);
-    if (!status) status = compress_rows(&j);
-    if (!status) status = differentiate(&j);
-    if (!status) status = write_files(&j);
-    if (!status) report(&j);
-    close_job(&j);
+    if (!status) status = open_files(&r);
+    if (!status) status = choose_compressors(&r);
+    if (!status && r.o.list) {
+        status = list_compressors(&r);
+    } else if (!status) {
+        for (int i = 0; i < r.job_count && !status; i++) status = load(&r.jobs[i]);
+        if (!status) status = start_threads(&r);
+        for (int i = 0; i < r.job_count && !status; i++) status = work(&r.jobs[i]);
+        if (!status) status = write_files(&r);
+        if (!status) report(&r);
+    }
+    close_run(&r);
     return status;
 }

@@ -17,7 +17,10 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { JSON_DEPTH = 64 };
+enum {
+    JSON_DEPTH = 64,       /* most values within values */
+    JSON_ENTRIES = 1 << 20 /* longest list that is kept */
+};
 
 typedef struct json {
     const char *name; /* what messages call the text */
@@ -55,6 +58,16 @@ json_fail(char *message, size_t message_size, const char *format, ...) {
 
 static inline int json_bad(const json *j, const char *what) {
     return json_fail(j->message, j->message_size, "%s, byte %lld: %s", j->name, (long long)(j->at - j->begin), what);
+}
+
+/* Makes room for one more element in an array that doubles. */
+static inline int json_grow(const json *j, void **array, int count, size_t element) {
+    if (count == JSON_ENTRIES) return json_bad(j, "too many entries");
+    if (count & (count - 1)) return 0;
+    void *grown = realloc(*array, (count ? 2 * (size_t)count : 1) * element);
+    if (!grown) return json_bad(j, "out of memory");
+    *array = grown;
+    return 0;
 }
 
 /* ---- Single characters ------------------------------------------------------------------------------------- */
@@ -248,7 +261,8 @@ static inline int json__skip(json *j, int depth) {
     if (depth == 0) return json_bad(j, "nested too deep");
     if (first == '"') return json_string(j, &text);
     if (json_word(j, "true") || json_word(j, "false") || json_word(j, "null")) return 0;
-    if (first != '{' && first != '[') return json_number(j, &text);
+    if (first == '-' || (first >= '0' && first <= '9')) return json_number(j, &text);
+    if (first != '{' && first != '[') return json_bad(j, "expected a value");
     for (int n = 0; (more = first == '{' ? json_member(j, &n, &text) : json_element(j, &n)) > 0;) {
         if (json__skip(j, depth - 1)) return -1;
     }

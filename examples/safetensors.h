@@ -22,7 +22,6 @@
 enum {
     ST_NAME_SIZE = 256,
     ST_DIMENSIONS = 8,
-    ST_TENSORS = 1 << 20,               /* most tensors in a file */
     ST_HEADER_SIZE = 100 * 1000 * 1000, /* longest header, the reference implementation's limit */
     ST_ALIGNMENT = 64                   /* of the first number in files written here */
 };
@@ -223,22 +222,12 @@ static inline int st__check_tensor(const st__reader *r, st_tensor *t, const st__
 
 /* ---- Reading: the header ----------------------------------------------------------------------------------- */
 
-/* Makes room for one more element in an array that doubles. */
-static inline int st__grow(const json *j, void **array, int count, size_t element) {
-    if (count == ST_TENSORS) return json_bad(j, "too many entries");
-    if (count & (count - 1)) return 0;
-    void *grown = realloc(*array, (count ? 2 * (size_t)count : 1) * element);
-    if (!grown) return json_bad(j, "out of memory");
-    *array = grown;
-    return 0;
-}
-
 static inline int st__read_metadata(json *j, st_file *f) {
     st__pair pair;
     int more;
     for (int n = 0; (more = json_member(j, &n, &pair.key)) > 0;) {
         void *pairs = f->metadata;
-        if (json_string(j, &pair.value) || st__grow(j, &pairs, f->metadata_count, sizeof pair)) return -1;
+        if (json_string(j, &pair.value) || json_grow(j, &pairs, f->metadata_count, sizeof pair)) return -1;
         f->metadata = (st__pair *)pairs;
         f->metadata[f->metadata_count++] = pair;
     }
@@ -254,9 +243,9 @@ static inline int st__read_tensor(st__reader *r, st_file *f, const char *name) {
     if (strlen(name) >= ST_NAME_SIZE) return json_bad(&r->header, "the name before this is too long");
     memcpy(t.name, name, strlen(name) + 1);
     if (st__read_fields(&r->header, &t, &range) || st__check_tensor(r, &t, &range)) return -1;
-    if (st__grow(&r->header, &tensors, f->count, sizeof t)) return -1;
+    if (json_grow(&r->header, &tensors, f->count, sizeof t)) return -1;
     f->tensors = (st_tensor *)tensors;
-    if (st__grow(&r->header, &ranges, f->count, sizeof range)) return -1;
+    if (json_grow(&r->header, &ranges, f->count, sizeof range)) return -1;
     r->ranges = (st__range *)ranges;
     t.bytes = r->data + range.begin;
     r->ranges[f->count] = range;
@@ -642,7 +631,7 @@ static inline int st__replaceable(const char *path) {
 static inline st_tensor st_make(const char *name, st_dtype dtype, const void *data, int ndim, const int64_t *shape) {
     st_tensor t;
     memset(&t, 0, sizeof t);
-    snprintf(t.name, sizeof t.name, "%s", name);
+    snprintf(t.name, sizeof t.name, "%.*s", ST_NAME_SIZE - 1, name);
     t.dtype = dtype;
     t.type = dtype == ST_F32 ? "F32" : "BF16";
     t.data = data;

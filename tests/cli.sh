@@ -228,4 +228,321 @@ try '--version' tells_its_version
 try '--list-isa ends in scalar' lists
 try '--plot' draws
 try '--plot of a NaN' draws_nan
+# ---- Checkpoints ------------------------------------------------------------------------------------------------
+
+# Two compressors of one hidden_dim as released checkpoints hold them: in shards, beside tensors of other kinds, some of
+# them in shards that are not there.
+$CC ${FLAGS:--Iexamples} tests/tensors.c -o "$tmp/tensors" || exit 1
+csa=tests/golden/csa_none.safetensors hca=tests/golden/hca_none.safetensors v41=tests/golden/v41_ratio2.safetensors
+model=$tmp/model
+params_of() { # params_of GOLDEN PREFIX: as DeepSeek spells them
+    echo "$1:wkv=$2.wkv.weight $1:wgate=$2.wgate.weight $1:ape=$2.ape $1:norm=$2.norm.weight"
+}
+index_of() { # index_of FOLDER: of its shards, and of one that is not there
+    for file in "$1"/shard-*; do
+        head -c 4000 "$file" | LC_ALL=C grep -ao '"[^"]*":{"dtype' | sed "s|:{\"dtype|: \"$(basename "$file")\",|"
+    done | { echo '{"metadata": {"total_size": 1}, "weight_map": {'; cat; echo '"embed.weight": "shard-9"}}'; } \
+        >"$1/model.safetensors.index.json"
+}
+rm -rf "$model" && mkdir "$model" || exit 1
+"$tmp/tensors" "$model/shard-1" $csa:wkv=layers.2.attn.compressor.wkv.weight $csa:wgate=layers.2.attn.compressor.wgate.weight \
+    $csa:ape=layers.2.attn.compressor.ape $csa:wkv=layers.2.attn.wkv.weight,F8_E4M3 $csa:norm=layers.2.attn.kv_norm.weight &&
+    "$tmp/tensors" "$model/shard-2" $csa:norm=layers.2.attn.compressor.norm.weight $(params_of $hca layers.10.attn.compressor) &&
+    index_of "$model" || exit 1
+bare='--rope-dim 16 --yarn-factor 1' # what golden files say in metadata
+
+expect_entries() { # expect_entries GOLDEN OPTIONS...: the output that the golden file's own weights give, to $tmp/expected
+    golden=$1
+    shift
+    "$compress" --weights "$golden" --input $hca --output "$tmp/expected" "$@" >/dev/null
+}
+finds_in() { # finds_in WEIGHTS PREFIX GOLDEN: the same file byte for byte
+    expect_entries "$3" && "$compress" --weights "$1" --prefix "$2" --input $hca --output "$tmp/entries" $bare &&
+        cmp "$tmp/expected" "$tmp/entries"
+}
+try 'a compressor spread over shards, by the index' finds_in "$model/model.safetensors.index.json" layers.2.attn.compressor $csa
+try 'by the folder' finds_in "$model" layers.2.attn.compressor. $csa
+try 'one in a single shard' finds_in "$model/" layers.10.attn.compressor $hca
+try 'a shard by itself' finds_in "$model/shard-2" layers.10.attn.compressor $hca
+mkdir "$tmp/single" && "$tmp/tensors" "$tmp/single/model.safetensors" $csa:wkv=model.layers.2.self_attn.compressor.kv_proj.weight \
+    $csa:wgate=model.layers.2.self_attn.compressor.gate_proj.weight $csa:ape=model.layers.2.self_attn.compressor.position_bias \
+    $csa:norm=model.layers.2.self_attn.compressor.kv_norm.weight $csa:wkv=model.layers.2.self_attn.kv_proj.weight \
+    $csa:norm=model.layers.2.self_attn.kv_norm.weight || exit 1
+try "a folder of one file, transformers' names" finds_in "$tmp/single" model.layers.2.self_attn.compressor $csa
+
+refuses_weights() { # refuses_weights PATTERN WEIGHTS OPTIONS...
+    pattern=$1 weights=$2
+    shift 2
+    refuses 1 "$pattern" --weights "$weights" --input $hca $bare "$@"
+}
+without_shard() { # without_shard NUMBER OPTIONS...: refused by the shard's name
+    shard=$model/shard-$1
+    shift
+    mv "$shard" "$tmp/away" && refuses_weights "$shard" "$model" "$@"
+    result=$?
+    mv "$tmp/away" "$shard"
+    return $result
+}
+needs_no_other() {
+    mv "$model/shard-1" "$tmp/away" && finds_in "$model" layers.10.attn.compressor $hca
+    result=$?
+    mv "$tmp/away" "$model/shard-1"
+    return $result
+}
+try 'a shard that is not needed need not be there' needs_no_other
+try 'a shard that is needed' without_shard 2 --prefix layers.2.attn.compressor
+try 'a folder without weights' refuses_weights 'model.safetensors.index.json or' "$tmp/files/folder"
+
+bad_index() { # bad_index PATTERN TEXT: refused, in one line that names the index
+    mkdir -p "$tmp/bad" && printf '%s' "$2" >"$tmp/bad/an.index.json" && refuses_weights "an.index.json.*$1" "$tmp/bad/an.index.json"
+}
+while IFS='|' read -r pattern text; do
+    try "an index: $text" bad_index "$pattern" "$text"
+done <<'END'
+outside of its folder|{"weight_map":{"wkv":"../shard"}}
+outside of its folder|{"weight_map":{"wkv":"a/../../shard"}}
+outside of its folder|{"weight_map":{"wkv":".."}}
+outside of its folder|{"weight_map":{"wkv":"/shard"}}
+outside of its folder|{"weight_map":{"wkv":"C:shard"}}
+outside of its folder|{"weight_map":{"wkv":"..\\shard"}}
+outside of its folder|{"weight_map":{"wkv":""}}
+stands twice|{"weight_map":{"wkv":"a","wkv":"b"}}
+stands twice|{"weight_map":{"wkv":"a"},"weight_map":{"ape":"a"}}
+no tensors|{"metadata":{}}
+no tensors|{"weight_map":{}}
+byte 14: expected '{'|{"weight_map":["a"]}
+byte 21: expected '"'|{"weight_map":{"wkv":7}}
+byte 17: something follows|{"weight_map":{}}}
+nested too deep|{"a":[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[
+expected a value|{"a":nul,"weight_map":{"wkv":"a"}}
+expected '}'|{"weight_map":{"wkv":"a"}
+END
+printf '{"weight_map":{"wkv":"shard-1","norm":"shard-1"}}' >"$model/wrong.json" || exit 1
+try 'an index of tensors that are elsewhere' refuses_weights "shard-1.*no tensor 'wkv'" "$model/wrong.json"
+rm "$model/wrong.json"
+for name in shard-1 shard-2 shard-9 model.safetensors.index.json; do
+    try "--output onto $name of the checkpoint" refuses_weights 'would be lost' "$model" --prefix layers.10.attn.compressor \
+        --output "$model/$name"
+done
+
+# ---- config.json ------------------------------------------------------------------------------------------------
+
+configured() { # configured CONFIG OPTIONS INSTEAD: OPTIONS beside a config.json give what OPTIONS INSTEAD give without
+    printf '%s' "$1" >"$model/config.json"
+    "$compress" --weights "$model" --prefix layers.2.attn.compressor --input $hca --output "$tmp/entries" $2 &&
+        rm "$model/config.json" &&
+        "$compress" --weights "$model" --prefix layers.2.attn.compressor --input $hca --output "$tmp/expected" $2 $3 &&
+        cmp "$tmp/expected" "$tmp/entries"
+}
+while IFS='|' read -r config options instead; do
+    try "config.json: $config" configured "$config" "$options" "$instead"
+done <<'END'
+{}|--rope-dim 16|--yarn-factor 1
+{"rope_scaling":null,"rope_parameters":null,"rms_norm_eps":null}|--rope-dim 16|--yarn-factor 1
+{"compress_rope_theta":20000,"rope_theta":10000}|--rope-dim 16|--rope-theta 20000 --yarn-factor 1
+{"rms_norm_eps":1e-3,"qk_rope_head_dim":8}||--eps 1e-3 --rope-dim 8 --yarn-factor 1
+{"head_dim":64,"partial_rotary_factor":0.125}||--rope-dim 8 --yarn-factor 1
+{"rope_scaling":{"type":"yarn","factor":4,"original_max_position_embeddings":4096}}|--rope-dim 16|--yarn-factor 4 --yarn-orig-ctx 4096
+{"rope_scaling":{"rope_type":"yarn","factor":4,"original_max_position_embeddings":64,"beta_fast":16,"beta_slow":2}}|--rope-dim 16|--yarn-factor 4 --yarn-orig-ctx 64 --yarn-beta-fast 16 --yarn-beta-slow 2
+{"rope_parameters":{"rope_type":"yarn","factor":8,"original_max_position_embeddings":64,"rope_theta":5,"attention_factor":1.0}}|--rope-dim 16|--yarn-factor 8 --yarn-orig-ctx 64
+{"rope_parameters":{"rope_type":"default","factor":null},"rope_scaling":{"type":"yarn","factor":4,"original_max_position_embeddings":64}}|--rope-dim 16|--yarn-factor 1
+{"head_dim":32,"rope_parameters":{"compress":{"rope_type":"yarn","factor":8,"original_max_position_embeddings":64,"rope_theta":5000,"partial_rotary_factor":0.5},"main":{"rope_type":"default","rope_theta":7}}}||--rope-dim 16 --rope-theta 5000 --yarn-factor 8 --yarn-orig-ctx 64
+{"rms_norm_eps":1,"text_config":{"rms_norm_eps":1e-3,"qk_rope_head_dim":8},"vision_config":{"rms_norm_eps":5}}||--eps 1e-3 --rope-dim 8 --yarn-factor 1
+{"a":[{"rms_norm_eps":5},[],{}, -1.5e+3, true, false, "\u00e9\ud83d\ude00"],"rms_norm_eps":1e-3}|--rope-dim 16|--eps 1e-3 --yarn-factor 1
+{"rms_norm_eps":1e-3,"compress_rope_theta":20000}|--rope-dim 16 --eps 1e-2 --rope-theta 30000|--yarn-factor 1
+END
+refuses_config() { # refuses_config PATTERN CONFIG
+    printf '%s' "$2" >"$model/config.json" && refuses 1 "config.json.*$1" --weights "$model" --input $hca --prefix layers.2.attn.compressor
+    result=$?
+    rm "$model/config.json"
+    return $result
+}
+while IFS='|' read -r pattern config; do
+    try "config.json: $config" refuses_config "$pattern" "$config"
+done <<'END'
+rope_type 'llama3'|{"rope_scaling":{"rope_type":"llama3","factor":8}}
+rope_type 'longrope'|{"rope_parameters":{"compress":{"type":"longrope"}}}
+attention_factor 1.2|{"rope_scaling":{"type":"yarn","factor":4,"original_max_position_embeddings":64,"attention_factor":1.2}}
+without a rope_type|{"rope_scaling":{"factor":4,"original_max_position_embeddings":64}}
+yarn without a factor|{"rope_scaling":{"type":"yarn","original_max_position_embeddings":64}}
+yarn without original_max|{"rope_scaling":{"type":"yarn","factor":4}}
+compress_rope_theta 5.*7|{"compress_rope_theta":5,"rope_parameters":{"compress":{"rope_type":"default","rope_theta":7}}}
+without a head_dim|{"partial_rotary_factor":0.125}
+is not a whole number|{"partial_rotary_factor":0.3,"head_dim":64}
+is not 16|{"partial_rotary_factor":0.125,"head_dim":64,"qk_rope_head_dim":16}
+byte 16: expected a number|{"rms_norm_eps":"1e-6"}
+this stands twice|{"rms_norm_eps":1,"rms_norm_eps":2}
+this stands twice|{"text_config":{},"text_config":{}}
+expected a number|{"rms_norm_eps":01}
+expected a number|{"rms_norm_eps":1.}
+eps: 0 is out of range|{"rms_norm_eps":0}
+rope_theta: 1e999 is out of range|{"compress_rope_theta":1e999}
+rope_dim: '1.5' is not a whole number|{"qk_rope_head_dim":1.5}
+expected|{"rms_norm_eps":1e-6
+something follows|{} {}
+END
+try '--output onto config.json' eval 'echo "{}" >"$model/config.json"; refuses_weights "would be lost" "$model" --prefix layers.2.attn.compressor --output "$model/config.json"'
+rm -f "$model/config.json"
+
+told_settings() { # told_settings PATTERN OPTIONS...: of weights whose metadata and config.json contradict each other
+    pattern=$1
+    shift
+    "$compress" --weights "$tmp/told" --prefix p --input $hca --output "$tmp/entries" "$@" >"$tmp/told/report" || return 1
+    cat "$tmp/told/report"
+    grep -q -e "$pattern" "$tmp/told/report"
+}
+mkdir "$tmp/told" && "$tmp/tensors" "$tmp/told/model.safetensors" $(params_of $csa p) @rope_theta=20000 @eps=1e-3 &&
+    echo '{"compress_rope_theta": 30000, "rms_norm_eps": 1e-2, "qk_rope_head_dim": 16}' >"$tmp/told/config.json" || exit 1
+while IFS='|' read -r pattern options; do
+    try "settings are told: $pattern" told_settings "$pattern" $options
+done <<'END'
+^settings, option: eps 0.0625$|--eps 0.0625
+^settings, metadata: rope_theta 20000$|--eps 0.0625
+^settings, metadata: eps 0.001, rope_theta 20000$|
+^settings, config.json: rope_dim 16, yarn_factor 1$|
+^settings, ape: ratio 4$|
+^settings, standard: start 0, .*pad_gate -inf$|
+^settings, dtype of x: preset none$|
+"ratio": {"value": 4, "from": "ape"}|--json
+"rope_theta": {"value": 20000, "from": "metadata"}|--json
+"rope_dim": {"value": 16, "from": "config.json"}|--json
+"start": {"value": 8, "from": "option"}|--json --start 8
+"pad_gate": {"value": "-inf", "from": "standard"}|--json
+"preset": {"value": "deepseek", "from": "option"}|--json --preset deepseek
+END
+
+# ---- --list and --all -------------------------------------------------------------------------------------------
+
+lists_compressors() { # lists_compressors EXPECTED WEIGHTS OPTIONS...
+    expected=$1 weights=$2
+    shift 2
+    "$compress" --weights "$weights" --list "$@" >"$tmp/list" || return 1
+    cat "$tmp/list"
+    printf '%s\n' "$expected" | cmp - "$tmp/list"
+}
+sizes='head_dim 32, hidden_dim 48, wkv F32, wgate F32, ape F32, norm F32; no preset'
+try '--list, in the order of layers' lists_compressors "layers.2.attn.compressor: ratio 4, overlap 1, $sizes
+layers.10.attn.compressor: ratio 128, overlap 0, $sizes" "$model"
+try '--list below a prefix' lists_compressors "layers.10.attn.compressor: ratio 128, overlap 0, $sizes" "$model" --prefix layers.10
+try "--list of transformers' names" lists_compressors "model.layers.2.self_attn.compressor: ratio 4, overlap 1, $sizes" "$tmp/single"
+try '--list --json' lists_compressors '{"prefix": "layers.10.attn.compressor", "ratio": 128, "overlap": false, "head_dim": 32, "hidden_dim": 48, "dtypes": {"wkv": "F32", "wgate": "F32", "ape": "F32", "norm": "F32"}, "preset": null}' \
+    "$model" --prefix layers.10 --json
+try '--list without prefix, ape or gate' lists_compressors 'no prefix: ratio 1, overlap 0, head_dim 64, hidden_dim 80, wkv BF16, norm BF16; no preset' \
+    tests/golden/v41_ratio1.safetensors
+lists_what_is_there() {
+    mv "$model/shard-1" "$tmp/away"
+    lists_compressors "layers.2.attn.compressor: in $model/shard-1, which is not there
+layers.10.attn.compressor: ratio 128, overlap 0, $sizes" "$model"
+    result=$?
+    mv "$tmp/away" "$model/shard-1"
+    return $result
+}
+try '--list where a shard is not there' lists_what_is_there
+try '--list of a file without compressors' refuses 1 'no compressor is there' --list --weights "$tmp/files/other-shape"
+try '--list of nothing' refuses 2 --weights --list
+published() { # published SHAPES PRESET: a file of those shapes, and of zeros
+    header=$(echo "$1" | tr , '\n' | awk '{
+        numbers = NF > 2 ? $2 * $3 : $2
+        shape = NF > 2 ? $2 "," $3 : $2
+        printf "%s\"%s\":{\"dtype\":\"BF16\",\"shape\":[%s],\"data_offsets\":[%d,%d]}", (NR > 1) ? "," : "{", $1, shape, at, at + 2 * numbers
+        at += 2 * numbers
+    }
+    END { printf "} %d", at }')
+    bytes=${header##* } header=${header% *}
+    printf "\\$(printf %o $((${#header} % 256)))\\$(printf %o $((${#header} / 256)))\\0\\0\\0\\0\\0\\0%s" "$header" >"$tmp/published" &&
+        dd if=/dev/zero of="$tmp/published" bs=1 count=1 seek=$((7 + ${#header} + bytes)) conv=notrunc 2>/dev/null &&
+        "$compress" --weights "$tmp/published" --list >"$tmp/list" && cat "$tmp/list" && [ "$(sed 's/.*; //' "$tmp/list")" = "preset $2" ]
+}
+while IFS='|' read -r shapes preset; do
+    try "--list knows $preset" published "$shapes" "$preset"
+done <<'END'
+wkv 1024 4096,wgate 1024 4096,ape 4 1024,norm 512|v4-flash-csa
+wkv 512 4096,wgate 512 4096,ape 128 512,norm 512|v4-flash-hca
+wkv 256 7168,wgate 256 7168,ape 4 256,norm 128|v4-pro-indexer
+wkv 512 5120,wgate 512 5120,norm 512|v4.1-flash-ratio2
+wkv 512 5120,norm 512|v4.1-flash-ratio1
+END
+rm -f "$tmp/published"
+
+single_of_all() { # single_of_all PREFIX NAME...: those results of an --all's output, renamed as one compressor's are
+    prefix=$1 items=
+    shift
+    for name in "$@"; do items="$items $tmp/entries:$prefix.$name=$name"; done
+    "$tmp/tensors" "$tmp/got" $items
+    items=
+    for name in "$@"; do items="$items $tmp/expected:$name=$name"; done
+    "$tmp/tensors" "$tmp/wanted" $items && cmp "$tmp/wanted" "$tmp/got"
+}
+compresses_all() {
+    "$compress" --weights "$model" --all --input $hca --output "$tmp/entries" --stages $bare || return 1
+    expect_entries $csa --stages && single_of_all layers.2.attn.compressor out kv gate pooled latent || return 1
+    expect_entries $hca --stages && single_of_all layers.10.attn.compressor out kv gate pooled latent || return 1
+    head -c 4000 "$tmp/entries" | LC_ALL=C grep -aq '"layers.10.attn.compressor.ratio":"128"'
+}
+grad=tests/golden/grad_csa.safetensors
+differentiates_all() {
+    "$tmp/tensors" "$tmp/own/grad" $(params_of $grad p) $grad:x=x $grad:dout=p.dout @rope_dim=8 @yarn_factor=1 &&
+        "$compress" --weights "$tmp/own/grad" --input "$tmp/own/grad" --output "$tmp/entries" --all --backward dout &&
+        "$compress" --weights "$grad" --input "$grad" --output "$tmp/expected" --backward dout --rope-dim 8 --yarn-factor 1 &&
+        single_of_all p out dx dwkv dwgate dape dnorm
+}
+reports_all() {
+    "$compress" --weights "$model" --all --input $hca --output "$tmp/entries" --json $bare >"$tmp/list" && cat "$tmp/list" &&
+        [ "$(wc -l <"$tmp/list")" -eq 2 ] && head -1 "$tmp/list" | grep -q '^{"prefix": "layers.2.attn.compressor", .*"entries": 64,'
+}
+try '--all' compresses_all
+try '--all, gradients' differentiates_all
+try '--all, a report for each' reports_all
+try '--all below a prefix that has none' refuses_weights "no compressor under prefix 'layers.7'; compressors there: 'layers.2" "$model" \
+    --all --prefix layers.7
+try '--all where a shard is not there' without_shard 1 --all
+try '--all and --plot' refuses 2 '--plot.*--all' --weights "$model" --input $hca --all --plot "$tmp/place/plot.svg"
+try '--all of other widths' refuses 1 "48.*hidden_dim of compressor layers.2" --weights "$model" --input $v41 --all $bare
+
+# ---- What would be silently wrong -------------------------------------------------------------------------------
+
+many_compressors() {
+    items=
+    for layer in 1 2 3 4 5 6 7; do items="$items $(params_of $csa "layers.$layer.attn.compressor")"; done
+    "$tmp/tensors" "$tmp/own/many" $items &&
+        refuses_weights "'layers.1.attn.compressor', .*'layers.5.attn.compressor' and 2 more" "$tmp/own/many" "$@"
+}
+try 'a prefix that has none names five' many_compressors --prefix layers.9
+try 'no prefix where there is one names five' many_compressors
+try "the attention around a compressor names it" refuses_weights "both 'layers.2.attn.wkv.weight' and 'layers.2.attn.kv_norm" "$model" \
+    --prefix layers.2.attn
+refuses_made() { # refuses_made PATTERN OPTIONS -- ITEMS...: a file of those tensors
+    pattern=$1 options=$2
+    shift 3
+    "$tmp/tensors" "$tmp/own/made" "$@" && refuses_weights "$pattern" "$tmp/own/made" $options
+}
+params=$(params_of $csa p)
+try 'both namespaces' refuses_made "both 'p.wkv.weight' and 'p.kv_proj.weight'" '--prefix p' -- $params $csa:wkv=p.kv_proj.weight
+try 'one parameter in two spellings' refuses_made "both 'p.wkv' and 'p.wkv.weight'" '--prefix p' -- $params $csa:wkv=p.wkv
+try 'an ape that is lost' refuses_made "no-ape" '--prefix p --ratio 4' -- $csa:wkv=p.wkv $csa:wgate=p.wgate $csa:norm=p.norm
+try 'an ape that is not wanted' refuses_made "no-ape, but 'p.ape' is there" '--prefix p --no-ape' -- $params
+try 'neither ape nor ratio' refuses_made '--ratio' '--no-ape' -- $csa:wkv=wkv $csa:wgate=wgate $csa:norm=norm
+try 'neither ape nor eps' refuses_made '--eps .*1e-20' '--no-ape --ratio 4' -- $csa:wkv=wkv $csa:wgate=wgate $csa:norm=norm
+try 'FP8 weights' refuses_made "'p.wkv.weight' is F8_E4M3.*BF16" '--prefix p' -- $csa:wkv=p.wkv.weight,F8_E4M3 $csa:wgate=p.wgate.weight \
+    $csa:ape=p.ape $csa:norm=p.norm.weight
+for scale in wkv.scale wkv.weight_scale wkv.weight_scale_inv; do
+    try "weights with scales beside them: $scale" refuses_made "'p.wkv.weight' is quantised.*'p.$scale'" '--prefix p' -- $params \
+        "$csa:norm=p.$scale"
+done
+needs_no_ape_said() { # DeepSeek-V4.1, from a file that says nothing
+    "$tmp/tensors" "$tmp/own/v41" $v41:wkv=wkv $v41:wgate=wgate $v41:norm=norm &&
+        "$compress" --weights $v41 --input $v41 --output "$tmp/expected" &&
+        "$compress" --weights "$tmp/own/v41" --input $v41 --output "$tmp/entries" --ratio 2 --no-ape --eps 1e-20 --rope-dim 32 &&
+        cmp "$tmp/expected" "$tmp/entries"
+}
+try 'no ape, as --no-ape says' needs_no_ape_said
+reads_f16() { # as the same numbers in F32
+    for type in F16 CUT; do
+        "$tmp/tensors" "$tmp/own/$type" $csa:wkv=wkv,$type $csa:wgate=wgate,$type $csa:ape=ape,$type $csa:norm=norm,$type $hca:x=x,$type &&
+            "$compress" --weights "$tmp/own/$type" --input "$tmp/own/$type" --output "$tmp/own/$type.out" $bare || return 1
+    done
+    cmp "$tmp/own/F16.out" "$tmp/own/CUT.out" && ! cmp -s "$tmp/own/F16" "$tmp/own/CUT"
+}
+try 'F16 weights and hidden states' reads_f16
+
 finish

@@ -124,6 +124,8 @@ class Program:
         settings = dataclasses.asdict(case.settings)
         words = [word for name, value in settings.items() for word in ("--" + name.replace("_", "-"), f"{value:g}"
                  if isinstance(value, float) else str(value))]
+        if case.params.get("ape") is None:
+            words.append("--no-ape")
         files.write(self.weights, {name: value for name, value in case.params.items() if value is not None})
         files.write(self.input, {"x": case.x, "dout": case.dout} if case.dout is not None else {"x": case.x})
         return self.run(self.weights, self.input, "--preset", preset, "--stages", *words, *options)

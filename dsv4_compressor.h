@@ -558,6 +558,19 @@ DSV4_CHECKED DSV4_API dsv4_status dsv4_backward(const dsv4_compressor *compresso
 file without them, or define DSV4_COMPRESSOR_FAST_MATH to give the guarantee up."
 #endif
 
+#if !defined(DSV4_COMPRESSOR_FAST_MATH)
+/* -fsingle-precision-constant (clang: -cl-single-precision-constant) shows by no macro, but by this: compile without it, or
+ * define DSV4_COMPRESSOR_FAST_MATH. */
+enum { DSV4__DOUBLE_CONSTANTS_ARE_NEEDED = 1 / (sizeof(1.0) == sizeof(double)) };
+
+/* Parts of -ffast-math that clang shows by no macro: what follows is compiled as it is written, up to the end of the
+ * implementation, and the system's headers too, some of which add and multiply vectors by operators. */
+#if defined(__clang__)
+#pragma float_control(precise, on, push)
+#pragma STDC FP_CONTRACT OFF
+#endif
+#endif
+
 #include <float.h>
 #include <math.h>
 #include <stdarg.h>
@@ -1026,29 +1039,31 @@ static void dsv4__write_matrix(dsv4_matrix to, const float *from, int64_t stride
  * 3d. Scalar mathematics: products that stay products, fma, logarithm, power, sine and cosine, frequencies
  * ------------------------------------------------------------------------------------------------------------ */
 
-/* a * b rounded, whatever follows: compilers that fuse a product into a neighbouring sum would change the last bit. */
-DSV4__INLINE double dsv4__mul(double a, double b) {
+/* The same value, of which the compiler does not see how it came about: told to fuse, it would take the product behind
+ * it into a following sum, and change the last bit. */
+DSV4__INLINE double dsv4__kept(double value) {
 #if defined(DSV4__GNU) && defined(__x86_64__)
-    double product = a * b;
-    __asm__("" : "+x"(product));
-    return product;
+    __asm__("" : "+x"(value));
+    return value;
 #elif defined(DSV4__GNU) && defined(__aarch64__)
-    double product = a * b;
-    __asm__("" : "+w"(product));
-    return product;
+    __asm__("" : "+w"(value));
+    return value;
 #else
-    volatile double product = a * b;
-    return product;
+    volatile double memory = value;
+    return memory;
 #endif
 }
 
+/* a * b rounded, whatever follows. */
+DSV4__INLINE double dsv4__mul(double a, double b) { return dsv4__kept(a * b); }
+
 /* Fused multiply-add. Without the instruction: the product is exact in double, and the sum is rounded to odd there, so
- * that rounding it once more to float rounds the exact value. */
+ * that rounding it once more to float rounds the exact value. (c may be a product itself, which is kept out of the sum.) */
 DSV4__INLINE float dsv4__fma(float a, float b, float c) {
 #if defined(DSV4__GNU) && (defined(FP_FAST_FMAF) || defined(__FMA__))
     return __builtin_fmaf(a, b, c);
 #else
-    const double product = (double)a * (double)b, addend = (double)c;
+    const double product = (double)a * (double)b, addend = dsv4__kept((double)c);
     double sum = product + addend;
     const double back = sum - product;
     const double lost = (product - (sum - back)) + (addend - back);
@@ -1330,8 +1345,8 @@ typedef struct dsv4__finish_job {
 typedef struct dsv4__kernels {
     const char *name;
     unsigned needs;    /* of the CPU */
-    int64_t tile_rows; /* rows of the register tile: blocks of a multiple of it waste nothing */
     int dot;           /* has the bf16 dot product */
+    int64_t tile_rows; /* rows of the register tile: blocks of a multiple of it waste nothing */
     void (*product)(const dsv4__product_job *);
     void (*pool)(const dsv4__pool_job *);
     void (*pool_back)(const dsv4__pool_job *);
@@ -2386,7 +2401,7 @@ static unsigned dsv4__offers(void) {
 
 #define DSV4__SET_ROW(set, needs)                                                                               \
     {                                                                                                           \
-#set, needs, dsv4__##set##_tile_rows, dsv4__##set##_has_dot, dsv4__##set##_product, dsv4__##set##_pool, \
+#set, needs, dsv4__##set##_has_dot, dsv4__##set##_tile_rows, dsv4__##set##_product, dsv4__##set##_pool, \
             dsv4__##set##_pool_back, dsv4__##set##_finish, dsv4__##set##_finish_back, dsv4__##set##_add,        \
             dsv4__##set##_round, dsv4__##set##_widen, dsv4__##set##_narrow                                      \
     }
@@ -3179,6 +3194,7 @@ static void dsv4__fold_token(const dsv4_state *state, const dsv4__kernels *kerne
     const int64_t dim = state->head_dim;
     dsv4__window window;
     dsv4__pool_job job;
+    DSV4_ASSERT(state->folds != NULL && state->windows == state->series);
     memset(&job, 0, sizeof job);
     job.window = &window;
     job.channels = rows->channels;
@@ -5161,6 +5177,9 @@ DSV4_API dsv4_status dsv4_backward(const dsv4_compressor *compressor, const dsv4
 
 #ifdef __cplusplus
 }
+#endif
+#if defined(__clang__) && !defined(DSV4_COMPRESSOR_FAST_MATH)
+#pragma float_control(pop)
 #endif
 #define DSV4__IMPLEMENTED 1
 #endif /* DSV4_COMPRESSOR_IMPLEMENTATION */

@@ -918,13 +918,15 @@ static void shortest_text(char *text, size_t size, double value, int is_float) {
 /* A setting as it was used, with defaults filled in. */
 static const char *setting_text(const job *j, int setting, char *text, size_t size) {
     const dsv4_config *c = &j->config;
-    const int64_t whole[] = {c->ratio, c->rope_dim, j->values[START].whole};
-    const double real[] = {(double)c->eps,    c->rope_theta,     c->yarn_factor,     c->yarn_orig_ctx,
-                           c->yarn_beta_fast, c->yarn_beta_slow, (double)c->pad_gate};
+    const int64_t whole[TOLD] = {[RATIO] = c->ratio, [ROPE_DIM] = c->rope_dim, [START] = j->values[START].whole};
+    const double real[TOLD] = {[EPS] = (double)c->eps,          [THETA] = c->rope_theta,
+                               [YARN_FACTOR] = c->yarn_factor,  [YARN_CONTEXT] = c->yarn_orig_ctx,
+                               [YARN_FAST] = c->yarn_beta_fast, [YARN_SLOW] = c->yarn_beta_slow,
+                               [PAD_GATE] = (double)c->pad_gate};
     if (settings[setting].whole) {
         snprintf(text, size, "%" PRId64, whole[setting]);
     } else {
-        shortest_text(text, size, real[setting - EPS], setting == EPS || setting == PAD_GATE);
+        shortest_text(text, size, real[setting], setting == EPS || setting == PAD_GATE);
     }
     return text;
 }

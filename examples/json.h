@@ -57,7 +57,8 @@ json_fail(char *message, size_t message_size, const char *format, ...) {
 }
 
 static inline int json_bad(const json *j, const char *what) {
-    return json_fail(j->message, j->message_size, "%s, byte %lld: %s", j->name, (long long)(j->at - j->begin), what);
+    json_fail(j->message, j->message_size, "%s, byte %lld: %s", j->name, (long long)(j->at - j->begin), what);
+    return -1;
 }
 
 /* Makes room for one more element in an array that doubles. */
@@ -254,27 +255,39 @@ static inline int json_word(json *j, const char *word) {
     return 1;
 }
 
-static inline int json__skip(json *j, int depth) {
+/* A value that holds no others. */
+static inline int json__skip_simple(json *j) {
     const char *text;
     const int first = json_peek(j);
-    int more = 0;
-    if (depth == 0) return json_bad(j, "nested too deep");
     if (first == '"') return json_string(j, &text);
-    if (json_word(j, "true") || json_word(j, "false") || json_word(j, "null")) return 0;
     if (first == '-' || (first >= '0' && first <= '9')) return json_number(j, &text);
-    if (first != '{' && first != '[') return json_bad(j, "expected a value");
-    for (int n = 0; (more = first == '{' ? json_member(j, &n, &text) : json_element(j, &n)) > 0;) {
-        if (json__skip(j, depth - 1)) return -1;
-    }
-    return more;
+    return json_word(j, "true") || json_word(j, "false") || json_word(j, "null") ? 0 : json_bad(j, "expected a value");
 }
 
 /* Passes over a value of any kind. */
 static inline int json_skip(json *j) {
-    char *room = j->room;
-    const int failed = json__skip(j, JSON_DEPTH);
-    j->room = room;
-    return failed;
+    char open[JSON_DEPTH] = {0}, *room = j->room;
+    int count[JSON_DEPTH] = {0}, depth = 0, failed = 0;
+    const char *key;
+    do {
+        const int first = json_peek(j), nested = first == '{' || first == '[';
+        if (nested && depth == JSON_DEPTH) return json_bad(j, "nested too deep");
+        if (nested) {
+            open[depth] = (char)first;
+            count[depth++] = 0;
+        } else {
+            failed = json__skip_simple(j);
+        }
+        int more = 0;
+        while (depth > 0 && !failed && !more) { /* what is closed here is done */
+            int *n = &count[depth - 1];
+            more = open[depth - 1] == '{' ? json_member(j, n, &key) : json_element(j, n);
+            failed = more < 0;
+            depth -= more == 0;
+        }
+        j->room = room;
+    } while (depth > 0 && !failed);
+    return failed ? -1 : 0;
 }
 
 /* Nothing but spaces is left. */

@@ -52,6 +52,7 @@ typedef struct model__rope {
 } model__rope;
 
 typedef struct model__fields {
+    int given;
     const char *number[MODEL_NUMBERS];
     model__rope rope[2], compress[2]; /* of rope_parameters and rope_scaling; their parts `compress` */
 } model__fields;
@@ -73,8 +74,7 @@ static inline int model__read_string(json *j, const char **string) {
     return *string ? json_bad(j, "this stands twice") : json_string(j, string);
 }
 
-/* `part`: where a part `compress` goes; NULL within one. */
-static inline int model__read_rope(json *j, model__rope *rope, model__rope *part) {
+static inline int model__read_rope_member(json *j, const char *key, model__rope *rope) {
     static const char *const names[MODEL_ROPE] = {"factor",
                                                   "original_max_position_embeddings",
                                                   "beta_fast",
@@ -82,46 +82,62 @@ static inline int model__read_rope(json *j, model__rope *rope, model__rope *part
                                                   "attention_factor",
                                                   "rope_theta",
                                                   "partial_rotary_factor"};
+    const int i = model__index(key, names, MODEL_ROPE);
+    if (i < MODEL_ROPE) return model__read_number(j, &rope->number[i]);
+    if (strcmp(key, "rope_type") == 0) return model__read_string(j, &rope->type);
+    return strcmp(key, "type") == 0 ? model__read_string(j, &rope->old_type) : json_skip(j);
+}
+
+/* The part `compress` of a rope_parameters. */
+static inline int model__read_part(json *j, model__rope *part) {
     const char *key;
-    int more, failed;
+    int more;
     if (json_word(j, "null")) return 0;
-    if (rope->given++) return json_bad(j, "this stands twice");
+    if (part->given++) return json_bad(j, "this stands twice");
     for (int n = 0; (more = json_member(j, &n, &key)) > 0;) {
-        const int i = model__index(key, names, MODEL_ROPE);
-        if (i < MODEL_ROPE) {
-            failed = model__read_number(j, &rope->number[i]);
-        } else if (strcmp(key, "rope_type") == 0 || strcmp(key, "type") == 0) {
-            failed = model__read_string(j, *key == 'r' ? &rope->type : &rope->old_type);
-        } else if (part && strcmp(key, "compress") == 0) {
-            failed = model__read_rope(j, part, NULL);
-        } else {
-            failed = json_skip(j);
-        }
-        if (failed) return -1;
+        if (model__read_rope_member(j, key, part)) return -1;
     }
     return more;
 }
 
-/* `text`: where text_config goes; NULL within one. */
-static inline int model__read_fields(json *j, model__fields *f, model__fields *text, int *has_text) {
+static inline int model__read_rope(json *j, model__rope *rope, model__rope *part) {
+    const char *key;
+    int more;
+    if (json_word(j, "null")) return 0;
+    if (rope->given++) return json_bad(j, "this stands twice");
+    for (int n = 0; (more = json_member(j, &n, &key)) > 0;) {
+        const int parted = strcmp(key, "compress") == 0;
+        if (parted ? model__read_part(j, part) : model__read_rope_member(j, key, rope)) return -1;
+    }
+    return more;
+}
+
+static inline int model__read_member(json *j, const char *key, model__fields *f) {
     static const char *const names[MODEL_NUMBERS] = {"compress_rope_theta", "rms_norm_eps", "qk_rope_head_dim",
                                                      "partial_rotary_factor", "head_dim"};
     static const char *const ropes[2] = {"rope_parameters", "rope_scaling"};
+    const int i = model__index(key, names, MODEL_NUMBERS), rope = model__index(key, ropes, 2);
+    if (i < MODEL_NUMBERS) return model__read_number(j, &f->number[i]);
+    return rope < 2 ? model__read_rope(j, &f->rope[rope], &f->compress[rope]) : json_skip(j);
+}
+
+static inline int model__read_text(json *j, model__fields *text) {
     const char *key;
-    int more, failed;
+    int more;
+    if (text->given++) return json_bad(j, "this stands twice");
     for (int n = 0; (more = json_member(j, &n, &key)) > 0;) {
-        const int i = model__index(key, names, MODEL_NUMBERS), rope = model__index(key, ropes, 2);
-        if (i < MODEL_NUMBERS) {
-            failed = model__read_number(j, &f->number[i]);
-        } else if (rope < 2) {
-            failed = model__read_rope(j, &f->rope[rope], &f->compress[rope]);
-        } else if (text && strcmp(key, "text_config") == 0 && !json_word(j, "null")) {
-            if ((*has_text)++) return json_bad(j, "this stands twice");
-            failed = model__read_fields(j, text, NULL, NULL);
-        } else {
-            failed = json_skip(j);
-        }
-        if (failed) return -1;
+        if (model__read_member(j, key, text)) return -1;
+    }
+    return more;
+}
+
+/* `text`: where a text_config goes. */
+static inline int model__read_fields(json *j, model__fields *f, model__fields *text) {
+    const char *key;
+    int more;
+    for (int n = 0; (more = json_member(j, &n, &key)) > 0;) {
+        const int nested = strcmp(key, "text_config") == 0 && json_peek(j) == '{';
+        if (nested ? model__read_text(j, text) : model__read_member(j, key, f)) return -1;
     }
     return more;
 }
@@ -192,7 +208,6 @@ static inline int model__settle(model_config *c, const model__fields *f, json *j
 static inline int model_config_parse(model_config *c, const char *path, const void *bytes, size_t size, char *message,
                                      size_t message_size) {
     model__fields fields, text;
-    int has_text = 0;
     memset(c, 0, sizeof *c);
     memset(&fields, 0, sizeof fields);
     memset(&text, 0, sizeof text);
@@ -200,8 +215,8 @@ static inline int model_config_parse(model_config *c, const char *path, const vo
     c->text = (char *)malloc(size + 1);
     if (!c->text) return json_fail(message, message_size, "%s: out of memory", path);
     json j = json_open(path, bytes, size, c->text, message, message_size);
-    if (model__read_fields(&j, &fields, &text, &has_text) || json_end(&j)) return -1;
-    return model__settle(c, has_text ? &text : &fields, &j);
+    if (model__read_fields(&j, &fields, &text) || json_end(&j)) return -1;
+    return model__settle(c, text.given ? &text : &fields, &j);
 }
 
 static inline int model_config_open(model_config *c, const char *path, char *message, size_t message_size) {

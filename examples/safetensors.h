@@ -30,9 +30,9 @@ typedef enum { ST_F32, ST_BF16, ST_OTHER } st_dtype;
 
 typedef struct {
     char name[ST_NAME_SIZE];
-    st_dtype dtype;   /* of `data` */
-    const char *type; /* as the file names it: "F16", "F8_E4M3" */
+    st_dtype dtype; /* of `data` */
     int ndim;
+    const char *type; /* as the file names it: "F16", "F8_E4M3" */
     int64_t shape[ST_DIMENSIONS];
     int64_t count;    /* product of the shape; 1 for a scalar */
     const void *data; /* NULL until the tensor is made ready */

@@ -26,7 +26,7 @@ static void check_skip(const uint8_t *data, size_t size, char *message, size_t m
     room = (char *)malloc(size + 1);
     REQUIRE(room);
     json k = json_open("text", data, size, room, NULL, 0);
-    const char *number;
+    const char *number = NULL;
     if (json_number(&k, &number) == 0) REQUIRE(is_number(number));
     free(room);
     if (!failed) *message = 0;

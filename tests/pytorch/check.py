@@ -37,7 +37,8 @@ def main():
     import mutants
     import runner
     import nine, shapes, roundings, gradients, accuracy, real  # noqa: E401, F401 (each adds its tests)
-    print(f"PyTorch {torch.__version__}, {real.found()}, Python {sys.version.split()[0]}, seed {given.seed}", flush=True)
+    versions = f"PyTorch {torch.__version__}, {real.found()}, Python {sys.version.split()[0]}"
+    print(f"{versions}, seed {given.seed}", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         if given.mutants:
             passed, failed = mutants.run(given.build, folder, given.seed)

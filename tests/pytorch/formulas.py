@@ -100,8 +100,8 @@ class Compressor(torch.nn.Module):
         return self.round("product", self.windows(kv, 0) * weight).sum(2)
 
     def windows(self, rows, pad):
-        """[B, N, ratio, coff D] to the rows that each entry pools, [B, N, coff ratio, D]: with two series, the first one
-        of the window before (`pad` before window 0), then the second one of this window."""
+        """[B, N, ratio, coff D] to the rows that each entry pools, [B, N, coff ratio, D]: with two series, the first
+        one of the window before (`pad` before window 0), then the second one of this window."""
         head_dim = self.norm.shape[0]
         if rows.shape[3] == head_dim:
             return rows
@@ -132,7 +132,7 @@ class Compressor(torch.nn.Module):
 
 
 def frequencies(settings):
-    """[rope_dim / 2] in fp32, with the power and its reciprocal each rounded once; YaRN's ramp where its factor is not 1."""
+    """[rope_dim / 2] in fp32, the power and its reciprocal each rounded once; YaRN's ramp where its factor is not 1."""
     rope_dim, theta = settings.rope_dim, settings.rope_theta
     pair = torch.arange(rope_dim // 2)
     plain = 1 / (theta ** (2 * pair.double() / rope_dim)).float()

@@ -23,21 +23,19 @@ GRADIENTS = ("dx", "dwkv", "dwgate", "dape", "dnorm")
 
 try:
     import transformers
+    VERSION = transformers.__version__
+    INSTALLED = tuple(int("0" + "".join(filter(str.isdigit, part))) for part in VERSION.split(".")[:3]) >= OLDEST
+except ImportError:
+    VERSION, INSTALLED = "not found", False
+if INSTALLED:
     from transformers.models.deepseek_v4.configuration_deepseek_v4 import DeepseekV4Config
     from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4Model
-    VERSION = tuple(int("0" + "".join(filter(str.isdigit, part))) for part in transformers.__version__.split(".")[:3])
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-except ImportError:
-    VERSION = ()
-INSTALLED = VERSION >= OLDEST
 
 
 def found():
-    if INSTALLED:
-        return f"transformers {transformers.__version__}"
-    version = f"{transformers.__version__} is older than 5.20.2" if VERSION else "not found"
-    return f"transformers {version}"
+    return f"transformers {VERSION}" + ("" if INSTALLED or VERSION == "not found" else ", older than 5.20.2")
 
 
 def real(*values):

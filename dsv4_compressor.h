@@ -211,11 +211,11 @@ enum {
 
 /* The name of a rounding: of a preset, "transformers", or of its points, "projection+weight+pooled". DSV4_ERROR_BUFFER
  * where `size` bytes of `text` do not hold it (DSV4_ROUNDING_TEXT_SIZE do), DSV4_ERROR_ARGUMENT for unknown bits. */
-DSV4_API dsv4_status dsv4_rounding_name(uint32_t rounding, char *text, size_t size, dsv4_error *error);
+DSV4_CHECKED DSV4_API dsv4_status dsv4_rounding_name(uint32_t rounding, char *text, size_t size, dsv4_error *error);
 
 /* And back: names of presets and points, joined by '+'. DSV4_ERROR_ARGUMENT for an unknown name; the message lists those
  * that there are. */
-DSV4_API dsv4_status dsv4_rounding_parse(const char *text, uint32_t *rounding, dsv4_error *error);
+DSV4_CHECKED DSV4_API dsv4_status dsv4_rounding_parse(const char *text, uint32_t *rounding, dsv4_error *error);
 
 /* What a compressor is. A field of 0 takes the default that its comment names; the first three have none. */
 typedef struct dsv4_config {

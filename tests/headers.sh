@@ -78,12 +78,27 @@ fast_math_is_refused() {
 try '-ffast-math is refused, naming the way out' fast_math_is_refused
 try '-ffast-math with DSV4_COMPRESSOR_FAST_MATH' compiles $CC -x c -ffast-math $implement -DDSV4_COMPRESSOR_FAST_MATH
 
-an_ignored_status_warns() {
-    printf '#include "dsv4_compressor.h"\nvoid f(void);\nvoid f(void) { dsv4_config_check(0, 0); }\n' >"$tmp/ignored.c"
-    ! "$1" -Werror -I. -x "$2" -c "$tmp/ignored.c" -o "$tmp/ignored.o" 2>"$tmp/ignored.txt" && grep -q 'ignoring' "$tmp/ignored.txt"
+# A status that nobody looks at is a warning, one that is looked at is none.
+status_use() { printf '#include "dsv4_compressor.h"\nint use(dsv4_state *s);\nint use(dsv4_state *s) { %s }\n' "$1"; }
+status_use 'return dsv4_state_reset(s, NULL) == DSV4_OK;' >"$tmp/checked.c"
+status_use 'dsv4_state_reset(s, NULL); return 0;' >"$tmp/ignored.c"
+ignored_status_warns() { # ignored_status_warns COMPILER FLAGS...
+    "$@" $WARN -I. -c "$tmp/checked.c" -o /dev/null && ! said=$("$@" $WARN -I. -c "$tmp/ignored.c" -o /dev/null 2>&1) &&
+        echo "$said" | grep -Eq 'unused-(result|value)'
 }
-for compiler in $C; do try "$compiler, an ignored status warns" an_ignored_status_warns "$compiler" c; done
-for compiler in $CXX; do try "$compiler, an ignored status warns" an_ignored_status_warns "$compiler" c++; done
+for std in c99 c2x; do
+    for compiler in $C; do spawn "$compiler -std=$std, a status ignored" ignored_status_warns "$compiler" -std=$std; done
+done
+for std in c++11 c++17; do
+    for compiler in $CXX; do
+        spawn "$compiler -std=$std, a status ignored" ignored_status_warns "$compiler" -std=$std -x c++
+    done
+done
+every_function_that_can_fail_is_marked() {
+    sed '/ 3\. Implementation$/q' $header >"$tmp/declarations.h"
+    grep -q '^DSV4_CHECKED DSV4_API dsv4_status ' "$tmp/declarations.h" && ! grep '^DSV4_API dsv4_status ' "$tmp/declarations.h"
+}
+try 'every function that can fail is marked' every_function_that_can_fail_is_marked
 
 # A program of three files: one implements, one includes it twice, one is C++ where there is a compiler for that.
 cat >"$tmp/user.c" <<'END'

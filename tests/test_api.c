@@ -915,7 +915,7 @@ TEST a_dtype_that_is_not_given_is_refused(void) {
     PASS();
 }
 
-/* Without segments all tokens are one whole sequence. */
+/* Without segments all tokens, of x or of kv and gate, are one whole sequence, whose tail is refused or dropped. */
 TEST the_easy_call_is_the_call_of_one_segment(int i) {
     workbench w = workbench_new(&shapes[i], 3, 7);
     sequence s = w.s;
@@ -925,12 +925,31 @@ TEST the_easy_call_is_the_call_of_one_segment(int i) {
     dsv4_batch b = batch_new(&s, &easy, NULL, 0);
     ASSERT_EQ(DSV4_OK, dsv4_compress(w.e.compressor, &b, w.e.workspace, NULL));
     ASSERT_EQ(STAGE_COUNT, results_difference(&explicit_call, &easy));
-    b.tokens = s.tokens - 1; /* a tail: refused, or dropped */
+    results_free(&easy);
+
+    s.tokens -= w.config.ratio > 1;
+    results tailed = workbench_results(&w);
+    easy = workbench_results(&w);
+    ASSERT_EQ(DSV4_OK, compress_whole(&w.e, &s, &tailed, NULL));
+    b = batch_new(&s, &easy, NULL, 0);
     if (w.config.ratio > 1)
-        ASSERT_FAILS(DSV4_ERROR_LENGTH, "", dsv4_compress(w.e.compressor, &b, w.e.workspace, &error));
+        ASSERT_FAILS(DSV4_ERROR_LENGTH, "segment 0", dsv4_compress(w.e.compressor, &b, w.e.workspace, &error));
+    ASSERT(results_untouched(&easy));
     b.drop_tail = 1;
     ASSERT_EQ(DSV4_OK, dsv4_compress(w.e.compressor, &b, w.e.workspace, NULL));
+    ASSERT_EQ(STAGE_COUNT, results_difference(&tailed, &easy));
     results_free(&easy);
+
+    easy = workbench_results(&w);
+    b = batch_new(&s, &easy, NULL, 0);
+    b.x.data = NULL;
+    b.kv = tailed.stage[STAGE_KV];
+    b.gate = w.config.no_gate ? NULL : tailed.stage[STAGE_GATE];
+    b.drop_tail = 1;
+    ASSERT_EQ(DSV4_OK, dsv4_compress(w.e.compressor, &b, w.e.workspace, NULL));
+    ASSERT_EQ(STAGE_COUNT, results_difference(&tailed, &easy));
+    results_free(&easy);
+    results_free(&tailed);
     results_free(&explicit_call);
     workbench_free(&w);
     PASS();
@@ -971,12 +990,15 @@ TEST sizes_that_no_machine_has_are_overflows(void) {
     static const struct {
         int64_t hidden_dim, head_dim, ratio;
         int overlap;
-    } cases[] = {{INT32_MAX, INT32_MAX, 1, 0}, {INT32_MAX, INT32_MAX, 1, 1}, {1, INT32_MAX, INT32_MAX, 1}};
-    static const char *const words[] = {"stride of wkv", "stride of wkv", "stride of ape"};
+        const char *words;
+    } cases[] = {{INT32_MAX, INT32_MAX, 1, 0, "stride of wkv"},
+                 {INT32_MAX, INT32_MAX, 1, 1, "stride of wkv"},
+                 {1, INT32_MAX, INT32_MAX, 1, "stride of ape"},
+                 {(1 << 30) - 1, (1 << 30) - 1, 1, 0, sizeof(size_t) == 8 ? "compressor" : "stride of wkv"}};
     float number = 1;
     const dsv4_const_matrix any = {&number, DSV4_F32, 0};
     dsv4_params params = {any, any, any, any};
-    for (int i = 0; i < 3; i++) {
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
         dsv4_config c = {0};
         c.hidden_dim = cases[i].hidden_dim;
         c.head_dim = cases[i].head_dim;
@@ -987,8 +1009,9 @@ TEST sizes_that_no_machine_has_are_overflows(void) {
         dsv4_allocator a = ledger_allocator(&l);
         dsv4_compressor *compressor = NULL;
         ASSERT_EQ(DSV4_OK, dsv4_config_check(&c, NULL));
-        ASSERT_FAILS(DSV4_ERROR_OVERFLOW, words[i], dsv4_compressor_size(&c, &params, NULL, &bytes, &error));
-        ASSERT_FAILS(DSV4_ERROR_OVERFLOW, words[i], dsv4_compressor_create(&c, &params, NULL, &a, &compressor, &error));
+        ASSERT_FAILS(DSV4_ERROR_OVERFLOW, cases[i].words, dsv4_compressor_size(&c, &params, NULL, &bytes, &error));
+        ASSERT_FAILS(DSV4_ERROR_OVERFLOW, cases[i].words,
+                     dsv4_compressor_create(&c, &params, NULL, &a, &compressor, &error));
         ASSERT_EQ_FMT(12345u, (unsigned)bytes, "%u");
         ASSERT_EQ_FMT(0, (int)l.calls, "%d");
     }
@@ -1349,6 +1372,18 @@ TEST the_mask_hides_what_a_query_does_not_see(void) {
     PASS();
 }
 
+TEST the_mask_keeps_to_its_rows_and_hides_by_infinity(void) {
+    float mask[2 * 7 + 3];
+    const dsv4_matrix rows = {mask, DSV4_F32, 7};
+    memset(mask, POISON, sizeof mask);
+    ASSERT_EQ(DSV4_OK, dsv4_mask(mask_of(1, 0, 3, 3, 0), rows, NULL));
+    for (int q = 0; q < 3; q++) {
+        for (int e = 0; e < 3; e++) ASSERT_EQ_FMT(e <= q ? 0.0f : -INFINITY, mask[q * 7 + e], "%g");
+        if (q < 2) ASSERT(memory_untouched(mask + q * 7 + 3, 4 * sizeof *mask));
+    }
+    PASS();
+}
+
 TEST the_mask_checks_its_arguments(void) {
     float mask[16];
     const float h = -1;
@@ -1439,6 +1474,7 @@ SUITE(api) {
     RUN_TEST(a_query_sees_the_entries_of_closed_windows);
     RUN_TEST(entries_of_a_call_are_counted_without_overflow);
     RUN_TEST(the_mask_hides_what_a_query_does_not_see);
+    RUN_TEST(the_mask_keeps_to_its_rows_and_hides_by_infinity);
     RUN_TEST(the_mask_checks_its_arguments);
 }
 

@@ -21,7 +21,7 @@ static void fence(fenced *f, void **array, size_t bytes) {
 /* Every width from one vector to three, every mix of types: parameters, tokens and results end at a guard page. */
 TEST nothing_is_read_or_written_past_the_end(const char *isa, int narrow) {
     for (int tail = 0; tail <= 34; tail++) {
-        shape of = {"", 16 + tail, 17 + tail, 2, (17 + tail) / 2 * 2, tail % 2, 0, 0, 0, {DSV4_F32, DSV4_F32, DSV4_F32, DSV4_F32}, DSV4_F32, DSV4_F32};
+        shape of = {"", 16 + tail, 17 + tail, 2, (17 + tail) / 2 * 2, tail % 2, 0, 0, 0, {DSV4_F32}, DSV4_F32, DSV4_F32};
         for (int i = 0; i < DSV4_PARAM_COUNT; i++) of.param[i] = (narrow + tail) % 3 ? DSV4_BF16 : DSV4_F32;
         of.x = narrow ? DSV4_BF16 : DSV4_F32;
         of.out = narrow ? DSV4_BF16 : DSV4_F32;
@@ -93,7 +93,7 @@ static void fenced_lesson_free(fences *f, lesson *l, gradient_set *g, results *r
 TEST gradients_do_not_pass_the_end(const char *isa, int narrow) {
     for (int tail = 0; tail <= 34; tail++) {
         const dsv4_dtype dtype = narrow ? DSV4_BF16 : DSV4_F32;
-        shape of = {"", 16 + tail, 17 + tail, 1 + tail % 3, 2, tail % 2, 0, 0, 0, {DSV4_F32, DSV4_F32, DSV4_F32, DSV4_F32}, dtype, dtype};
+        shape of = {"", 16 + tail, 17 + tail, 1 + tail % 3, 2, tail % 2, 0, 0, 0, {DSV4_F32}, dtype, dtype};
         for (int i = 0; i < DSV4_PARAM_COUNT; i++) of.param[i] = (narrow + tail) % 3 ? DSV4_BF16 : DSV4_F32;
         lesson l = lesson_of(&of, 11, 1);
         results r = results_new(&l.config, DSV4_F32, l.s.tokens, l.entries);

@@ -479,6 +479,102 @@ TEST each_gradient_is_optional_and_strides_do_not_matter(const shape *of) {
     PASS();
 }
 
+/* Rows of `width` bytes, without gaps, as rows `stride` bytes apart, the gaps poisoned; nothing after the last row. */
+static void *spread(const void *rows, int64_t count, int64_t width, int64_t stride) {
+    unsigned char *apart = reserve((size_t)((count - 1) * stride + width));
+    memset(apart, POISON, (size_t)((count - 1) * stride + width));
+    for (int64_t i = 0; i < count; i++)
+        memcpy(apart + i * stride, (const unsigned char *)rows + i * width, (size_t)width);
+    return apart;
+}
+
+static int is_spread(const void *apart, const void *rows, int64_t count, int64_t width, int64_t stride) {
+    const unsigned char *row = apart;
+    for (int64_t i = 0; i < count; i++, row += stride) {
+        if (memcmp(row, (const unsigned char *)rows + i * width, (size_t)width) != 0) return 0;
+        if (i + 1 < count && !memory_untouched(row + width, (size_t)(stride - width))) return 0;
+    }
+    return 1;
+}
+
+/* The lesson's compressor from parameters whose rows lie apart. */
+static engine spread_trainer(const lesson *l) {
+    model m = l->m;
+    for (int i = 0; i < DSV4_PARAM_COUNT; i++) {
+        dsv4_const_matrix *param = model_array(&m.params, i);
+        const int64_t number_size = (int64_t)dsv4_dtype_size(param->dtype), width = m.info[i].columns;
+        if (m.info[i].count == 0) continue;
+        param->stride = width + 3 + i;
+        param->data = spread(l->m.data[i], m.info[i].rows, width * number_size, param->stride * number_size);
+    }
+    engine e = trainer_new(&m, NULL, NULL);
+    for (int i = 0; i < DSV4_PARAM_COUNT; i++) free((void *)(uintptr_t)model_array(&m.params, i)->data);
+    return e;
+}
+
+/* Forward and backward, sums from anew and on; what lies between the rows is neither read nor written. */
+TEST parameters_and_their_gradients_may_have_strides(const shape *of, dsv4_dtype dtype, int accumulate) {
+    lesson l = lesson_of(of, 5 * of->ratio, 57);
+    engine e = spread_trainer(&l);
+    results dense = results_new(&l.config, of->out, l.s.tokens, l.entries);
+    results r = results_new(&l.config, of->out, l.s.tokens, l.entries);
+    ASSERT_EQ(DSV4_OK, compress_whole(&l.e, &l.s, &dense, NULL));
+    ASSERT_EQ(DSV4_OK, compress_whole(&e, &l.s, &r, NULL));
+    ASSERT_EQ(STAGE_COUNT, results_difference(&dense, &r));
+
+    gradient_set g = gradient_set_new(&l.config, dtype, l.s.tokens);
+    for (int i = 0; i < GRADIENTS; i++)
+        for (int64_t k = 0; k < g.count[i]; k++) set_number(g.data[i], dtype, k, (float)(k % 7) - 3);
+    dsv4_gradients to = gradients_into(&g, l.dout, l.dout_dtype), apart = to;
+    dsv4_matrix *const targets[DSV4_PARAM_COUNT] = {&apart.dwkv, &apart.dwgate, &apart.dape, &apart.dnorm};
+    const int64_t number_size = (int64_t)dsv4_dtype_size(dtype);
+    for (int i = 0; i < DSV4_PARAM_COUNT; i++) {
+        const dsv4_param_info *info = &l.m.info[i];
+        if (info->count == 0) continue;
+        targets[i]->stride = info->columns + 5 - i;
+        targets[i]->data =
+            spread(targets[i]->data, info->rows, info->columns * number_size, targets[i]->stride * number_size);
+    }
+    const dsv4_batch b = lesson_batch(&l, NULL, 0);
+    to.accumulate = apart.accumulate = accumulate;
+    ASSERT_EQ(DSV4_OK, dsv4_backward(l.e.compressor, &b, &to, l.e.workspace, NULL));
+    ASSERT_EQ(DSV4_OK, dsv4_backward(e.compressor, &b, &apart, e.workspace, NULL));
+    for (int i = 0; i < DSV4_PARAM_COUNT; i++) {
+        const dsv4_param_info *info = &l.m.info[i];
+        if (info->count == 0) continue;
+        ASSERTm(info->name, is_spread(targets[i]->data, g.data[ORACLE_DWKV + i], info->rows,
+                                      info->columns * number_size, targets[i]->stride * number_size));
+        free(targets[i]->data);
+    }
+    gradient_set_free(&g);
+    results_free(&r);
+    results_free(&dense);
+    engine_free(&e);
+    lesson_free(&l);
+    PASS();
+}
+
+/* The easy call, with a tail that is dropped. */
+TEST no_segments_are_one_whole_sequence(const shape *of) {
+    lesson l = lesson_of(of, 6 * of->ratio - 1, 58);
+    gradient_set explicit = gradient_set_new(&l.config, DSV4_F32, l.s.tokens);
+    gradient_set easy = gradient_set_new(&l.config, DSV4_F32, l.s.tokens);
+    l.s.position = 0;
+    ASSERT_EQ(DSV4_OK, backward_whole(&l, &l.e, &explicit));
+    dsv4_batch b = lesson_batch(&l, NULL, 0);
+    const dsv4_gradients to = gradients_into(&easy, l.dout, l.dout_dtype);
+    b.drop_tail = 0;
+    if (of->ratio > 1) ASSERT_EQ(DSV4_ERROR_LENGTH, dsv4_backward(l.e.compressor, &b, &to, l.e.workspace, NULL));
+    if (of->ratio > 1) ASSERT(gradients_untouched(&easy));
+    b.drop_tail = 1;
+    ASSERT_EQ(DSV4_OK, dsv4_backward(l.e.compressor, &b, &to, l.e.workspace, NULL));
+    ASSERT_SAME_GRADIENTS(&explicit, &easy, 0, "without segments");
+    gradient_set_free(&easy);
+    gradient_set_free(&explicit);
+    lesson_free(&l);
+    PASS();
+}
+
 /* Accumulating begins with what the arrays hold: on zeros it overwrites, on the first half it gives the whole. */
 TEST accumulating_goes_on_from_what_the_arrays_hold(const shape *of) {
     lesson l = lesson_of(of, 4 * of->ratio, 54);
@@ -805,43 +901,6 @@ TEST the_workspace_does_not_grow_with_the_sequence(int i) {
     PASS();
 }
 
-/* Gradients of every matrix into rows that lie apart, fp32 or bf16, by the easy call: the numbers of the call into rows
- * without gaps, and the gaps untouched. */
-TEST strides_of_gradients_are_honoured(int i, dsv4_dtype dtype) {
-    enum { GAP = 3 };
-    lesson l = lesson_of(&shapes[i], 3 * shapes[i].ratio, 91);
-    l.s.position = 0;
-    gradient_set dense = gradient_set_new(&l.config, dtype, l.s.tokens), apart = {0};
-    ASSERT_EQ(DSV4_OK, backward_whole(&l, &l.e, &dense));
-    dsv4_gradients to = gradients_into(&dense, l.dout, l.dout_dtype);
-    dsv4_matrix *const targets[GRADIENTS] = {&to.dx, &to.dwkv, &to.dwgate, &to.dape, &to.dnorm};
-    const int64_t rows[GRADIENTS] = {l.s.tokens, l.m.info[DSV4_WKV].rows, l.m.info[DSV4_WGATE].rows,
-                                     l.m.info[DSV4_APE].rows, 1};
-    const size_t size = dsv4_dtype_size(dtype);
-    for (int k = 0; k < GRADIENTS; k++) {
-        if (targets[k]->data == NULL) continue;
-        const int64_t width = dense.count[k] / rows[k];
-        apart.bytes[k] = (size_t)(rows[k] * (width + GAP)) * size;
-        apart.data[k] = targets[k]->data = reserve(apart.bytes[k]);
-        memset(apart.data[k], POISON, apart.bytes[k]);
-        targets[k]->stride = width + GAP;
-    }
-    dsv4_batch b = lesson_batch(&l, NULL, 0);
-    ASSERT_EQ(DSV4_OK, dsv4_backward(l.e.compressor, &b, &to, l.e.workspace, NULL));
-    for (int k = 0; k < GRADIENTS; k++) {
-        const int64_t width = rows[k] ? dense.count[k] / rows[k] : 0;
-        for (int64_t row = 0; row < rows[k] && apart.data[k]; row++) {
-            const char *got = (const char *)apart.data[k] + (size_t)(row * (width + GAP)) * size;
-            ASSERT_MEM_EQ((const char *)dense.data[k] + (size_t)(row * width) * size, got, (size_t)width * size);
-            ASSERT(memory_untouched(got + (size_t)width * size, GAP * size));
-        }
-    }
-    for (int k = 0; k < GRADIENTS; k++) free(apart.data[k]);
-    gradient_set_free(&dense);
-    lesson_free(&l);
-    PASS();
-}
-
 /* ---- Refused ----------------------------------------------------------------------------------------------- */
 
 /* A call that is right, to be made wrong in one place. */
@@ -867,14 +926,6 @@ static void odd_dx(plea *p) { p->to.dx.data = (char *)p->to.dx.data + 1; }
 static void odd_dnorm(plea *p) { p->to.dnorm.data = (char *)p->to.dnorm.data + 2; }
 static void strange_type(plea *p) { p->to.dape.dtype = (dsv4_dtype)7; }
 static void strange_dout_type(plea *p) { p->to.dout.dtype = (dsv4_dtype)-1; }
-static void no_dtype_of_x(plea *p) { p->batch.x.dtype = (dsv4_dtype)0; }
-static void no_dtype_of_dout(plea *p) { p->to.dout.dtype = (dsv4_dtype)0; }
-static void no_dtype_of_dx(plea *p) { p->to.dx.dtype = (dsv4_dtype)0; }
-static void no_dtype_of_dwkv(plea *p) { p->to.dwkv.dtype = (dsv4_dtype)0; }
-static void no_dtype_of_dwgate(plea *p) { p->to.dwgate.dtype = (dsv4_dtype)0; }
-static void no_dtype_of_dape(plea *p) { p->to.dape.dtype = (dsv4_dtype)0; }
-static void no_dtype_of_dnorm(plea *p) { p->to.dnorm.dtype = (dsv4_dtype)0; }
-static void short_dwkv_stride(plea *p) { p->to.dwkv.stride = 3; }
 static void forgotten_segment_count(plea *p) { p->batch.segment_count = 0; }
 static void narrow_dwkv(plea *p) { p->to.dwkv.dtype = DSV4_BF16; }
 static void narrow_dwgate(plea *p) { p->to.dwgate.dtype = DSV4_BF16; }
@@ -923,14 +974,6 @@ static const struct {
     {"odd_dnorm", odd_dnorm, DSV4_ERROR_ALIGNMENT},
     {"strange_type", strange_type, DSV4_ERROR_ARGUMENT},
     {"strange_dout_type", strange_dout_type, DSV4_ERROR_ARGUMENT},
-    {"no_dtype_of_x", no_dtype_of_x, DSV4_ERROR_ARGUMENT},
-    {"no_dtype_of_dout", no_dtype_of_dout, DSV4_ERROR_ARGUMENT},
-    {"no_dtype_of_dx", no_dtype_of_dx, DSV4_ERROR_ARGUMENT},
-    {"no_dtype_of_dwkv", no_dtype_of_dwkv, DSV4_ERROR_ARGUMENT},
-    {"no_dtype_of_dwgate", no_dtype_of_dwgate, DSV4_ERROR_ARGUMENT},
-    {"no_dtype_of_dape", no_dtype_of_dape, DSV4_ERROR_ARGUMENT},
-    {"no_dtype_of_dnorm", no_dtype_of_dnorm, DSV4_ERROR_ARGUMENT},
-    {"short_dwkv_stride", short_dwkv_stride, DSV4_ERROR_ARGUMENT},
     {"forgotten_segment_count", forgotten_segment_count, DSV4_ERROR_ARGUMENT},
     {"narrow_dwkv", narrow_dwkv, DSV4_ERROR_ARGUMENT},
     {"narrow_dwgate", narrow_dwgate, DSV4_ERROR_ARGUMENT},
@@ -1038,6 +1081,31 @@ TEST is_refused_and_changes_nothing(int i) {
     PASS();
 }
 
+/* A matrix of zeros but for its data is one whose type was forgotten. */
+TEST a_type_not_given_and_a_short_stride_are_refused_by_name(void) {
+    static const char *const names[] = {"x", "dout", "dx", "dwkv", "dwgate", "dape", "dnorm"};
+    const dsv4_config c = small_csa();
+    lesson l = small_lesson(&c, 2 * c.ratio);
+    gradient_set got = gradient_set_new(&c, DSV4_F32, l.s.tokens);
+    for (int i = 0; i < 7; i++)
+        for (int stride = 0; stride <= 1; stride++) {
+            dsv4_batch b = lesson_batch(&l, NULL, 0);
+            dsv4_gradients to = gradients_into(&got, l.dout, l.dout_dtype);
+            dsv4_matrix *const written[] = {&to.dx, &to.dwkv, &to.dwgate, &to.dape, &to.dnorm};
+            dsv4_const_matrix *const read[] = {&b.x, &to.dout};
+            dsv4_error error = {0};
+            if (stride) *(i < 2 ? &read[i]->stride : &written[i - 2]->stride) = 1;
+            else *(i < 2 ? &read[i]->dtype : &written[i - 2]->dtype) = (dsv4_dtype)0;
+            ASSERT_EQ(DSV4_ERROR_ARGUMENT, dsv4_backward(l.e.compressor, &b, &to, l.e.workspace, &error));
+            const char *words = note(stride ? "stride of %s is 1 " : "dtype of %s is not given", names[i]);
+            ASSERTm(words, strstr(error.text, words) != NULL);
+            ASSERT(gradients_untouched(&got));
+        }
+    gradient_set_free(&got);
+    lesson_free(&l);
+    PASS();
+}
+
 TEST gradients_of_arrays_that_there_are_not_are_refused(void) {
     dsv4_config c = small_csa();
     c.overlap = 0;
@@ -1127,12 +1195,12 @@ SUITE(same_bits) {
 SUITE(where_gradients_go) {
     FOR_EACH_SHAPE(each_gradient_is_optional_and_strides_do_not_matter)
     FOR_EACH_SHAPE(accumulating_goes_on_from_what_the_arrays_hold)
-    for (int i = 0; i < SHAPE_COUNT; i++) {
-        greatest_set_test_suffix(note("%s_f32", shapes[i].name));
-        RUN_TESTp(strides_of_gradients_are_honoured, i, DSV4_F32);
-        greatest_set_test_suffix(note("%s_bf16", shapes[i].name));
-        RUN_TESTp(strides_of_gradients_are_honoured, i, DSV4_BF16);
+    for (int i = 0; i < 4 * SHAPE_COUNT; i++) {
+        const dsv4_dtype dtype = i / 2 % 2 ? DSV4_BF16 : DSV4_F32;
+        named("%s_%s", shapes[i / 4].name, note("%s%s", dtype_name(dtype), i % 2 ? "_accumulating" : ""));
+        RUN_TESTp(parameters_and_their_gradients_may_have_strides, &shapes[i / 4], dtype, i % 2);
     }
+    FOR_EACH_SHAPE(no_segments_are_one_whole_sequence)
     FOR_EVERY_SHAPE(bf16_gradients_are_the_rounded_fp32_ones)
     FOR_EACH_LONG_SHAPE(bf16_gradients_accumulate_too)
     FOR_EVERY_SHAPE(the_carried_gradient_can_be_had_alone)
@@ -1161,6 +1229,7 @@ SUITE(refused) {
         named("%s%s", pleas[i].name, "");
         RUN_TESTp(is_refused_and_changes_nothing, i);
     }
+    RUN_TEST(a_type_not_given_and_a_short_stride_are_refused_by_name);
     RUN_TEST(gradients_of_arrays_that_there_are_not_are_refused);
 }
 

@@ -263,6 +263,21 @@ TEST initialisation_does_not_depend_on_the_array_being_larger(void) {
     PASS();
 }
 
+/* Nor on gaps between its rows, which are not touched. */
+TEST initialisation_does_not_depend_on_the_stride(void) {
+    const dsv4_config c = small_config(4, 1);
+    float dense[4 * 48], apart[3 * 53 + 48];
+    const dsv4_matrix rows = {apart, DSV4_F32, 53};
+    memset(apart, POISON, sizeof apart);
+    ASSERT_EQ(DSV4_OK, dsv4_param_init(&c, DSV4_APE, 7, matrix_of(dense, DSV4_F32), NULL));
+    ASSERT_EQ(DSV4_OK, dsv4_param_init(&c, DSV4_APE, 7, rows, NULL));
+    for (int row = 0; row < 4; row++) {
+        ASSERT_MEM_EQ(dense + row * 48, apart + row * 53, 48 * sizeof *dense);
+        if (row < 3) ASSERT(memory_untouched(apart + row * 53 + 48, 5 * sizeof *apart));
+    }
+    PASS();
+}
+
 TEST varying_hyper_parameters(void) {
     static const int64_t hidden_dims[] = {1, 7, 64, 300}, head_dims[] = {1, 2, 22, 64, 130}, ratios[] = {1, 2, 5, 32};
     for (int h = 0; h < 4; h++) {
@@ -292,6 +307,7 @@ SUITE(seed) {
     RUN_TEST(lengths_the_ratio_does_not_divide);
     RUN_TEST(reproducible_random_initialisation);
     RUN_TEST(initialisation_does_not_depend_on_the_array_being_larger);
+    RUN_TEST(initialisation_does_not_depend_on_the_stride);
     RUN_TEST(varying_hyper_parameters);
 }
 

@@ -523,11 +523,13 @@ TEST parameters_and_their_gradients_may_have_strides(const shape *of, dsv4_dtype
     ASSERT_EQ(STAGE_COUNT, results_difference(&dense, &r));
 
     gradient_set g = gradient_set_new(&l.config, dtype, l.s.tokens);
+    void *dx = reserve(g.bytes[ORACLE_DX]);
     for (int i = 0; i < GRADIENTS; i++)
         for (int64_t k = 0; k < g.count[i]; k++) set_number(g.data[i], dtype, k, (float)(k % 7) - 3);
     dsv4_gradients to = gradients_into(&g, l.dout, l.dout_dtype), apart = to;
     dsv4_matrix *const targets[DSV4_PARAM_COUNT] = {&apart.dwkv, &apart.dwgate, &apart.dape, &apart.dnorm};
     const int64_t number_size = (int64_t)dsv4_dtype_size(dtype);
+    apart.dx.data = dx;
     for (int i = 0; i < DSV4_PARAM_COUNT; i++) {
         const dsv4_param_info *info = &l.m.info[i];
         if (info->count == 0) continue;
@@ -539,6 +541,7 @@ TEST parameters_and_their_gradients_may_have_strides(const shape *of, dsv4_dtype
     to.accumulate = apart.accumulate = accumulate;
     ASSERT_EQ(DSV4_OK, dsv4_backward(l.e.compressor, &b, &to, l.e.workspace, NULL));
     ASSERT_EQ(DSV4_OK, dsv4_backward(e.compressor, &b, &apart, e.workspace, NULL));
+    ASSERT_MEM_EQ(g.data[ORACLE_DX], dx, g.bytes[ORACLE_DX]);
     for (int i = 0; i < DSV4_PARAM_COUNT; i++) {
         const dsv4_param_info *info = &l.m.info[i];
         if (info->count == 0) continue;
@@ -546,6 +549,7 @@ TEST parameters_and_their_gradients_may_have_strides(const shape *of, dsv4_dtype
                                       info->columns * number_size, targets[i]->stride * number_size));
         free(targets[i]->data);
     }
+    free(dx);
     gradient_set_free(&g);
     results_free(&r);
     results_free(&dense);

@@ -91,18 +91,26 @@ def unlike(got, truth):
     return (got.bfloat16() != truth.bfloat16()).sum().item()
 
 
-@test("deepseek", "maxtext", "transformers", "transformers-5.8", "megatron")
-def in_bf16_at_hidden_dim_4096_is_as_near_to_the_float64_pipeline_as_pytorch(context, preset):
+def wide_bf16(random):
+    for shape in (dict(ratio=4, overlap=True, entries=256), dict(ratio=128, overlap=False, entries=16)):
+        yield draw(random, torch.bfloat16, torch.bfloat16, hidden_dim=4096, head_dim=128, rope_dim=64, batch=1,
+                   settings={"start": 0}, **shape)
+
+
+@test()
+def in_bf16_at_hidden_dim_4096_is_as_near_to_the_float64_pipeline_as_pytorch(context):
     """There a projection now and then lies at a tie, and where pooling then cancels, an entry is many of its own steps
-    away in any implementation: what counts is how many elements of `out` are not the float64 pipeline's."""
-    ours, theirs, count, points, tally = 0, 0, 0, points_of(preset), Tally()
-    for shape in (dict(ratio=4, overlap=True, entries=256), dict(ratio=128, overlap=False, entries=16)) * DRAWS:
-        case = draw(context.random, torch.bfloat16, torch.bfloat16, hidden_dim=4096, head_dim=128, rope_dim=64, batch=1,
-                    settings={"start": 0}, **shape)
-        got = context.program.compress(case, preset)["out"]
-        with torch.no_grad():
-            truth = case.reference(points, torch.float64)(case.x)["out"]
-            pytorch = InBf16(case.params, case.settings, points)(case.x)["out"]
-        ours, theirs, count = ours + unlike(got, truth), theirs + unlike(pytorch, truth), count + got.numel()
-        context.say(f"{ours} of {count} differ (PyTorch: {theirs})")
-        tally.add_stage("out", points, got, pytorch, case)
+    away in any implementation: what counts is how many elements of `out` are not the float64 pipeline's. (Some dozens
+    of them: no more than PyTorch's, but for the chance in such counts, three standard deviations.)"""
+    ours, theirs, tally = 0, 0, Tally()
+    for preset in ("deepseek", "maxtext", "transformers", "transformers-5.8"):
+        points = points_of(preset)
+        for case in wide_bf16(context.random):
+            got = context.program.compress(case, preset)["out"]
+            with torch.no_grad():
+                truth = case.reference(points, torch.float64)(case.x)["out"]
+                pytorch = InBf16(case.params, case.settings, points)(case.x)["out"]
+            ours, theirs = ours + unlike(got, truth), theirs + unlike(pytorch, truth)
+            tally.add_stage("out", points, got, pytorch, case)
+    context.say(f"{ours} elements (PyTorch: {theirs}); {tally}")
+    expect(ours <= theirs + 3 * (ours + theirs) ** 0.5, context.said)

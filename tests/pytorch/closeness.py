@@ -2,8 +2,8 @@
 
 Where nothing was rounded to bf16 yet: 2e-5. Behind a rounding point a number now and then lies at a tie, which another
 order of summing decides the other way: 98.5 % of a stage's elements are to be equal, the others within 2 steps of bf16
-at the largest magnitude of their row. Equal is to the bit where the stage is in bf16, else within 1e-4: through the norm
-one channel at a tie moves its whole row by almost as much, and a point forgotten moves most numbers by more.
+at the largest magnitude of their row. Equal is to the bit where the stage is in bf16, else within 1e-4: through the
+norm one channel at a tie moves its whole row by almost as much, and a point forgotten moves most numbers by more.
 """
 
 import torch

@@ -1,5 +1,5 @@
-"""The modules of transformers themselves, where 5.20.2 or later is installed: a small model is made, saved, and loaded as
-users load it; build/compress reads the checkpoint that transformers wrote."""
+"""The modules of transformers themselves, where 5.20.2 or later is installed: a small model is made, saved, and loaded
+as users load it; build/compress reads the checkpoint that transformers wrote."""
 
 import copy
 import os

@@ -68,6 +68,26 @@ for compiler in $CXX; do
     done
 done
 
+# Headers of systems define common words as macros (windows.h far and small, complex.h I, termios.h ECHO and B0, gcc linux):
+# none of them stands in this file. What it includes itself comes first, as those names are for their makers to mind.
+system_macros='far near small hyper interface min max IN OUT OPTIONAL CONST VOID ERROR STRICT DELETE THIS PURE pascal cdecl rad1 edt1
+    I imaginary unix linux i386 arm mips sun sparc vax hppa major minor makedev howmany roundup powerof2 isset isclr setbit clrbit MIN MAX
+    ECHO B0 B50 CS5 NL0 CR0 TAB0 BS0 VT0 FF0 CSIZE VMIN VTIME CS DS ES FS GS SS ERR EIP ESP EBP R0 R1
+    Bool Status None True False Success Always Above Below Complex Convex vector pixel
+    _A _B _C _L _N _P _S _U _X F HIGH LOW PI sq bit degrees radians constrain check verify require
+    clear erase move timeout border box scroll filter nil Nil YES NO TRUE FALSE
+    DOMAIN SING OVERFLOW UNDERFLOW PLOSS TLOSS HUGE ABSOLUTE RELATIVE OPAQUE TRANSPARENT DIFFERENCE'
+{
+    printf '#include <%s>\n' assert.h float.h math.h stdarg.h stddef.h stdint.h stdio.h stdlib.h string.h
+    printf '#if defined(__x86_64__)\n#include <immintrin.h>\n#endif\n'
+    for macro in $system_macros; do printf '#undef %s\n#define %s *** a macro of some system ***\n' $macro $macro; done
+} >"$tmp/system_macros.h"
+behind_system_macros() { compiles "$@" -include "$tmp/system_macros.h" $implement; }
+for compiler in $C; do spawn "$compiler, behind macros of systems" behind_system_macros "$compiler" -std=c99 -x c; done
+for compiler in $CXX; do spawn "$compiler, behind macros of systems" behind_system_macros "$compiler" -std=c++11 -x c++; done
+windows=x86_64-w64-mingw32-gcc
+! have $windows || spawn 'behind windows.h' compiles $windows -std=gnu99 -include windows.h -x c $implement
+
 # A compiler that knows neither vector extensions nor builtins still gets the scalar kernels.
 echo '#include "dsv4_compressor.h"' >"$tmp/alone.c"
 ! have tcc || spawn 'tcc, implementation' tcc -I. $implement -c -o "$tmp/tcc.o" "$tmp/alone.c"

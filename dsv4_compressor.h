@@ -560,13 +560,22 @@ file without them, or define DSV4_COMPRESSOR_FAST_MATH to give the guarantee up.
 
 #if !defined(DSV4_COMPRESSOR_FAST_MATH)
 /* -fsingle-precision-constant (clang: -cl-single-precision-constant) shows by no macro, but by this: compile without it, or
- * define DSV4_COMPRESSOR_FAST_MATH. */
-enum { DSV4__DOUBLE_CONSTANTS_ARE_NEEDED = 1 / (sizeof(1.0) == sizeof(double)) };
+ * define DSV4_COMPRESSOR_FAST_MATH. The name is what a compiler prints. */
+typedef char
+    dsv4__no_single_precision_constants_or_define_DSV4_COMPRESSOR_FAST_MATH[sizeof(1.0) == sizeof(double) ? 1 : -1];
 
 /* Parts of -ffast-math that clang shows by no macro: what follows is compiled as it is written, up to the end of the
- * implementation, and the system's headers too, some of which add and multiply vectors by operators. */
-#if defined(__clang__)
+ * implementation. Intrinsics that a file has included before keep the rules of that file, so sums, products and quotients of
+ * vectors are operators. */
+#if defined(__clang__) && __clang_major__ >= 12
+#define DSV4__PRECISE 1
+#pragma clang diagnostic push
+#pragma clang diagnostic ignored "-Wignored-pragmas" /* for some CPUs it has the last two of these rules alone */
+#if __has_warning("-Wnan-infinity-disabled")         /* it means the command line, as if there were no such rules */
+#pragma clang diagnostic ignored "-Wnan-infinity-disabled"
+#endif
 #pragma float_control(precise, on, push)
+#pragma clang fp reassociate(off)
 #pragma STDC FP_CONTRACT OFF
 #endif
 #endif
@@ -1430,10 +1439,10 @@ DSV4__BEGIN_TARGET("avx2,fma")
 #define v_store(p, v)        _mm256_storeu_ps(p, v)
 #define v_load_n(p, n)       _mm256_maskload_ps(p, DSV4__FN(mask)(n))
 #define v_store_n(p, v, n)   _mm256_maskstore_ps(p, DSV4__FN(mask)(n), v)
-#define v_add(a, b)          _mm256_add_ps(a, b)
-#define v_sub(a, b)          _mm256_sub_ps(a, b)
-#define v_mul(a, b)          _mm256_mul_ps(a, b)
-#define v_div(a, b)          _mm256_div_ps(a, b)
+#define v_add(a, b)          ((DSV4__VF)((a) + (b)))
+#define v_sub(a, b)          ((DSV4__VF)((a) - (b)))
+#define v_mul(a, b)          ((DSV4__VF)((a) * (b)))
+#define v_div(a, b)          ((DSV4__VF)((a) / (b)))
 #define v_max(a, b)          _mm256_max_ps(a, b)
 #define v_fma(a, b, c)       _mm256_fmadd_ps(a, b, c)
 #define v_madd(a, b, c)      _mm256_fmadd_ps(a, b, c)
@@ -1493,10 +1502,10 @@ DSV4__BEGIN_TARGET("avx512bf16," DSV4__AVX512)
 #define v_store(p, v)        _mm512_storeu_ps(p, v)
 #define v_load_n(p, n)       _mm512_maskz_loadu_ps((__mmask16)((1u << (n)) - 1u), p)
 #define v_store_n(p, v, n)   _mm512_mask_storeu_ps(p, (__mmask16)((1u << (n)) - 1u), v)
-#define v_add(a, b)          _mm512_add_ps(a, b)
-#define v_sub(a, b)          _mm512_sub_ps(a, b)
-#define v_mul(a, b)          _mm512_mul_ps(a, b)
-#define v_div(a, b)          _mm512_div_ps(a, b)
+#define v_add(a, b)          ((DSV4__VF)((a) + (b)))
+#define v_sub(a, b)          ((DSV4__VF)((a) - (b)))
+#define v_mul(a, b)          ((DSV4__VF)((a) * (b)))
+#define v_div(a, b)          ((DSV4__VF)((a) / (b)))
 #define v_max(a, b)          _mm512_max_ps(a, b)
 #define v_fma(a, b, c)       _mm512_fmadd_ps(a, b, c)
 #define v_madd(a, b, c)      _mm512_fmadd_ps(a, b, c)
@@ -1533,10 +1542,10 @@ static inline __m512i DSV4__FN(upper)(__m512 v) {
 #define v_set(f)             vdupq_n_f32(f)
 #define v_load(p)            vld1q_f32(p)
 #define v_store(p, v)        vst1q_f32(p, v)
-#define v_add(a, b)          vaddq_f32(a, b)
-#define v_sub(a, b)          vsubq_f32(a, b)
-#define v_mul(a, b)          vmulq_f32(a, b)
-#define v_div(a, b)          vdivq_f32(a, b)
+#define v_add(a, b)          ((DSV4__VF)((a) + (b)))
+#define v_sub(a, b)          ((DSV4__VF)((a) - (b)))
+#define v_mul(a, b)          ((DSV4__VF)((a) * (b)))
+#define v_div(a, b)          ((DSV4__VF)((a) / (b)))
 #define v_max(a, b)          vmaxq_f32(a, b)
 #define v_fma(a, b, c)       vfmaq_f32(c, a, b)
 #define v_madd(a, b, c)      vfmaq_f32(c, a, b)
@@ -5178,8 +5187,10 @@ DSV4_API dsv4_status dsv4_backward(const dsv4_compressor *compressor, const dsv4
 #ifdef __cplusplus
 }
 #endif
-#if defined(__clang__) && !defined(DSV4_COMPRESSOR_FAST_MATH)
+#if defined(DSV4__PRECISE)
+#pragma STDC FP_CONTRACT DEFAULT
 #pragma float_control(pop)
+#pragma clang diagnostic pop
 #endif
 #define DSV4__IMPLEMENTED 1
 #endif /* DSV4_COMPRESSOR_IMPLEMENTATION */

@@ -20,4 +20,72 @@ for compiler; do
     [ -z "$slow" ] && [ "$compiler" != "$last" ] || spawn "$compiler -O0" reproduces "$compiler" -O0
     [ -z "$slow" ] || spawn "$compiler -O2" reproduces "$compiler" -O2
 done
+
+# Flags that change arithmetic: the same bits, or no object and an error that names the way out. The implementation alone
+# gets the flag, behind intrinsics that have it too; linking with some of them would flush the process's subnormals.
+cat >"$tmp/implementation.c" <<'END'
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+#define DSV4_COMPRESSOR_IMPLEMENTATION
+#include "dsv4_compressor.h"
+END
+$CC -O2 -std=c99 -I. -Itests -DDSV4__IMPLEMENTED=1 -c tests/hashes.c -o "$tmp/hashes.o" || exit 1
+
+same_bits_or_refused() { # same_bits_or_refused COMPILER FLAGS...
+    program=$tmp/flags.$serial
+    compiler=$1
+    shift
+    "$compiler" -O2 -std=c99 -I. $simde "$@" -c "$tmp/implementation.c" -o "$program.o" 2>"$program.txt" || {
+        cat "$program.txt"
+        grep -q DSV4_COMPRESSOR_FAST_MATH "$program.txt"
+        return
+    }
+    case "$*" in *-flto*) link=-flto ;; *) link= ;; esac
+    "$compiler" $link "$tmp/hashes.o" "$program.o" -o "$program" -lm && "$program" 2>/dev/null | diff tests/hashes.txt -
+}
+takes() { ! "$@" -Werror -x c -c /dev/null -o /dev/null 2>&1 | grep -q .; }
+
+few='-fsingle-precision-constant
+-Xclang -cl-single-precision-constant
+-funsafe-math-optimizations -fno-honor-nans'
+many='-ffast-math
+-Ofast
+-O3 -funsafe-math-optimizations
+-funsafe-math-optimizations -march=native
+-freciprocal-math
+-fassociative-math -fno-signed-zeros -fno-trapping-math
+-ffinite-math-only
+-fno-honor-nans
+-fno-honor-infinities
+-fno-signed-zeros
+-fno-trapping-math
+-fno-math-errno
+-fapprox-func
+-mrecip
+-fcx-limited-range
+-fexcess-precision=fast
+-ffloat-store
+-ffp-contract=fast
+-ffp-contract=on -march=native
+-ffp-contract=off -march=native
+-ffp-model=fast
+-ffp-model=strict
+-ffp-eval-method=double
+-ffp-exception-behavior=strict
+-frounding-math
+-fsignaling-nans
+-ftrapping-math
+-flto
+-Xclang -cl-mad-enable
+-Xclang -cl-fast-relaxed-math
+-mllvm -enable-unsafe-fp-math'
+for compiler in $(compilers $CC ${slow:+gcc} clang ${slow:+clang-16 clang-19}); do
+    while read -r flags; do
+        ! takes "$compiler" $flags || spawn "$compiler $flags" same_bits_or_refused "$compiler" $flags
+    done <<END
+$few${slow:+
+$many}
+END
+done
 finish

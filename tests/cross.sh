@@ -54,13 +54,20 @@ on aarch64 "gcc-aarch64-linux-gnu $qemu" qemu-aarch64-static aarch64-linux-gnu-g
 on aarch64-O3-contract "gcc-aarch64-linux-gnu $qemu" qemu-aarch64-static aarch64-linux-gnu-gcc -O3 -ffp-contract=fast -static
 on riscv64 "gcc-riscv64-linux-gnu $qemu" qemu-riscv64-static riscv64-linux-gnu-gcc -O2 -static $simde
 on s390x-big-endian "gcc-s390x-linux-gnu $qemu" qemu-s390x-static s390x-linux-gnu-gcc -O2 -static
+on powerpc64le "gcc-powerpc64le-linux-gnu $qemu" qemu-ppc64le-static powerpc64le-linux-gnu-gcc -O2 -static
+on powerpc64le-O3-contract "gcc-powerpc64le-linux-gnu $qemu" qemu-ppc64le-static powerpc64le-linux-gnu-gcc \
+    -O3 -ffp-contract=fast -static
+# clang with musl: fma without an instruction that its C library owns up to.
+have zig && zig=zig || zig="${PYTHON:-python3} -m ziglang" # pip install ziglang
+! $zig version >/dev/null 2>&1 ||
+    on powerpc64le-musl "$qemu" qemu-ppc64le-static $zig cc -target powerpc64le-linux-musl -O2 -ffp-contract=fast -static
 on arm-32-bit "gcc-arm-linux-gnueabihf $qemu" qemu-arm-static arm-linux-gnueabihf-gcc -O2 -static
 on i386-sse2 "gcc-i686-linux-gnu $qemu" qemu-i386-static i686-linux-gnu-gcc -O2 -msse2 -mfpmath=sse -static
 on x86-without-avx "gcc $qemu" 'qemu-x86_64-static -cpu Nehalem' $x86 -O2 -static
 on x86-avx2-only "gcc $qemu" 'qemu-x86_64-static -cpu Haswell' $x86 -O2 -static
 on wasm.js emscripten node emcc -O2 -s SINGLE_FILE=1 -s ALLOW_MEMORY_GROWTH=1
 on musl musl-tools '' musl-gcc -O2 -static
-! have zig || on zig '' '' zig cc -O2 # pip install ziglang
+! $zig version >/dev/null 2>&1 || on zig '' '' $zig cc -O2
 on windows.exe "$windows" wine $mingw -O2 -static
 on windows-O3.exe "$windows" wine $mingw -O3 -static
 if have clang && have $mingw; then

@@ -40,7 +40,11 @@ for program in $programs; do
     case $program in
     examples/*) ! have gcc || spawn "gcc -fanalyzer $program" analyses "$program" -DDSV4_COMPRESSOR_SCALAR ;;
     esac
-    ! have clang-tidy || spawn "clang-tidy $program" tidies "$program" -DDSV4__IMPLEMENTED=1
+    case $program in
+    tests/test_cpu.c) without= ;; # looks at what the implementation keeps to itself
+    *) without=-DDSV4__IMPLEMENTED=1 ;;
+    esac
+    ! have clang-tidy || spawn "clang-tidy $program" tidies "$program" $without
 done
 ! have cppcheck || spawn 'cppcheck, programs' checks -DDSV4__IMPLEMENTED=1 $programs
 finish

@@ -229,7 +229,7 @@ TEST every_rounding_has_a_name_that_reads_back(void) {
         uint32_t back = ~bits;
         ASSERT_EQ(DSV4_OK, dsv4_rounding_name(bits, text, sizeof text, NULL));
         ASSERT_EQ(DSV4_OK, dsv4_rounding_parse(text, &back, NULL));
-        ASSERTm(text, bits == back);
+        ASSERTm(note("%s", text), bits == back);
     }
     for (int i = 0; i < ROUNDING_COUNT; i++) {
         ASSERT_EQ(DSV4_OK, dsv4_rounding_name(roundings[i].bits, text, sizeof text, NULL));

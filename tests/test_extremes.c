@@ -51,6 +51,7 @@ TEST nothing_is_read_or_written_past_the_end(const char *isa, int narrow) {
 
         for (int i = 0; i < STAGE_COUNT; i++) fenced_free(&stages[i]);
         fenced_free(&x);
+        free(r.no_weights);
         results_free(&plain);
     }
     PASS();

@@ -1039,9 +1039,8 @@ static void dsv4__read_matrix(dsv4_const_matrix from, float *to, int64_t stride,
 }
 
 static void dsv4__write_matrix(dsv4_matrix to, const float *from, int64_t stride, int64_t rows, int64_t columns) {
-    const int64_t apart = to.stride == 0 ? columns : to.stride;
-    for (int64_t r = 0; r < rows; r++)
-        for (int64_t i = 0; i < columns; i++) dsv4__put(to.data, to.dtype, r * apart + i, from[r * stride + i]);
+    for (int64_t r = 0; r < rows; r++) /* its stride has been filled in by the checks */
+        for (int64_t i = 0; i < columns; i++) dsv4__put(to.data, to.dtype, r * to.stride + i, from[r * stride + i]);
 }
 
 /* ------------------------------------------------------------------------------------------------------------
@@ -1928,6 +1927,8 @@ DSV4__INLINE DSV4__VF DSV4__FN(value)(const dsv4__run *run, int64_t row, int64_t
     return run->kv == NULL ? v_zero() : DSV4__FN(load_some)(run->kv + row * run->stride + c, n);
 }
 
+DSV4__INLINE DSV4__VF DSV4__FN(unless_equal)(DSV4__VF a, DSV4__VF b, DSV4__VF v) { return v_unequal(a, b, v); }
+
 /* One more row. Whichever of score and top is the smaller brings e^-|score - top| to its side of the sums. Equal ones,
  * both -INFINITY among them, never meet in a subtraction. */
 DSV4__INLINE void DSV4__FN(fold_row)(DSV4__FN(fold) *f, const DSV4__VF *score, const DSV4__VF *value,
@@ -1937,7 +1938,8 @@ DSV4__INLINE void DSV4__FN(fold_row)(DSV4__FN(fold) *f, const DSV4__VF *score, c
     for (int v = 0; v < vectors; v++) {
         const DSV4__VF s = score[v], top = f->top[v], den = f->den[v], num = f->num[v];
         const DSV4__VF high = v_above(s, top, s, top), low = v_above(s, top, top, s);
-        const DSV4__VF e = DSV4__FN(exp)(v_unequal(s, top, v_sub(low, v_unequal(s, top, high))));
+        const DSV4__VF gap = v_sub(low, DSV4__FN(unless_equal)(s, top, high));
+        const DSV4__VF e = DSV4__FN(exp)(DSV4__FN(unless_equal)(s, top, gap));
         f->den[v] = v_fma(v_above(s, top, den, one), e, v_above(s, top, one, den));
         f->num[v] = v_fma(v_above(s, top, num, value[v]), e, v_above(s, top, value[v], num));
         f->top[v] = high;
@@ -3604,6 +3606,7 @@ static dsv4__workspace_layout dsv4__workspace_parts(dsv4_workspace *ws, size_t c
     ws->x_bytes = ws->block_rows * DSV4__KBLOCK * (int64_t)sizeof(float);
     ws->scratch_numbers = (c->training ? 2 : 1) * DSV4__KBLOCK * DSV4__PANEL;
     ws->scratch_numbers = dsv4__max(ws->scratch_numbers, c->config.head_dim + 3 * c->config.rope_dim);
+    ws->scratch_numbers = dsv4__max(ws->scratch_numbers, 3 * c->config.head_dim); /* a window that is being folded */
     ws->scratch_numbers = dsv4__max(ws->scratch_numbers, c->series * c->config.ratio * DSV4__PANEL);
     ws->scratch_numbers = dsv4__ceil_div(ws->scratch_numbers, 16) * 16;
     (void)dsv4__reserve(&layout.size, 1, 1, sizeof *ws);
@@ -4170,7 +4173,7 @@ static void dsv4__pool_by_rows(const dsv4__call *call, dsv4__pool_job job, float
             if (run->gate != NULL) run->gate += done * run->stride;
             if (run->ape != NULL) run->ape += done * run->ape_stride;
             memset(&job.ahead, 0, sizeof job.ahead);
-            if (run->kv != NULL && run->gate != NULL) {
+            if (run->kv != NULL) { /* not the rows that window 0 lacks; long windows have gates */
                 job.ahead.kv = (uintptr_t)run->kv + (uintptr_t)(2 * DSV4__ROWS_AT_ONCE * run->stride * number);
                 job.ahead.gate = (uintptr_t)run->gate + (uintptr_t)(2 * DSV4__ROWS_AT_ONCE * run->stride * number);
                 job.ahead.rows = run->count;
@@ -4191,7 +4194,7 @@ static void dsv4__pool_block(const dsv4__call *call, const dsv4__source *source,
     dsv4__pool_job job = dsv4__pool_settings(call, source, thread);
     dsv4__window window;
     const int by_rows = call->batch.kv != NULL && call->batch.stages.weights == NULL && !c->keeps_rows &&
-                        c->config.ratio >= 4 * DSV4__ROWS_AT_ONCE && 3 * dim <= call->ws->scratch_numbers;
+                        c->config.ratio >= 4 * DSV4__ROWS_AT_ONCE;
     job.window = &window;
     job.weights_stride = dim;
     for (int64_t i = 0; i < call->pieces; i++) {
@@ -5089,7 +5092,9 @@ static dsv4_status dsv4__check_param_gradients(dsv4__back *back, dsv4_error *err
     dsv4_gradients *g = &back->g;
     dsv4_matrix *const targets[DSV4_PARAM_COUNT] = {&g->dwkv, &g->dwgate, &g->dape, &g->dnorm};
     dsv4_param_info info[DSV4_PARAM_COUNT];
-    DSV4__TRY(dsv4_config_params(&back->call.c->config, info, error));
+    const dsv4_status listed = dsv4_config_params(&back->call.c->config, info, NULL);
+    DSV4_ASSERT(listed == DSV4_OK);
+    (void)listed;
     for (int i = 0; i < DSV4_PARAM_COUNT; i++) {
         DSV4__TRY(dsv4__check_gradient(targets[i], &info[i], names[i], error));
         if (i <= DSV4_WGATE && targets[i]->data != NULL && targets[i]->dtype == DSV4_BF16 &&

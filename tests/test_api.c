@@ -911,6 +911,7 @@ TEST a_dtype_that_is_not_given_is_refused(void) {
     const dsv4_mask_spec spec = {4, 0, 2, 2, 0};
     const dsv4_matrix mask = {numbers, (dsv4_dtype)0, 0};
     ASSERT_FAILS(DSV4_ERROR_ARGUMENT, "dtype of mask is not given", dsv4_mask(&spec, mask, &error));
+    ASSERT_FAILS(DSV4_ERROR_NULL, "spec", dsv4_mask(NULL, mask, &error));
     workbench_free(&w);
     PASS();
 }
@@ -1064,6 +1065,24 @@ TEST a_workspace_serves_no_other_kernel_set_and_no_training(void) {
     ASSERT(results_untouched(&r));
     results_free(&r);
     workbench_free(&w);
+    PASS();
+}
+
+/* ... where their states are the same, too: rounded weights keep rows in any case. */
+TEST a_workspace_serves_no_training_where_states_are_the_same(void) {
+    dsv4_config c = shape_config(&shapes[1]);
+    c.rounding = DSV4_ROUND_WEIGHT;
+    model m = model_of(&c, DSV4_F32, 3);
+    engine e = engine_new(&m, NULL, NULL);
+    dsv4_allocator heap = dsv4_heap();
+    dsv4_options options = {NULL, 1, 0};
+    dsv4_compressor *other = NULL;
+    dsv4_batch b = {0};
+    ASSERT_EQ(DSV4_OK, dsv4_compressor_create(&c, &m.params, &options, &heap, &other, NULL));
+    ASSERT_FAILS(DSV4_ERROR_ARGUMENT, "workspace", dsv4_compress(other, &b, e.workspace, &error));
+    dsv4_compressor_destroy(other);
+    engine_free(&e);
+    model_free(&m);
     PASS();
 }
 
@@ -1464,6 +1483,7 @@ SUITE(api) {
     RUN_TEST(no_compressor_has_neither_configuration_nor_kernels);
     RUN_TEST(a_parallel_for_that_cannot_run_is_none);
     RUN_TEST(a_workspace_serves_no_other_kernel_set_and_no_training);
+    RUN_TEST(a_workspace_serves_no_training_where_states_are_the_same);
     RUN_TEST(projections_that_no_machine_can_address_are_overflows);
     RUN_TEST(kernel_sets_are_listed_best_first_and_scalar_last);
     FOR_EVERY(bad_calls, BAD_CALL_COUNT, a_bad_call_is_refused_and_changes_nothing);

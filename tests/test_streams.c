@@ -803,6 +803,13 @@ TEST a_state_is_no_larger_than_what_it_waits_for(const shape *of) {
     }
 
 SUITE(streams) {
+    for (int i = 0; i < SHAPE_COUNT; i++) { /* states that fold rounded scores, and keep rows of them */
+        static shape scores[SHAPE_COUNT];
+        scores[i] = shapes[i];
+        scores[i].rounding = DSV4_ROUND_SCORE | DSV4_ROUND_PROJECTION;
+        greatest_set_test_suffix(note("%s_rounded_scores", shapes[i].name));
+        RUN_TESTp(any_cut_into_calls_gives_the_bits_of_the_one_call, &scores[i]);
+    }
     for (int i = 0; i < SHAPE_COUNT; i++) {
         const uint32_t rounded = DSV4_ROUND_WEIGHT | DSV4_ROUND_PRODUCT;
         if (shapes[i].ratio <= 2 || (shapes[i].rounding & rounded)) continue; /* these keep their rows */

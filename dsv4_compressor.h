@@ -1791,6 +1791,15 @@ DSV4__INLINE void DSV4__FN(tile)(const dsv4__product_job *job, int64_t row, int6
     }
 }
 
+/* A tile's blocks of terms: one, or two with an fp32 operand, for a smaller error. */
+DSV4__INLINE void DSV4__FN(tile_blocks)(const dsv4__product_job *block, int64_t row, int64_t column, const int rows,
+                                        const int mode, const int swap, const void *w) {
+    DSV4__FN(tile)(block, row, column, rows, mode, swap, w);
+    if (swap || block[1].pairs == 0) return;
+    const int64_t term_bytes = DSV4__PANEL * (mode == DSV4__FN(direct) ? 2 : 4);
+    DSV4__FN(tile)(&block[1], row, column, rows, mode, swap, (const char *)w + DSV4__FBLOCK * term_bytes);
+}
+
 /* All rows by all columns of a panel, the largest tiles first: the first one meets the weights as they come from
  * memory, and the more it has to do meanwhile the better. */
 DSV4__INLINE void DSV4__FN(tiles)(const dsv4__product_job *job, const int mode, const int swap, const void *w) {
@@ -1799,13 +1808,13 @@ DSV4__INLINE void DSV4__FN(tiles)(const dsv4__product_job *job, const int mode, 
         int64_t row = 0;
         if (mode != DSV4__FN(direct))
             for (; row < large; row += DSV4__TILE_ROWS)
-                DSV4__FN(tile)(job, row, column, DSV4__TILE_ROWS, mode, swap, w);
+                DSV4__FN(tile_blocks)(job, row, column, DSV4__TILE_ROWS, mode, swap, w);
 #if DSV4__SMALL_ROWS > 4
-        for (; job->rows - row >= 8; row += 8) DSV4__FN(tile)(job, row, column, 8, mode, swap, w);
+        for (; job->rows - row >= 8; row += 8) DSV4__FN(tile_blocks)(job, row, column, 8, mode, swap, w);
 #endif
-        for (; job->rows - row >= 4; row += 4) DSV4__FN(tile)(job, row, column, 4, mode, swap, w);
-        for (; job->rows - row >= 2; row += 2) DSV4__FN(tile)(job, row, column, 2, mode, swap, w);
-        for (; job->rows - row >= 1; row += 1) DSV4__FN(tile)(job, row, column, 1, mode, swap, w);
+        for (; job->rows - row >= 4; row += 4) DSV4__FN(tile_blocks)(job, row, column, 4, mode, swap, w);
+        for (; job->rows - row >= 2; row += 2) DSV4__FN(tile_blocks)(job, row, column, 2, mode, swap, w);
+        for (; job->rows - row >= 1; row += 1) DSV4__FN(tile_blocks)(job, row, column, 1, mode, swap, w);
     }
 }
 
@@ -1818,21 +1827,18 @@ static void DSV4__FN(widen_panel)(const dsv4_bf16 *w, int64_t pairs, float *wide
         }
 }
 
-/* With an fp32 operand: blocks of half the terms, for a smaller error. Each is a job of its own, followed by the next. */
-static void DSV4__FN(fused)(const dsv4__product_job *job, const int mode, const void *w) {
-    const char *x = (const char *)job->x;
-    const int64_t term_bytes = DSV4__PANEL * (mode == DSV4__FN(direct) ? 2 : 4);
-    dsv4__product_job block = *job;
-    for (int64_t done = 0; done < job->pairs; done += block.pairs) {
-        const char *part = (const char *)w + 2 * done * term_bytes;
-        block.x = x + 2 * done * (int64_t)sizeof(float);
-        block.pairs = dsv4__min(job->pairs - done, DSV4__FBLOCK / 2);
-        block.first = job->first && done == 0;
-        block.sums_in_memory = job->sums_in_memory && done == 0;
-        block.next = job->next + (uintptr_t)(job->next_bytes * done / job->pairs);
-        block.next_bytes = job->next_bytes * block.pairs / job->pairs;
-        DSV4__FN(tiles)(&block, mode, 0, part);
-    }
+/* With an fp32 operand: a tile's two blocks as jobs of their own. */
+DSV4__INLINE void DSV4__FN(fused)(const dsv4__product_job *job, const int mode, const void *w) {
+    dsv4__product_job block[2] = {*job, *job};
+    block[0].pairs = dsv4__min(job->pairs, DSV4__FBLOCK / 2);
+    block[0].next_bytes = job->next_bytes * block[0].pairs / job->pairs;
+    block[1].x = (const float *)job->x + DSV4__FBLOCK;
+    block[1].pairs = job->pairs - block[0].pairs;
+    block[1].first = 0;
+    block[1].sums_in_memory = 0;
+    block[1].next = job->next + (uintptr_t)block[0].next_bytes;
+    block[1].next_bytes = job->next_bytes - block[0].next_bytes;
+    DSV4__FN(tiles)(block, mode, 0, w);
 }
 
 static void DSV4__FN(product)(const dsv4__product_job *job) {

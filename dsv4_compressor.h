@@ -213,8 +213,8 @@ enum {
  * where `size` bytes of `text` do not hold it (DSV4_ROUNDING_TEXT_SIZE do), DSV4_ERROR_ARGUMENT for unknown bits. */
 DSV4_CHECKED DSV4_API dsv4_status dsv4_rounding_name(uint32_t rounding, char *text, size_t size, dsv4_error *error);
 
-/* And back: names of presets and points, joined by '+'. DSV4_ERROR_ARGUMENT for an unknown name; the message lists those
- * that there are. */
+/* And back: names of presets and points, joined by '+'. DSV4_ERROR_ARGUMENT for an unknown name; the message lists
+ * those that there are. */
 DSV4_CHECKED DSV4_API dsv4_status dsv4_rounding_parse(const char *text, uint32_t *rounding, dsv4_error *error);
 
 /* What a compressor is. A field of 0 takes the default that its comment names; the first three have none. */
@@ -279,8 +279,8 @@ DSV4_CHECKED DSV4_API dsv4_status dsv4_config_params(const dsv4_config *config, 
                                                      dsv4_error *error);
 
 /* Fills one parameter array, of the shape that dsv4_config_params lists, from a seed: wkv and wgate uniform with
- * variance 1 / hidden_dim, ape uniform in [-1/2, 1/2), norm all 1. Element i, counted row by row, depends on seed, param
- * and i alone: the same bits on every machine. An array that the configuration lacks is DSV4_ERROR_ARGUMENT. */
+ * variance 1 / hidden_dim, ape uniform in [-1/2, 1/2), norm all 1. Element i, counted row by row, depends on seed,
+ * param and i alone: the same bits on every machine. An array that the configuration lacks is DSV4_ERROR_ARGUMENT. */
 DSV4_CHECKED DSV4_API dsv4_status dsv4_param_init(const dsv4_config *config, dsv4_param param, uint64_t seed,
                                                   dsv4_matrix array, dsv4_error *error);
 
@@ -392,10 +392,11 @@ DSV4_API void dsv4_workspace_destroy(dsv4_workspace *workspace); /* NULL is fine
  * 2f. Stream state: what a sequence carries from call to call
  * ============================================================================================================ */
 
-/* What windows yet to close will need of the tokens seen: three numbers a channel for each open window (one; with overlap
- * two), however many tokens it has had, and the projected rows of the last `depth` tokens, so that up to that many can be
- * taken back. Where rows are needed one by one, by rounded softmax weights (DSV4_ROUND_WEIGHT, _PRODUCT) and by a
- * compressor for training, it keeps the open windows' rows as well; states of the two kinds are not each other's. */
+/* What windows yet to close will need of the tokens seen: three numbers a channel for each open window (one; with
+ * overlap two), however many tokens it has had, and the projected rows of the last `depth` tokens, so that up to
+ * that many can be taken back. Where rows are needed one by one, by rounded softmax weights (DSV4_ROUND_WEIGHT,
+ * _PRODUCT) and by a compressor for training, it keeps the open windows' rows as well; states of the two kinds are
+ * not each other's. */
 typedef struct dsv4_state dsv4_state;
 
 DSV4_CHECKED DSV4_API dsv4_status dsv4_state_size(const dsv4_compressor *compressor, int64_t depth, size_t *bytes,
@@ -472,8 +473,8 @@ typedef struct dsv4_batch {
     const float *kv, *gate; /* projections from elsewhere, [tokens, coff * D], instead of x (gate NULL with no_gate) */
     dsv4_matrix out;        /* [entries, head_dim] */
     int64_t entries;        /* rows of out */
-    const dsv4_segment *segments; /* NULL, with segment_count 0: all tokens are one whole sequence, from position 0 and */
-    int64_t segment_count;        /* with its entries from row 0 of out on */
+    const dsv4_segment *segments; /* NULL, with segment_count 0: all tokens are one whole sequence, */
+    int64_t segment_count;        /* from position 0 and with entries from row 0 on */
     int drop_tail; /* 1: tokens of a stateless segment after its last whole window are ignored; 0: an error */
     dsv4_stages stages;
 } dsv4_batch;
@@ -559,14 +560,14 @@ file without them, or define DSV4_COMPRESSOR_FAST_MATH to give the guarantee up.
 #endif
 
 #if !defined(DSV4_COMPRESSOR_FAST_MATH)
-/* -fsingle-precision-constant (clang: -cl-single-precision-constant) shows by no macro, but by this: compile without it, or
- * define DSV4_COMPRESSOR_FAST_MATH. The name is what a compiler prints. */
+/* -fsingle-precision-constant (clang: -cl-single-precision-constant) shows by no macro, but by this: compile without
+ * it, or define DSV4_COMPRESSOR_FAST_MATH. The name is what a compiler prints. */
 typedef char
     dsv4__no_single_precision_constants_or_define_DSV4_COMPRESSOR_FAST_MATH[sizeof(1.0) == sizeof(double) ? 1 : -1];
 
 /* Parts of -ffast-math that clang shows by no macro: what follows is compiled as it is written, up to the end of the
- * implementation. Intrinsics that a file has included before keep the rules of that file, so sums, products and quotients of
- * vectors are operators. */
+ * implementation. Intrinsics that a file has included before keep the rules of that file, so sums, products and
+ * quotients of vectors are operators. */
 #if defined(__clang__) && __clang_major__ >= 12
 #define DSV4__PRECISE 1
 #pragma clang diagnostic push
@@ -612,8 +613,8 @@ typedef char
 #define DSV4__GNU 1 /* GNU's attributes, builtins and assembler: clang for Windows has them, but no __GNUC__ */
 #endif
 
-/* GCC on Windows keeps the stack at 16 bytes and yet spills wider vectors with aligned stores (its bug 54412), so it gets
- * vectors of 128 bits there. */
+/* GCC on Windows keeps the stack at 16 bytes and yet spills wider vectors with aligned stores (its bug 54412), so it
+ * gets vectors of 128 bits there. */
 #if !defined(DSV4_COMPRESSOR_SCALAR) && defined(__x86_64__) && \
     ((defined(DSV4__CLANG) && __clang_major__ >= 9) || (defined(DSV4__GCC) && DSV4__GCC >= 9))
 #if defined(DSV4__GCC) && (defined(_WIN32) || defined(__CYGWIN__))
@@ -643,8 +644,8 @@ typedef char
 #define DSV4__CPUID 1
 #endif
 
-/* clang 16 and 17 crash where both operands of VDPBF16PS are the same pair in all lanes. Apple counts otherwise, and its
- * CPUs of this family have no bf16. */
+/* clang 16 and 17 crash where both operands of VDPBF16PS are the same pair in all lanes. Apple counts otherwise, and
+ * its CPUs of this family have no bf16. */
 #if defined(DSV4__X86) &&                 \
     (defined(DSV4__GCC) ? DSV4__GCC >= 10 \
                         : !defined(__apple_build_version__) && (__clang_major__ < 16 || __clang_major__ > 17))
@@ -673,8 +674,8 @@ typedef char
 #endif
 #endif
 
-/* Functions between these two are compiled for the instruction sets named. g++ 12 finds uninitialised variables in its own
- * intrinsics (GCC bug 105593). */
+/* Functions between these two are compiled for the instruction sets named. g++ 12 finds uninitialised variables in
+ * its own intrinsics (GCC bug 105593). */
 #define DSV4__PRAGMA(text) _Pragma(#text)
 #if defined(DSV4__CLANG)
 #define DSV4__BEGIN_TARGET(names) \
@@ -745,12 +746,12 @@ extern "C" {
 #endif
 
 enum {
-    DSV4__PANEL = 32,   /* output columns of a packed weight panel, and channels of a group */
-    DSV4__KBLOCK = 256, /* terms of a dot product of bf16 that share an accumulator; part of the numeric contract */
-    DSV4__FBLOCK = 128, /* the same where an operand is fp32 */
+    DSV4__PANEL = 32,       /* output columns of a packed weight panel, and channels of a group */
+    DSV4__KBLOCK = 256,     /* terms of a dot product of bf16 that share an accumulator; part of the numeric contract */
+    DSV4__FBLOCK = 128,     /* the same where an operand is fp32 */
     DSV4__ROWS_AT_ONCE = 4, /* of a long window from memory */
-    DSV4__LANES = 16,   /* partial sums of a mean of squares; part of the numeric contract */
-    DSV4__MAX_RUNS = 12 /* places in memory that a window's rows can be spread over, with room to spare */
+    DSV4__LANES = 16,       /* partial sums of a mean of squares; part of the numeric contract */
+    DSV4__MAX_RUNS = 12     /* places in memory that a window's rows can be spread over, with room to spare */
 };
 
 DSV4__INLINE int64_t dsv4__min(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -967,8 +968,8 @@ DSV4_API dsv4_bf16 dsv4_bf16_from_f32(float value) { return (dsv4_bf16)dsv4__rou
 DSV4_API float dsv4_bf16_to_f32(dsv4_bf16 value) { return dsv4__from_bits((uint32_t)value << 16); }
 
 /* Both without vectors of our own: 32 numbers at a time through arrays of constant length, without branches, which
- * compilers turn into what vectors they have; then the rest. (Inlined, as gcc leaves the upper halves of AVX's registers
- * dirty where a kernel ends with a call, and SSE code is slow then.) */
+ * compilers turn into what vectors they have; then the rest. (Inlined, as gcc leaves the upper halves of AVX's
+ * registers dirty where a kernel ends with a call, and SSE code is slow then.) */
 DSV4__INLINE void dsv4__widen(float *to, const dsv4_bf16 *from, int64_t count) {
     for (; count >= 32; count -= 32, from += 32, to += 32) {
         uint32_t bits[32];
@@ -1065,8 +1066,9 @@ DSV4__INLINE double dsv4__kept(double value) {
 /* a * b rounded, whatever follows. */
 DSV4__INLINE double dsv4__mul(double a, double b) { return dsv4__kept(a * b); }
 
-/* Fused multiply-add. Without the instruction: the product is exact in double, and the sum is rounded to odd there, so
- * that rounding it once more to float rounds the exact value. (c may be a product itself, which is kept out of the sum.) */
+/* Fused multiply-add. Without the instruction: the product is exact in double, and the sum is rounded to odd there,
+ * so that rounding it once more to float rounds the exact value. (c may be a product itself, which is kept out of
+ * the sum.) */
 DSV4__INLINE float dsv4__fma(float a, float b, float c) {
 #if defined(DSV4__GNU) && (defined(FP_FAST_FMAF) || defined(__FMA__))
     return __builtin_fmaf(a, b, c);
@@ -1269,8 +1271,8 @@ DSV4__INLINE dsv4__ahead dsv4__fetch_ahead(const dsv4__product_job *job, int64_t
     return ahead;
 }
 
-/* How many tiles of `height` rows to begin with: as many as fit, or up to three fewer where tiles of `small_height` rows
- * then leave less, since those that are lower still keep the multipliers waiting for their own sums. */
+/* How many tiles of `height` rows to begin with: as many as fit, or up to three fewer where tiles of `small_height`
+ * rows then leave less, since those that are lower still keep the multipliers waiting for their own sums. */
 DSV4__INLINE int64_t dsv4__large_tiles(int64_t rows, int64_t height, int64_t small_height) {
     const int64_t most = rows / height;
     int64_t best = most;
@@ -1292,7 +1294,8 @@ typedef struct dsv4__window {
     int run_count;
 } dsv4__window;
 
-/* Rows of kv and gate that one of the next windows will read, from memory: pieces of `bytes`, one for each row and series. */
+/* Rows of kv and gate that one of the next windows will read, from memory: pieces of `bytes`, one for each row and
+ * series. */
 typedef struct dsv4__rows_ahead {
     uintptr_t kv, gate; /* addresses of the first piece; they may not exist */
     int64_t rows, series;
@@ -1310,7 +1313,7 @@ typedef struct dsv4__pool_job {
     const float *from; /* what is folded already: top, den and num, fold_stride apart; NULL: nothing is */
     float *to;         /* where the fold is left for rows to come; NULL: the window closes, and `pooled` is written */
     int64_t fold_stride;
-    float *pooled;     /* [channels] */
+    float *pooled;  /* [channels] */
     float *weights; /* [rows of the window, weights_stride] or NULL */
     int64_t weights_stride;
     const float *dpooled; /* [channels], on the way back */
@@ -1380,7 +1383,7 @@ typedef struct dsv4__kernels {
  * kernel set, by this file including itself.
  *
  *   DSV4__SET        name of the set             DSV4__VF           a vector of DSV4__VL floats
- *   DSV4__FUSED      v_fma is one instruction
+ *   DSV4__FUSED      fma is one instruction
  *   DSV4__TILE_ROWS, DSV4__TILE_VECTORS          the register tile: rows, and vectors across (dividing 32 columns)
  *   v_zero() v_set(f) v_load(p) v_store(p, v)    pointers need no alignment
  *   v_load_n(p, n) v_store_n(p, v, n)            the first n < VL lanes; the rest reads as 0, is not written
@@ -1396,70 +1399,71 @@ typedef struct dsv4__kernels {
  *   v_pair(p) v_dot(sum, x, w)                   with DSV4__DOT: a pair of bf16 in all lanes; sum + odd + even product
  * ------------------------------------------------------------------------------------------------------------ */
 #if DSV4__STAMP == 1 /* scalar: the definition that the others must equal */
-#define DSV4__SET            scalar
-#define DSV4__VF             float
-#define DSV4__VL             1
-#define DSV4__TILE_ROWS      4
-#define DSV4__TILE_VECTORS   4
-#define v_zero()             0.0f
-#define v_set(f)             (f)
-#define v_load(p)            (*(p))
-#define v_store(p, v)        (*(p) = (v))
-#define v_load_n(p, n)       ((void)(p), (void)(n), 0.0f)
-#define v_store_n(p, v, n)   ((void)(p), (void)(v), (void)(n))
-#define v_add(a, b)          ((float)((a) + (b))) /* casts, as some machines evaluate float in double */
-#define v_sub(a, b)          ((float)((a) - (b)))
-#define v_mul(a, b)          ((float)((a) * (b)))
-#define v_div(a, b)          ((float)((a) / (b)))
-#define v_max(a, b)          ((a) > (b) ? (a) : (b))
-#define v_fma(a, b, c)       dsv4__fma(a, b, c)
-#define v_madd(a, b, c)      ((float)((a) * (b) + (c)))
-#define v_below(x, limit, v) ((x) < (limit) ? 0.0f : (v))
-#define v_above(a, b, x, y)  ((a) > (b) ? (x) : (y))
-#define v_unequal(a, b, v)   ((a) == (b) ? 0.0f : (v))
-#define v_power(t)           dsv4__from_bits((dsv4__bits(t) << 23) + 0x3f800000u)
-#define v_round(v)           dsv4_bf16_to_f32(dsv4_bf16_from_f32(v))
-#define v_widen(p)           dsv4_bf16_to_f32(*(p))
-#define v_narrow(p, v)       (*(p) = dsv4_bf16_from_f32(v))
-#define v_even(p)            dsv4_bf16_to_f32((p)[0])
-#define v_odd(p)             dsv4_bf16_to_f32((p)[1])
+#define DSV4__SET                  scalar
+#define DSV4__VF                   float
+#define DSV4__VL                   1
+#define DSV4__TILE_ROWS            4
+#define DSV4__TILE_VECTORS         4
+#define dsv4__v_zero()             0.0f
+#define dsv4__v_set(f)             (f)
+#define dsv4__v_load(p)            (*(p))
+#define dsv4__v_store(p, v)        (*(p) = (v))
+#define dsv4__v_load_n(p, n)       ((void)(p), (void)(n), 0.0f)
+#define dsv4__v_store_n(p, v, n)   ((void)(p), (void)(v), (void)(n))
+#define dsv4__v_add(a, b)          ((float)((a) + (b))) /* casts, as some machines evaluate float in double */
+#define dsv4__v_sub(a, b)          ((float)((a) - (b)))
+#define dsv4__v_mul(a, b)          ((float)((a) * (b)))
+#define dsv4__v_div(a, b)          ((float)((a) / (b)))
+#define dsv4__v_max(a, b)          ((a) > (b) ? (a) : (b))
+#define dsv4__v_fma(a, b, c)       dsv4__fma(a, b, c)
+#define dsv4__v_madd(a, b, c)      ((float)((a) * (b) + (c)))
+#define dsv4__v_below(x, limit, v) ((x) < (limit) ? 0.0f : (v))
+#define dsv4__v_above(a, b, x, y)  ((a) > (b) ? (x) : (y))
+#define dsv4__v_unequal(a, b, v)   ((a) == (b) ? 0.0f : (v))
+#define dsv4__v_power(t)           dsv4__from_bits((dsv4__bits(t) << 23) + 0x3f800000u)
+#define dsv4__v_round(v)           dsv4_bf16_to_f32(dsv4_bf16_from_f32(v))
+#define dsv4__v_widen(p)           dsv4_bf16_to_f32(*(p))
+#define dsv4__v_narrow(p, v)       (*(p) = dsv4_bf16_from_f32(v))
+#define dsv4__v_even(p)            dsv4_bf16_to_f32((p)[0])
+#define dsv4__v_odd(p)             dsv4_bf16_to_f32((p)[1])
 
 #elif DSV4__STAMP == 2 /* AVX2 with FMA: Haswell, Zen and later */
-#define DSV4__SET            avx2
+#define DSV4__SET                  avx2
 DSV4__BEGIN_TARGET("avx2,fma")
-#define DSV4__VF             __m256
-#define DSV4__VL             8
-#define DSV4__FUSED          1
-#define DSV4__TILE_ROWS      6
-#define DSV4__TILE_VECTORS   2
-#define v_zero()             _mm256_setzero_ps()
-#define v_set(f)             _mm256_set1_ps(f)
-#define v_load(p)            _mm256_loadu_ps(p)
-#define v_store(p, v)        _mm256_storeu_ps(p, v)
-#define v_load_n(p, n)       _mm256_maskload_ps(p, DSV4__FN(mask)(n))
-#define v_store_n(p, v, n)   _mm256_maskstore_ps(p, DSV4__FN(mask)(n), v)
-#define v_add(a, b)          ((DSV4__VF)((a) + (b)))
-#define v_sub(a, b)          ((DSV4__VF)((a) - (b)))
-#define v_mul(a, b)          ((DSV4__VF)((a) * (b)))
-#define v_div(a, b)          ((DSV4__VF)((a) / (b)))
-#define v_max(a, b)          _mm256_max_ps(a, b)
-#define v_fma(a, b, c)       _mm256_fmadd_ps(a, b, c)
-#define v_madd(a, b, c)      _mm256_fmadd_ps(a, b, c)
-#define v_below(x, limit, v) _mm256_andnot_ps(_mm256_cmp_ps(x, limit, _CMP_LT_OQ), v)
-#define v_above(a, b, x, y)  _mm256_blendv_ps(y, x, _mm256_cmp_ps(a, b, _CMP_GT_OQ))
-#define v_unequal(a, b, v)   _mm256_and_ps(_mm256_cmp_ps(a, b, _CMP_NEQ_UQ), v)
-#define v_power(t) \
+#define DSV4__VF                   __m256
+#define DSV4__VL                   8
+#define DSV4__FUSED                1
+#define DSV4__TILE_ROWS            6
+#define DSV4__TILE_VECTORS         2
+#define dsv4__v_zero()             _mm256_setzero_ps()
+#define dsv4__v_set(f)             _mm256_set1_ps(f)
+#define dsv4__v_load(p)            _mm256_loadu_ps(p)
+#define dsv4__v_store(p, v)        _mm256_storeu_ps(p, v)
+#define dsv4__v_load_n(p, n)       _mm256_maskload_ps(p, DSV4__FN(mask)(n))
+#define dsv4__v_store_n(p, v, n)   _mm256_maskstore_ps(p, DSV4__FN(mask)(n), v)
+#define dsv4__v_add(a, b)          ((DSV4__VF)((a) + (b)))
+#define dsv4__v_sub(a, b)          ((DSV4__VF)((a) - (b)))
+#define dsv4__v_mul(a, b)          ((DSV4__VF)((a) * (b)))
+#define dsv4__v_div(a, b)          ((DSV4__VF)((a) / (b)))
+#define dsv4__v_max(a, b)          _mm256_max_ps(a, b)
+#define dsv4__v_fma(a, b, c)       _mm256_fmadd_ps(a, b, c)
+#define dsv4__v_madd(a, b, c)      _mm256_fmadd_ps(a, b, c)
+#define dsv4__v_below(x, limit, v) _mm256_andnot_ps(_mm256_cmp_ps(x, limit, _CMP_LT_OQ), v)
+#define dsv4__v_above(a, b, x, y)  _mm256_blendv_ps(y, x, _mm256_cmp_ps(a, b, _CMP_GT_OQ))
+#define dsv4__v_unequal(a, b, v)   _mm256_and_ps(_mm256_cmp_ps(a, b, _CMP_NEQ_UQ), v)
+#define dsv4__v_power(t) \
     _mm256_castsi256_ps(_mm256_add_epi32(_mm256_slli_epi32(_mm256_castps_si256(t), 23), _mm256_set1_epi32(0x3f800000)))
-#define v_round(v) _mm256_castsi256_ps(_mm256_slli_epi32(DSV4__FN(upper)(v), 16))
-#define v_widen(p)       \
+#define dsv4__v_round(v) _mm256_castsi256_ps(_mm256_slli_epi32(DSV4__FN(upper)(v), 16))
+#define dsv4__v_widen(p) \
     _mm256_castsi256_ps( \
         _mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(const void *)(p))), 16))
-#define v_narrow(p, v)                                                \
+#define dsv4__v_narrow(p, v)                                          \
     _mm_storeu_si128((__m128i *)(void *)(p),                          \
                      _mm256_castsi256_si128(_mm256_permute4x64_epi64( \
                          _mm256_packus_epi32(DSV4__FN(upper)(v), _mm256_setzero_si256()), 0xd8)))
-#define v_even(p) _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_loadu_si256((const __m256i *)(const void *)(p)), 16))
-#define v_odd(p)         \
+#define dsv4__v_even(p) \
+    _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_loadu_si256((const __m256i *)(const void *)(p)), 16))
+#define dsv4__v_odd(p)   \
     _mm256_castsi256_ps( \
         _mm256_and_si256(_mm256_loadu_si256((const __m256i *)(const void *)(p)), _mm256_set1_epi32((int)0xffff0000u)))
 
@@ -1480,46 +1484,46 @@ static inline __m256i DSV4__FN(upper)(__m256 v) {
 #if DSV4__STAMP == 3
 #define DSV4__SET avx512
 #else
-#define DSV4__SET        avx512bf16
-#define DSV4__DOT        1
-#define v_pair(p)        ((__m512bh)_mm512_set1_epi32(DSV4__FN(word)(p)))
-#define v_dot(sum, x, w) _mm512_dpbf16_ps(sum, x, (__m512bh)_mm512_loadu_si512((const void *)(w)))
+#define DSV4__SET              avx512bf16
+#define DSV4__DOT              1
+#define dsv4__v_pair(p)        ((__m512bh)_mm512_set1_epi32(DSV4__FN(word)(p)))
+#define dsv4__v_dot(sum, x, w) _mm512_dpbf16_ps(sum, x, (__m512bh)_mm512_loadu_si512((const void *)(w)))
 #endif
 #if DSV4__STAMP == 3
 DSV4__BEGIN_TARGET(DSV4__AVX512)
 #else
 DSV4__BEGIN_TARGET("avx512bf16," DSV4__AVX512)
 #endif
-#define DSV4__VF             __m512
-#define DSV4__VL             16
-#define DSV4__FUSED          1
-#define DSV4__TILE_ROWS      14
-#define DSV4__TILE_VECTORS   2
-#define v_zero()             _mm512_setzero_ps()
-#define v_set(f)             _mm512_set1_ps(f)
-#define v_load(p)            _mm512_loadu_ps(p)
-#define v_store(p, v)        _mm512_storeu_ps(p, v)
-#define v_load_n(p, n)       _mm512_maskz_loadu_ps((__mmask16)((1u << (n)) - 1u), p)
-#define v_store_n(p, v, n)   _mm512_mask_storeu_ps(p, (__mmask16)((1u << (n)) - 1u), v)
-#define v_add(a, b)          ((DSV4__VF)((a) + (b)))
-#define v_sub(a, b)          ((DSV4__VF)((a) - (b)))
-#define v_mul(a, b)          ((DSV4__VF)((a) * (b)))
-#define v_div(a, b)          ((DSV4__VF)((a) / (b)))
-#define v_max(a, b)          _mm512_max_ps(a, b)
-#define v_fma(a, b, c)       _mm512_fmadd_ps(a, b, c)
-#define v_madd(a, b, c)      _mm512_fmadd_ps(a, b, c)
-#define v_below(x, limit, v) _mm512_maskz_mov_ps((__mmask16)~_mm512_cmp_ps_mask(x, limit, _CMP_LT_OQ), v)
-#define v_above(a, b, x, y)  _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_GT_OQ), y, x)
-#define v_unequal(a, b, v)   _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(a, b, _CMP_NEQ_UQ), v)
-#define v_power(t) \
+#define DSV4__VF                   __m512
+#define DSV4__VL                   16
+#define DSV4__FUSED                1
+#define DSV4__TILE_ROWS            14
+#define DSV4__TILE_VECTORS         2
+#define dsv4__v_zero()             _mm512_setzero_ps()
+#define dsv4__v_set(f)             _mm512_set1_ps(f)
+#define dsv4__v_load(p)            _mm512_loadu_ps(p)
+#define dsv4__v_store(p, v)        _mm512_storeu_ps(p, v)
+#define dsv4__v_load_n(p, n)       _mm512_maskz_loadu_ps((__mmask16)((1u << (n)) - 1u), p)
+#define dsv4__v_store_n(p, v, n)   _mm512_mask_storeu_ps(p, (__mmask16)((1u << (n)) - 1u), v)
+#define dsv4__v_add(a, b)          ((DSV4__VF)((a) + (b)))
+#define dsv4__v_sub(a, b)          ((DSV4__VF)((a) - (b)))
+#define dsv4__v_mul(a, b)          ((DSV4__VF)((a) * (b)))
+#define dsv4__v_div(a, b)          ((DSV4__VF)((a) / (b)))
+#define dsv4__v_max(a, b)          _mm512_max_ps(a, b)
+#define dsv4__v_fma(a, b, c)       _mm512_fmadd_ps(a, b, c)
+#define dsv4__v_madd(a, b, c)      _mm512_fmadd_ps(a, b, c)
+#define dsv4__v_below(x, limit, v) _mm512_maskz_mov_ps((__mmask16)~_mm512_cmp_ps_mask(x, limit, _CMP_LT_OQ), v)
+#define dsv4__v_above(a, b, x, y)  _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_GT_OQ), y, x)
+#define dsv4__v_unequal(a, b, v)   _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(a, b, _CMP_NEQ_UQ), v)
+#define dsv4__v_power(t) \
     _mm512_castsi512_ps(_mm512_add_epi32(_mm512_slli_epi32(_mm512_castps_si512(t), 23), _mm512_set1_epi32(0x3f800000)))
-#define v_round(v) _mm512_castsi512_ps(_mm512_slli_epi32(DSV4__FN(upper)(v), 16))
-#define v_widen(p)       \
+#define dsv4__v_round(v) _mm512_castsi512_ps(_mm512_slli_epi32(DSV4__FN(upper)(v), 16))
+#define dsv4__v_widen(p) \
     _mm512_castsi512_ps( \
         _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(const void *)(p))), 16))
-#define v_narrow(p, v) _mm256_storeu_si256((__m256i *)(void *)(p), _mm512_cvtepi32_epi16(DSV4__FN(upper)(v)))
-#define v_even(p)      _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_loadu_si512((const void *)(p)), 16))
-#define v_odd(p) \
+#define dsv4__v_narrow(p, v) _mm256_storeu_si256((__m256i *)(void *)(p), _mm512_cvtepi32_epi16(DSV4__FN(upper)(v)))
+#define dsv4__v_even(p)      _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_loadu_si512((const void *)(p)), 16))
+#define dsv4__v_odd(p) \
     _mm512_castsi512_ps(_mm512_and_si512(_mm512_loadu_si512((const void *)(p)), _mm512_set1_epi32((int)0xffff0000u)))
 
 static inline __m512i DSV4__FN(upper)(__m512 v) {
@@ -1531,32 +1535,34 @@ static inline __m512i DSV4__FN(upper)(__m512 v) {
 }
 
 #elif DSV4__STAMP == 5 /* NEON, aarch64 */
-#define DSV4__SET            neon
-#define DSV4__FUSED          1
-#define DSV4__VF             float32x4_t
-#define DSV4__VL             4
-#define DSV4__TILE_ROWS      6
-#define DSV4__TILE_VECTORS   4
-#define v_zero()             vdupq_n_f32(0)
-#define v_set(f)             vdupq_n_f32(f)
-#define v_load(p)            vld1q_f32(p)
-#define v_store(p, v)        vst1q_f32(p, v)
-#define v_add(a, b)          ((DSV4__VF)((a) + (b)))
-#define v_sub(a, b)          ((DSV4__VF)((a) - (b)))
-#define v_mul(a, b)          ((DSV4__VF)((a) * (b)))
-#define v_div(a, b)          ((DSV4__VF)((a) / (b)))
-#define v_max(a, b)          vmaxq_f32(a, b)
-#define v_fma(a, b, c)       vfmaq_f32(c, a, b)
-#define v_madd(a, b, c)      vfmaq_f32(c, a, b)
-#define v_below(x, limit, v) vreinterpretq_f32_u32(vbicq_u32(vreinterpretq_u32_f32(v), vcltq_f32(x, limit)))
-#define v_above(a, b, x, y)  vbslq_f32(vcgtq_f32(a, b), x, y)
-#define v_unequal(a, b, v)   vreinterpretq_f32_u32(vbicq_u32(vreinterpretq_u32_f32(v), vceqq_f32(a, b)))
-#define v_power(t)           vreinterpretq_f32_u32(vaddq_u32(vshlq_n_u32(vreinterpretq_u32_f32(t), 23), vdupq_n_u32(0x3f800000u)))
-#define v_round(v)           vreinterpretq_f32_u32(vshlq_n_u32(DSV4__FN(upper)(v), 16))
-#define v_widen(p)           vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p), 16))
-#define v_narrow(p, v)       vst1_u16(p, vmovn_u32(DSV4__FN(upper)(v)))
-#define v_even(p)            vreinterpretq_f32_u32(vshlq_n_u32(vreinterpretq_u32_u16(vld1q_u16(p)), 16))
-#define v_odd(p)             vreinterpretq_f32_u32(vandq_u32(vreinterpretq_u32_u16(vld1q_u16(p)), vdupq_n_u32(0xffff0000u)))
+#define DSV4__SET                  neon
+#define DSV4__FUSED                1
+#define DSV4__VF                   float32x4_t
+#define DSV4__VL                   4
+#define DSV4__TILE_ROWS            6
+#define DSV4__TILE_VECTORS         4
+#define dsv4__v_zero()             vdupq_n_f32(0)
+#define dsv4__v_set(f)             vdupq_n_f32(f)
+#define dsv4__v_load(p)            vld1q_f32(p)
+#define dsv4__v_store(p, v)        vst1q_f32(p, v)
+#define dsv4__v_add(a, b)          ((DSV4__VF)((a) + (b)))
+#define dsv4__v_sub(a, b)          ((DSV4__VF)((a) - (b)))
+#define dsv4__v_mul(a, b)          ((DSV4__VF)((a) * (b)))
+#define dsv4__v_div(a, b)          ((DSV4__VF)((a) / (b)))
+#define dsv4__v_max(a, b)          vmaxq_f32(a, b)
+#define dsv4__v_fma(a, b, c)       vfmaq_f32(c, a, b)
+#define dsv4__v_madd(a, b, c)      vfmaq_f32(c, a, b)
+#define dsv4__v_below(x, limit, v) vreinterpretq_f32_u32(vbicq_u32(vreinterpretq_u32_f32(v), vcltq_f32(x, limit)))
+#define dsv4__v_above(a, b, x, y)  vbslq_f32(vcgtq_f32(a, b), x, y)
+#define dsv4__v_unequal(a, b, v)   vreinterpretq_f32_u32(vbicq_u32(vreinterpretq_u32_f32(v), vceqq_f32(a, b)))
+#define dsv4__v_power(t) \
+    vreinterpretq_f32_u32(vaddq_u32(vshlq_n_u32(vreinterpretq_u32_f32(t), 23), vdupq_n_u32(0x3f800000u)))
+#define dsv4__v_round(v)     vreinterpretq_f32_u32(vshlq_n_u32(DSV4__FN(upper)(v), 16))
+#define dsv4__v_widen(p)     vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p), 16))
+#define dsv4__v_narrow(p, v) vst1_u16(p, vmovn_u32(DSV4__FN(upper)(v)))
+#define dsv4__v_even(p)      vreinterpretq_f32_u32(vshlq_n_u32(vreinterpretq_u32_u16(vld1q_u16(p)), 16))
+#define dsv4__v_high(p)      vandq_u16(vld1q_u16(p), vreinterpretq_u16_u32(vdupq_n_u32(~0xffffu)))
+#define dsv4__v_odd(p)       vreinterpretq_f32_u16(dsv4__v_high(p))
 
 static inline uint32x4_t DSV4__FN(upper)(float32x4_t v) {
     const uint32x4_t bits = vreinterpretq_u32_f32(v), up = vshrq_n_u32(bits, 16);
@@ -1567,92 +1573,96 @@ static inline uint32x4_t DSV4__FN(upper)(float32x4_t v) {
 
 #elif DSV4__STAMP == 6 || DSV4__STAMP == 7 /* four lanes, as SSE4.1 has them */
 #if DSV4__STAMP == 6                       /* SIMDe: any CPU with 128-bit vectors, and plain C loops for the others */
-#define DSV4__SET       simde
-#define DSV4__VF        simde__m128
-#define DSV4__VI        simde__m128i
-#define DSV4__TILE_ROWS 4
-#define v_mm(name)      simde_mm_##name
+#define DSV4__SET        simde
+#define DSV4__VF         simde__m128
+#define DSV4__VI         simde__m128i
+#define DSV4__TILE_ROWS  4
+#define dsv4__v_mm(name) simde_mm_##name
 #else /* itself, with FMA: for GCC on Windows. No wider vectors by the compiler's own choice either */
-#define DSV4__SET       fma128
+#define DSV4__SET        fma128
 DSV4__BEGIN_TARGET("avx2,fma,prefer-vector-width=128")
-#define DSV4__VF        __m128
-#define DSV4__VI        __m128i
-#define DSV4__TILE_ROWS 6
-#define v_mm(name)      _mm_##name
+#define DSV4__VF         __m128
+#define DSV4__VI         __m128i
+#define DSV4__TILE_ROWS  6
+#define dsv4__v_mm(name) _mm_##name
 #endif
-#define DSV4__VL           4
-#define DSV4__TILE_VECTORS 2
-#define v_zero()           v_mm(setzero_ps)()
-#define v_set(f)           v_mm(set1_ps)(f)
-#define v_load(p)          v_mm(loadu_ps)(p)
-#define v_store(p, v)      v_mm(storeu_ps)(p, v)
+#define DSV4__VL            4
+#define DSV4__TILE_VECTORS  2
+#define dsv4__v_zero()      dsv4__v_mm(setzero_ps)()
+#define dsv4__v_set(f)      dsv4__v_mm(set1_ps)(f)
+#define dsv4__v_load(p)     dsv4__v_mm(loadu_ps)(p)
+#define dsv4__v_store(p, v) dsv4__v_mm(storeu_ps)(p, v)
 #if DSV4__STAMP == 7 || defined(SIMDE_X86_SSE_NATIVE)
-#define v_add(a, b) ((DSV4__VF)((a) + (b)))
-#define v_sub(a, b) ((DSV4__VF)((a) - (b)))
-#define v_mul(a, b) ((DSV4__VF)((a) * (b)))
-#define v_div(a, b) ((DSV4__VF)((a) / (b)))
+#define dsv4__v_add(a, b) ((DSV4__VF)((a) + (b)))
+#define dsv4__v_sub(a, b) ((DSV4__VF)((a) - (b)))
+#define dsv4__v_mul(a, b) ((DSV4__VF)((a) * (b)))
+#define dsv4__v_div(a, b) ((DSV4__VF)((a) / (b)))
 #else /* SIMDe's vectors may be structures */
-#define v_add(a, b) v_mm(add_ps)(a, b)
-#define v_sub(a, b) v_mm(sub_ps)(a, b)
-#define v_mul(a, b) v_mm(mul_ps)(a, b)
-#define v_div(a, b) v_mm(div_ps)(a, b)
+#define dsv4__v_add(a, b) dsv4__v_mm(add_ps)(a, b)
+#define dsv4__v_sub(a, b) dsv4__v_mm(sub_ps)(a, b)
+#define dsv4__v_mul(a, b) dsv4__v_mm(mul_ps)(a, b)
+#define dsv4__v_div(a, b) dsv4__v_mm(div_ps)(a, b)
 #endif
-#define v_max(a, b)        v_mm(max_ps)(a, b)
+#define dsv4__v_max(a, b) dsv4__v_mm(max_ps)(a, b)
 #if DSV4__STAMP == 7 || defined(SIMDE_X86_FMA_NATIVE) || defined(SIMDE_ARM_NEON_A64V8_NATIVE)
-#define DSV4__FUSED    1
-#define v_fma(a, b, c) v_mm(fmadd_ps)(a, b, c)
+#define DSV4__FUSED          1
+#define dsv4__v_fma(a, b, c) dsv4__v_mm(fmadd_ps)(a, b, c)
 #else /* SIMDe would round the product here */
-#define v_fma(a, b, c) DSV4__FN(fma)(a, b, c)
+#define dsv4__v_fma(a, b, c) DSV4__FN(fma)(a, b, c)
 #endif
-#define v_madd(a, b, c)      v_add(v_mul(a, b), c)
-#define v_below(x, limit, v) v_mm(andnot_ps)(v_mm(cmplt_ps)(x, limit), v)
-#define v_above(a, b, x, y)  v_mm(blendv_ps)(y, x, v_mm(cmpgt_ps)(a, b))
-#define v_unequal(a, b, v)   v_mm(and_ps)(v_mm(cmpneq_ps)(a, b), v)
-#define v_power(t) \
-    v_mm(castsi128_ps)(v_mm(add_epi32)(v_mm(slli_epi32)(v_mm(castps_si128)(t), 23), v_mm(set1_epi32)(0x3f800000)))
-#define v_round(v) v_mm(castsi128_ps)(v_mm(slli_epi32)(DSV4__FN(upper)(v), 16))
-#define v_widen(p)      \
-    v_mm(castsi128_ps)( \
-        v_mm(unpacklo_epi16)(v_mm(setzero_si128)(), v_mm(loadl_epi64)((const DSV4__VI *)(const void *)(p))))
-#define v_narrow(p, v) \
-    v_mm(storel_epi64)((DSV4__VI *)(void *)(p), v_mm(packus_epi32)(DSV4__FN(upper)(v), v_mm(setzero_si128)()))
-#define v_even(p) v_mm(castsi128_ps)(v_mm(slli_epi32)(v_mm(loadu_si128)((const DSV4__VI *)(const void *)(p)), 16))
-#define v_odd(p)                                                                               \
-    v_mm(castsi128_ps)(v_mm(and_si128)(v_mm(loadu_si128)((const DSV4__VI *)(const void *)(p)), \
-                                       v_mm(set1_epi32)((int32_t)0xffff0000u)))
+#define dsv4__v_madd(a, b, c)      dsv4__v_add(dsv4__v_mul(a, b), c)
+#define dsv4__v_below(x, limit, v) dsv4__v_mm(andnot_ps)(dsv4__v_mm(cmplt_ps)(x, limit), v)
+#define dsv4__v_above(a, b, x, y)  dsv4__v_mm(blendv_ps)(y, x, dsv4__v_mm(cmpgt_ps)(a, b))
+#define dsv4__v_unequal(a, b, v)   dsv4__v_mm(and_ps)(dsv4__v_mm(cmpneq_ps)(a, b), v)
+#define dsv4__v_power(t)                                                                                    \
+    dsv4__v_mm(castsi128_ps)(dsv4__v_mm(add_epi32)(dsv4__v_mm(slli_epi32)(dsv4__v_mm(castps_si128)(t), 23), \
+                                                   dsv4__v_mm(set1_epi32)(0x3f800000)))
+#define dsv4__v_round(v) dsv4__v_mm(castsi128_ps)(dsv4__v_mm(slli_epi32)(DSV4__FN(upper)(v), 16))
+#define dsv4__v_widen(p)                                                             \
+    dsv4__v_mm(castsi128_ps)(dsv4__v_mm(unpacklo_epi16)(dsv4__v_mm(setzero_si128)(), \
+                                                        dsv4__v_mm(loadl_epi64)((const DSV4__VI *)(const void *)(p))))
+#define dsv4__v_narrow(p, v)                          \
+    dsv4__v_mm(storel_epi64)((DSV4__VI *)(void *)(p), \
+                             dsv4__v_mm(packus_epi32)(DSV4__FN(upper)(v), dsv4__v_mm(setzero_si128)()))
+#define dsv4__v_even(p) \
+    dsv4__v_mm(castsi128_ps)(dsv4__v_mm(slli_epi32)(dsv4__v_mm(loadu_si128)((const DSV4__VI *)(const void *)(p)), 16))
+#define dsv4__v_odd(p)                                                                                           \
+    dsv4__v_mm(castsi128_ps)(dsv4__v_mm(and_si128)(dsv4__v_mm(loadu_si128)((const DSV4__VI *)(const void *)(p)), \
+                                                   dsv4__v_mm(set1_epi32)((int32_t)0xffff0000u)))
 
 static inline DSV4__VI DSV4__FN(upper)(DSV4__VF v) {
-    const DSV4__VI bits = v_mm(castps_si128)(v), up = v_mm(srli_epi32)(bits, 16);
-    const DSV4__VI half = v_mm(add_epi32)(v_mm(set1_epi32)(0x7fff), v_mm(and_si128)(up, v_mm(set1_epi32)(1)));
-    const DSV4__VI rounded = v_mm(srli_epi32)(v_mm(add_epi32)(bits, half), 16);
-    const DSV4__VI nan = v_mm(castps_si128)(v_mm(cmpunord_ps)(v, v));
-    return v_mm(blendv_epi8)(rounded, v_mm(or_si128)(up, v_mm(set1_epi32)(0x40)), nan);
+    const DSV4__VI bits = dsv4__v_mm(castps_si128)(v), up = dsv4__v_mm(srli_epi32)(bits, 16);
+    const DSV4__VI half =
+        dsv4__v_mm(add_epi32)(dsv4__v_mm(set1_epi32)(0x7fff), dsv4__v_mm(and_si128)(up, dsv4__v_mm(set1_epi32)(1)));
+    const DSV4__VI rounded = dsv4__v_mm(srli_epi32)(dsv4__v_mm(add_epi32)(bits, half), 16);
+    const DSV4__VI nan = dsv4__v_mm(castps_si128)(dsv4__v_mm(cmpunord_ps)(v, v));
+    return dsv4__v_mm(blendv_epi8)(rounded, dsv4__v_mm(or_si128)(up, dsv4__v_mm(set1_epi32)(0x40)), nan);
 }
 
 DSV4__UNUSED static inline DSV4__VF DSV4__FN(fma)(DSV4__VF a, DSV4__VF b, DSV4__VF c) {
     float x[4], y[4], z[4];
-    v_mm(storeu_ps)(x, a);
-    v_mm(storeu_ps)(y, b);
-    v_mm(storeu_ps)(z, c);
+    dsv4__v_mm(storeu_ps)(x, a);
+    dsv4__v_mm(storeu_ps)(y, b);
+    dsv4__v_mm(storeu_ps)(z, c);
     for (int i = 0; i < 4; i++) z[i] = dsv4__fma(x[i], y[i], z[i]);
-    return v_mm(loadu_ps)(z);
+    return dsv4__v_mm(loadu_ps)(z);
 }
 #endif
 
 /* Four lanes go through memory. */
 #if DSV4__STAMP >= 5
-#define v_load_n(p, n)     DSV4__FN(load_n)(p, n)
-#define v_store_n(p, v, n) DSV4__FN(store_n)(p, v, n)
+#define dsv4__v_load_n(p, n)     DSV4__FN(load_n)(p, n)
+#define dsv4__v_store_n(p, v, n) DSV4__FN(store_n)(p, v, n)
 
 static inline DSV4__VF DSV4__FN(load_n)(const float *p, int64_t n) {
     float lanes[DSV4__VL] = {0};
     for (int64_t i = 0; i < n; i++) lanes[i] = p[i];
-    return v_load(lanes);
+    return dsv4__v_load(lanes);
 }
 
 static inline void DSV4__FN(store_n)(float *p, DSV4__VF v, int64_t n) {
     float lanes[DSV4__VL];
-    v_store(lanes, v);
+    dsv4__v_store(lanes, v);
     for (int64_t i = 0; i < n; i++) p[i] = lanes[i];
 }
 #endif
@@ -1662,14 +1672,14 @@ static inline void DSV4__FN(store_n)(float *p, DSV4__VF v, int64_t n) {
  * ------------------------------------------------------------------------------------------------------------ */
 
 DSV4__INLINE DSV4__VF DSV4__FN(load_some)(const float *p, int64_t n) {
-    return n >= DSV4__VL ? v_load(p) : v_load_n(p, n);
+    return n >= DSV4__VL ? dsv4__v_load(p) : dsv4__v_load_n(p, n);
 }
 
 DSV4__INLINE void DSV4__FN(store_some)(float *p, DSV4__VF v, int64_t n) {
     if (n >= DSV4__VL)
-        v_store(p, v);
+        dsv4__v_store(p, v);
     else
-        v_store_n(p, v, n);
+        dsv4__v_store_n(p, v, n);
 }
 
 #if defined(DSV4__DOT)
@@ -1703,17 +1713,17 @@ DSV4__INLINE void DSV4__FN(term)(DSV4__VF acc[][DSV4__TILE_VECTORS], const int r
     for (int v = 0; v < DSV4__TILE_VECTORS; v++) {
         const dsv4_bf16 *pairs = (const dsv4_bf16 *)w + 2 * v * DSV4__VL;
         if (mode != DSV4__FN(direct))
-            column[v] = v_load((const float *)w + v * DSV4__VL);
+            column[v] = dsv4__v_load((const float *)w + v * DSV4__VL);
         else
-            column[v] = odd ? v_odd(pairs) : v_even(pairs);
+            column[v] = odd ? dsv4__v_odd(pairs) : dsv4__v_even(pairs);
     }
     DSV4__UNROLL
     for (int r = 0; r < rows; r++) {
-        const DSV4__VF value = v_set(x[r * DSV4__KBLOCK]);
+        const DSV4__VF value = dsv4__v_set(x[r * DSV4__KBLOCK]);
         DSV4__UNROLL
         for (int v = 0; v < DSV4__TILE_VECTORS; v++)
-            acc[r][v] =
-                mode == DSV4__FN(exact) ? v_madd(value, column[v], acc[r][v]) : v_fma(value, column[v], acc[r][v]);
+            acc[r][v] = mode == DSV4__FN(exact) ? dsv4__v_madd(value, column[v], acc[r][v])
+                                                : dsv4__v_fma(value, column[v], acc[r][v]);
     }
 }
 
@@ -1727,8 +1737,8 @@ DSV4__INLINE void DSV4__FN(pair)(DSV4__VF acc[][DSV4__TILE_VECTORS], const int r
         for (int r = 0; r < rows; r++) {
             DSV4__UNROLL
             for (int v = 0; v < DSV4__TILE_VECTORS; v++)
-                acc[r][v] = v_dot(acc[r][v], v_pair((const dsv4_bf16 *)x + 2 * k + r * DSV4__KBLOCK),
-                                  (const dsv4_bf16 *)w + 2 * (k * DSV4__PANEL + v * DSV4__VL));
+                acc[r][v] = dsv4__v_dot(acc[r][v], dsv4__v_pair((const dsv4_bf16 *)x + 2 * k + r * DSV4__KBLOCK),
+                                        (const dsv4_bf16 *)w + 2 * (k * DSV4__PANEL + v * DSV4__VL));
         }
         return;
     }
@@ -1767,7 +1777,7 @@ DSV4__INLINE void DSV4__FN(tile)(const dsv4__product_job *job, int64_t row, int6
     DSV4__UNROLL
     for (int r = 0; r < rows; r++) {
         DSV4__UNROLL
-        for (int v = 0; v < DSV4__TILE_VECTORS; v++) acc[r][v] = v_zero();
+        for (int v = 0; v < DSV4__TILE_VECTORS; v++) acc[r][v] = dsv4__v_zero();
     }
     int64_t k = job->pairs;
     for (; k >= 2; k -= 2, x += 4 * x_size, w += 4 * DSV4__PANEL * w_size, fetch += (uintptr_t)ahead.step) {
@@ -1781,13 +1791,13 @@ DSV4__INLINE void DSV4__FN(tile)(const dsv4__product_job *job, int64_t row, int6
         for (int r = 0; r < rows; r++) {
             DSV4__UNROLL
             for (int v = 0; v < DSV4__TILE_VECTORS; v++)
-                acc[r][v] = v_add(v_load(sum + r * job->sum_stride + v * DSV4__VL), acc[r][v]);
+                acc[r][v] = dsv4__v_add(dsv4__v_load(sum + r * job->sum_stride + v * DSV4__VL), acc[r][v]);
         }
     }
     DSV4__UNROLL
     for (int r = 0; r < rows; r++) {
         DSV4__UNROLL
-        for (int v = 0; v < DSV4__TILE_VECTORS; v++) v_store(sum + r * job->sum_stride + v * DSV4__VL, acc[r][v]);
+        for (int v = 0; v < DSV4__TILE_VECTORS; v++) dsv4__v_store(sum + r * job->sum_stride + v * DSV4__VL, acc[r][v]);
     }
 }
 
@@ -1822,8 +1832,8 @@ DSV4__INLINE void DSV4__FN(tiles)(const dsv4__product_job *job, const int mode, 
 static void DSV4__FN(widen_panel)(const dsv4_bf16 *w, int64_t pairs, float *wide) {
     for (int64_t k = 0; k < pairs; k++, wide += 2 * DSV4__PANEL)
         for (int64_t c = 0; c < DSV4__PANEL; c += DSV4__VL, w += 2 * DSV4__VL) {
-            v_store(wide + c, v_even(w));
-            v_store(wide + DSV4__PANEL + c, v_odd(w));
+            dsv4__v_store(wide + c, dsv4__v_even(w));
+            dsv4__v_store(wide + DSV4__PANEL + c, dsv4__v_odd(w));
         }
 }
 
@@ -1875,97 +1885,100 @@ static void DSV4__FN(product)(const dsv4__product_job *job) {
 /* e^x for x <= 0, within 2 ulp: x = n ln 2 + r, e^r = 1 + r + r^2 q(r). 0 where the result would be subnormal. What is
  * further down, -INFINITY above all, is brought up to where arithmetic on it is harmless. */
 DSV4__INLINE DSV4__VF DSV4__FN(exp)(DSV4__VF x) {
-    const DSV4__VF magic = v_set(DSV4__MAGIC);
-    x = v_max(v_set(-88.0f), x); /* in this order NaN stays */
-    const DSV4__VF t = v_fma(x, v_set(1.44269504f), magic);
-    const DSV4__VF n = v_sub(t, magic);
-    DSV4__VF r = v_fma(n, v_set(-0.693147182f), x);
-    r = v_fma(n, v_set(1.90465421e-9f), r);
-    DSV4__VF q = v_set(0.0013950536f);
-    q = v_fma(q, r, v_set(0.008368919f));
-    q = v_fma(q, r, v_set(0.041666206f));
-    q = v_fma(q, r, v_set(0.16666518f));
-    q = v_fma(q, r, v_set(0.5f));
-    q = v_fma(v_mul(q, r), r, r);
-    return v_below(x, v_set(-87.3365402f), v_mul(v_add(q, v_set(1.0f)), v_power(t)));
+    const DSV4__VF magic = dsv4__v_set(DSV4__MAGIC);
+    x = dsv4__v_max(dsv4__v_set(-88.0f), x); /* in this order NaN stays */
+    const DSV4__VF t = dsv4__v_fma(x, dsv4__v_set(1.44269504f), magic);
+    const DSV4__VF n = dsv4__v_sub(t, magic);
+    DSV4__VF r = dsv4__v_fma(n, dsv4__v_set(-0.693147182f), x);
+    r = dsv4__v_fma(n, dsv4__v_set(1.90465421e-9f), r);
+    DSV4__VF q = dsv4__v_set(0.0013950536f);
+    q = dsv4__v_fma(q, r, dsv4__v_set(0.008368919f));
+    q = dsv4__v_fma(q, r, dsv4__v_set(0.041666206f));
+    q = dsv4__v_fma(q, r, dsv4__v_set(0.16666518f));
+    q = dsv4__v_fma(q, r, dsv4__v_set(0.5f));
+    q = dsv4__v_fma(dsv4__v_mul(q, r), r, r);
+    return dsv4__v_below(x, dsv4__v_set(-87.3365402f),
+                         dsv4__v_mul(dsv4__v_add(q, dsv4__v_set(1.0f)), dsv4__v_power(t)));
 }
 
 /* Pooling works on DSV4__POOL_VECTORS vectors of channels side by side, and on one where fewer are left. */
 #define DSV4__POOL_VECTORS (DSV4__PANEL / DSV4__VL < 4 ? DSV4__PANEL / DSV4__VL : 4)
 
 /* The vectors of channels from c on: `vectors` of them, or n < VL channels of one. */
-typedef struct DSV4__FN(span) {
+#define DSV4__SPAN DSV4__FN(span)
+typedef struct DSV4__SPAN {
     int64_t c, n;
-} DSV4__FN(span);
+} DSV4__SPAN;
 
 /* One pass over a window's rows in order: the greatest score so far, and the sums of e^(score - top) and of that times
  * kv. What it holds is all that an open window needs of the rows it has seen. */
-typedef struct DSV4__FN(fold) {
+#define DSV4__FOLD DSV4__FN(fold)
+typedef struct DSV4__FOLD {
     DSV4__VF top[DSV4__POOL_VECTORS], den[DSV4__POOL_VECTORS], num[DSV4__POOL_VECTORS];
-} DSV4__FN(fold);
+} DSV4__FOLD;
 
 /* Softmax in two passes, where weights are needed one by one: maximum, and the sums of e and of e kv in row order. */
-typedef struct DSV4__FN(softmax) {
+#define DSV4__SOFTMAX DSV4__FN(softmax)
+typedef struct DSV4__SOFTMAX {
     DSV4__VF top[DSV4__POOL_VECTORS], den[DSV4__POOL_VECTORS], sum[DSV4__POOL_VECTORS];
-} DSV4__FN(softmax);
+} DSV4__SOFTMAX;
 
 /* The scores of one row of a run. */
-DSV4__INLINE void DSV4__FN(score_row)(const dsv4__pool_job *job, const dsv4__run *run, int64_t row, DSV4__FN(span) at,
+DSV4__INLINE void DSV4__FN(score_row)(const dsv4__pool_job *job, const dsv4__run *run, int64_t row, DSV4__SPAN at,
                                       const int vectors, DSV4__VF *score) {
     const int gated = run->kv != NULL && run->gate != NULL;
     const float *gate = gated ? run->gate + row * run->stride + at.c : NULL;
     const float *ape = gated && run->ape != NULL ? run->ape + row * run->ape_stride + at.c : NULL;
     DSV4__UNROLL
     for (int v = 0; v < vectors; v++)
-        score[v] =
-            gated ? DSV4__FN(load_some)(gate + v * DSV4__VL, at.n) : v_set(run->kv == NULL ? job->pad_gate : 0.0f);
+        score[v] = gated ? DSV4__FN(load_some)(gate + v * DSV4__VL, at.n)
+                         : dsv4__v_set(run->kv == NULL ? job->pad_gate : 0.0f);
     if (ape != NULL) {
         DSV4__UNROLL
-        for (int v = 0; v < vectors; v++) score[v] = v_add(score[v], DSV4__FN(load_some)(ape + v * DSV4__VL, at.n));
+        for (int v = 0; v < vectors; v++)
+            score[v] = dsv4__v_add(score[v], DSV4__FN(load_some)(ape + v * DSV4__VL, at.n));
     }
     if (gated && (job->rounding & DSV4_ROUND_SCORE)) {
         DSV4__UNROLL
-        for (int v = 0; v < vectors; v++) score[v] = v_round(score[v]);
+        for (int v = 0; v < vectors; v++) score[v] = dsv4__v_round(score[v]);
     }
 }
 
 DSV4__INLINE DSV4__VF DSV4__FN(value)(const dsv4__run *run, int64_t row, int64_t c, int64_t n) {
-    return run->kv == NULL ? v_zero() : DSV4__FN(load_some)(run->kv + row * run->stride + c, n);
+    return run->kv == NULL ? dsv4__v_zero() : DSV4__FN(load_some)(run->kv + row * run->stride + c, n);
 }
 
-DSV4__INLINE DSV4__VF DSV4__FN(unless_equal)(DSV4__VF a, DSV4__VF b, DSV4__VF v) { return v_unequal(a, b, v); }
+DSV4__INLINE DSV4__VF DSV4__FN(unless_equal)(DSV4__VF a, DSV4__VF b, DSV4__VF v) { return dsv4__v_unequal(a, b, v); }
 
 /* One more row. Whichever of score and top is the smaller brings e^-|score - top| to its side of the sums. Equal ones,
  * both -INFINITY among them, never meet in a subtraction. */
-DSV4__INLINE void DSV4__FN(fold_row)(DSV4__FN(fold) *f, const DSV4__VF *score, const DSV4__VF *value,
-                                     const int vectors) {
-    const DSV4__VF one = v_set(1.0f);
+DSV4__INLINE void DSV4__FN(fold_row)(DSV4__FOLD *f, const DSV4__VF *score, const DSV4__VF *value, const int vectors) {
+    const DSV4__VF one = dsv4__v_set(1.0f);
     DSV4__UNROLL
     for (int v = 0; v < vectors; v++) {
         const DSV4__VF s = score[v], top = f->top[v], den = f->den[v], num = f->num[v];
-        const DSV4__VF high = v_above(s, top, s, top), low = v_above(s, top, top, s);
-        const DSV4__VF gap = v_sub(low, DSV4__FN(unless_equal)(s, top, high));
+        const DSV4__VF high = dsv4__v_above(s, top, s, top), low = dsv4__v_above(s, top, top, s);
+        const DSV4__VF gap = dsv4__v_sub(low, DSV4__FN(unless_equal)(s, top, high));
         const DSV4__VF e = DSV4__FN(exp)(DSV4__FN(unless_equal)(s, top, gap));
-        f->den[v] = v_fma(v_above(s, top, den, one), e, v_above(s, top, one, den));
-        f->num[v] = v_fma(v_above(s, top, num, value[v]), e, v_above(s, top, value[v], num));
+        f->den[v] = dsv4__v_fma(dsv4__v_above(s, top, den, one), e, dsv4__v_above(s, top, one, den));
+        f->num[v] = dsv4__v_fma(dsv4__v_above(s, top, num, value[v]), e, dsv4__v_above(s, top, value[v], num));
         f->top[v] = high;
     }
 }
 
 /* Where the fold starts: at what the job goes on from, or at nothing. */
-DSV4__INLINE void DSV4__FN(fold_begin)(const dsv4__pool_job *job, DSV4__FN(span) at, const int vectors,
-                                       DSV4__FN(fold) *f) {
+DSV4__INLINE void DSV4__FN(fold_begin)(const dsv4__pool_job *job, DSV4__SPAN at, const int vectors, DSV4__FOLD *f) {
     DSV4__UNROLL
     for (int v = 0; v < vectors; v++) {
         const float *from = job->from == NULL ? NULL : job->from + at.c + v * DSV4__VL;
-        f->top[v] = from == NULL ? v_zero() : DSV4__FN(load_some)(from, at.n);
-        f->den[v] = from == NULL ? v_zero() : DSV4__FN(load_some)(from + job->fold_stride, at.n);
-        f->num[v] = from == NULL ? v_zero() : DSV4__FN(load_some)(from + 2 * job->fold_stride, at.n);
+        f->top[v] = from == NULL ? dsv4__v_zero() : DSV4__FN(load_some)(from, at.n);
+        f->den[v] = from == NULL ? dsv4__v_zero() : DSV4__FN(load_some)(from + job->fold_stride, at.n);
+        f->num[v] = from == NULL ? dsv4__v_zero() : DSV4__FN(load_some)(from + 2 * job->fold_stride, at.n);
     }
 }
 
-DSV4__INLINE void DSV4__FN(fold_store)(const dsv4__pool_job *job, DSV4__FN(span) at, const int vectors,
-                                       const DSV4__FN(fold) *f) {
+DSV4__INLINE void DSV4__FN(fold_store)(const dsv4__pool_job *job, DSV4__SPAN at, const int vectors,
+                                       const DSV4__FOLD *f) {
     DSV4__UNROLL
     for (int v = 0; v < vectors; v++) {
         float *to = job->to + at.c + v * DSV4__VL;
@@ -1977,8 +1990,8 @@ DSV4__INLINE void DSV4__FN(fold_store)(const dsv4__pool_job *job, DSV4__FN(span)
 
 /* Folds the job's rows, and closes the window or leaves it open. A pad of -INFINITY is left out; a channel of nothing
  * but -INFINITY has no mean. */
-DSV4__INLINE void DSV4__FN(fold_span)(const dsv4__pool_job *job, DSV4__FN(span) at, const int vectors) {
-    DSV4__FN(fold) f;
+DSV4__INLINE void DSV4__FN(fold_span)(const dsv4__pool_job *job, DSV4__SPAN at, const int vectors) {
+    DSV4__FOLD f;
     int begun = job->from != NULL;
     DSV4__FN(fold_begin)(job, at, vectors, &f);
     for (int i = 0; i < job->window->run_count; i++) {
@@ -1997,7 +2010,7 @@ DSV4__INLINE void DSV4__FN(fold_span)(const dsv4__pool_job *job, DSV4__FN(span) 
             DSV4__UNROLL
             for (int v = 0; v < vectors; v++) {
                 f.top[v] = score[v];
-                f.den[v] = v_set(1.0f);
+                f.den[v] = dsv4__v_set(1.0f);
                 f.num[v] = value[v];
             }
         }
@@ -2007,17 +2020,16 @@ DSV4__INLINE void DSV4__FN(fold_span)(const dsv4__pool_job *job, DSV4__FN(span) 
         return;
     }
     DSV4__UNROLL
-    for (int v = 0; v < vectors; v++)
-        DSV4__FN(store_some)(job->pooled + at.c + v * DSV4__VL,
-                             v_above(f.top[v], v_set(-INFINITY), v_div(f.num[v], f.den[v]), v_set(NAN)), at.n);
+    for (int v = 0; v < vectors; v++) DSV4__FN(store_some)
+    (job->pooled + at.c + v * DSV4__VL,
+     dsv4__v_above(f.top[v], dsv4__v_set(-INFINITY), dsv4__v_div(f.num[v], f.den[v]), dsv4__v_set(NAN)), at.n);
 }
 
 /* Writes the scores to job->scores [rows, vectors * VL]; their maximum to s->top. */
-DSV4__INLINE void DSV4__FN(scores)(const dsv4__pool_job *job, DSV4__FN(span) at, const int vectors,
-                                   DSV4__FN(softmax) *s) {
+DSV4__INLINE void DSV4__FN(scores)(const dsv4__pool_job *job, DSV4__SPAN at, const int vectors, DSV4__SOFTMAX *s) {
     float *scores = job->scores;
     DSV4__UNROLL
-    for (int v = 0; v < vectors; v++) s->top[v] = v_set(-INFINITY);
+    for (int v = 0; v < vectors; v++) s->top[v] = dsv4__v_set(-INFINITY);
     for (int i = 0; i < job->window->run_count; i++) {
         const dsv4__run run = job->window->runs[i];
         for (int64_t row = 0; row < run.count; row++) {
@@ -2025,28 +2037,28 @@ DSV4__INLINE void DSV4__FN(scores)(const dsv4__pool_job *job, DSV4__FN(span) at,
             DSV4__FN(score_row)(job, &run, row, at, vectors, score);
             DSV4__UNROLL
             for (int v = 0; v < vectors; v++, scores += DSV4__VL) {
-                v_store(scores, score[v]);
-                s->top[v] = v_max(s->top[v], score[v]);
+                dsv4__v_store(scores, score[v]);
+                s->top[v] = dsv4__v_max(s->top[v], score[v]);
             }
         }
     }
 }
 
 /* Sums the scores' exponentials, and puts these where the scores were. */
-DSV4__INLINE void DSV4__FN(exponentials)(const dsv4__pool_job *job, DSV4__FN(span) at, const int vectors,
-                                         DSV4__FN(softmax) *s) {
+DSV4__INLINE void DSV4__FN(exponentials)(const dsv4__pool_job *job, DSV4__SPAN at, const int vectors,
+                                         DSV4__SOFTMAX *s) {
     float *scores = job->scores;
     DSV4__UNROLL
-    for (int v = 0; v < vectors; v++) s->den[v] = s->sum[v] = v_zero();
+    for (int v = 0; v < vectors; v++) s->den[v] = s->sum[v] = dsv4__v_zero();
     for (int i = 0; i < job->window->run_count; i++) {
         const dsv4__run run = job->window->runs[i];
         for (int64_t row = 0; row < run.count; row++) {
             DSV4__UNROLL
             for (int v = 0; v < vectors; v++, scores += DSV4__VL) {
-                const DSV4__VF e = DSV4__FN(exp)(v_sub(v_load(scores), s->top[v]));
-                v_store(scores, e);
-                s->den[v] = v_add(s->den[v], e);
-                s->sum[v] = v_fma(e, DSV4__FN(value)(&run, row, at.c + v * DSV4__VL, at.n), s->sum[v]);
+                const DSV4__VF e = DSV4__FN(exp)(dsv4__v_sub(dsv4__v_load(scores), s->top[v]));
+                dsv4__v_store(scores, e);
+                s->den[v] = dsv4__v_add(s->den[v], e);
+                s->sum[v] = dsv4__v_fma(e, DSV4__FN(value)(&run, row, at.c + v * DSV4__VL, at.n), s->sum[v]);
             }
         }
     }
@@ -2054,23 +2066,22 @@ DSV4__INLINE void DSV4__FN(exponentials)(const dsv4__pool_job *job, DSV4__FN(spa
 
 /* Where softmax weights are wanted one by one, rounded presets and the stage: sum becomes that of the rounded ones. On
  * arrays of its own, so that the other steps' stay in registers. */
-DSV4__INLINE void DSV4__FN(one_by_one)(const dsv4__pool_job *job, DSV4__FN(span) at, const int vectors,
-                                       DSV4__FN(softmax) *s) {
+DSV4__INLINE void DSV4__FN(one_by_one)(const dsv4__pool_job *job, DSV4__SPAN at, const int vectors, DSV4__SOFTMAX *s) {
     const float *e = job->scores;
     float *weights = job->weights;
-    DSV4__FN(softmax) own = *s;
-    for (int v = 0; v < vectors; v++) own.sum[v] = v_zero();
+    DSV4__SOFTMAX own = *s;
+    for (int v = 0; v < vectors; v++) own.sum[v] = dsv4__v_zero();
     for (int i = 0; i < job->window->run_count; i++) {
         const dsv4__run run = job->window->runs[i];
         for (int64_t row = 0; row < run.count; row++) {
             for (int v = 0; v < vectors; v++, e += DSV4__VL) {
                 const DSV4__VF value = DSV4__FN(value)(&run, row, at.c + v * DSV4__VL, at.n);
-                DSV4__VF weight = v_div(v_load(e), own.den[v]);
-                if (job->rounding & DSV4_ROUND_WEIGHT) weight = v_round(weight);
+                DSV4__VF weight = dsv4__v_div(dsv4__v_load(e), own.den[v]);
+                if (job->rounding & DSV4_ROUND_WEIGHT) weight = dsv4__v_round(weight);
                 if (job->rounding & DSV4_ROUND_PRODUCT)
-                    own.sum[v] = v_add(own.sum[v], v_round(v_mul(weight, value)));
+                    own.sum[v] = dsv4__v_add(own.sum[v], dsv4__v_round(dsv4__v_mul(weight, value)));
                 else
-                    own.sum[v] = v_fma(weight, value, own.sum[v]);
+                    own.sum[v] = dsv4__v_fma(weight, value, own.sum[v]);
                 if (weights != NULL) DSV4__FN(store_some)(weights + at.c + v * DSV4__VL, weight, at.n);
             }
             if (weights != NULL) weights += job->weights_stride;
@@ -2080,11 +2091,11 @@ DSV4__INLINE void DSV4__FN(one_by_one)(const dsv4__pool_job *job, DSV4__FN(span)
 }
 
 /* Rounded weights need both passes; so does the stage, beside the fold. */
-DSV4__INLINE void DSV4__FN(pool_span)(const dsv4__pool_job *job, DSV4__FN(span) at, const int vectors) {
+DSV4__INLINE void DSV4__FN(pool_span)(const dsv4__pool_job *job, DSV4__SPAN at, const int vectors) {
     const int weighted = (job->rounding & (DSV4_ROUND_WEIGHT | DSV4_ROUND_PRODUCT)) != 0;
     if (!weighted) DSV4__FN(fold_span)(job, at, vectors);
     if (!weighted && job->weights == NULL) return;
-    DSV4__FN(softmax) s;
+    DSV4__SOFTMAX s;
     DSV4__FN(scores)(job, at, vectors, &s);
     DSV4__FN(exponentials)(job, at, vectors, &s);
     DSV4__FN(one_by_one)(job, at, vectors, &s);
@@ -2094,25 +2105,26 @@ DSV4__INLINE void DSV4__FN(pool_span)(const dsv4__pool_job *job, DSV4__FN(span) 
 }
 
 /* The same weights on the way back: dkv_j = p_j dpooled and dgate_j = p_j dpooled (kv_j - mean), mean = sum p kv. */
-DSV4__INLINE void DSV4__FN(pool_back_span)(const dsv4__pool_job *job, DSV4__FN(span) at, const int vectors) {
+DSV4__INLINE void DSV4__FN(pool_back_span)(const dsv4__pool_job *job, DSV4__SPAN at, const int vectors) {
     const float *e = job->scores;
-    DSV4__FN(softmax) s;
+    DSV4__SOFTMAX s;
     DSV4__FN(scores)(job, at, vectors, &s);
     DSV4__FN(exponentials)(job, at, vectors, &s);
     DSV4__UNROLL
-    for (int v = 0; v < vectors; v++) s.sum[v] = v_div(s.sum[v], s.den[v]);
+    for (int v = 0; v < vectors; v++) s.sum[v] = dsv4__v_div(s.sum[v], s.den[v]);
     for (int i = 0; i < job->window->run_count; i++) {
         const dsv4__run run = job->window->runs[i];
         for (int64_t row = 0; row < run.count; row++)
             for (int v = 0; v < vectors; v++, e += DSV4__VL) {
                 const int64_t c = at.c + v * DSV4__VL;
                 if (run.dkv == NULL) continue;
-                const DSV4__VF p = v_div(v_load(e), s.den[v]), dpooled = DSV4__FN(load_some)(job->dpooled + c, at.n);
-                const DSV4__VF weight = job->rounding & DSV4_ROUND_WEIGHT ? v_round(p) : p;
-                const DSV4__VF aside = v_sub(DSV4__FN(value)(&run, row, c, at.n), s.sum[v]);
-                DSV4__FN(store_some)(run.dkv + row * run.d_stride + c, v_mul(weight, dpooled), at.n);
-                if (run.dgate != NULL)
-                    DSV4__FN(store_some)(run.dgate + row * run.d_stride + c, v_mul(v_mul(p, dpooled), aside), at.n);
+                const DSV4__VF p = dsv4__v_div(dsv4__v_load(e), s.den[v]),
+                               dpooled = DSV4__FN(load_some)(job->dpooled + c, at.n);
+                const DSV4__VF weight = job->rounding & DSV4_ROUND_WEIGHT ? dsv4__v_round(p) : p;
+                const DSV4__VF aside = dsv4__v_sub(DSV4__FN(value)(&run, row, c, at.n), s.sum[v]);
+                DSV4__FN(store_some)(run.dkv + row * run.d_stride + c, dsv4__v_mul(weight, dpooled), at.n);
+                if (run.dgate != NULL) DSV4__FN(store_some)
+                (run.dgate + row * run.d_stride + c, dsv4__v_mul(dsv4__v_mul(p, dpooled), aside), at.n);
             }
     }
 }
@@ -2121,7 +2133,7 @@ DSV4__INLINE void DSV4__FN(pool_back_span)(const dsv4__pool_job *job, DSV4__FN(s
 DSV4__INLINE void DSV4__FN(spans)(const dsv4__pool_job *job, const int back) {
     const int64_t wide = DSV4__POOL_VECTORS * DSV4__VL;
     dsv4__rows_ahead ahead = job->ahead;
-    DSV4__FN(span) at;
+    DSV4__SPAN at;
     at.n = DSV4__VL;
     for (at.c = 0; at.c + wide <= job->channels; at.c += wide) {
         dsv4__fetch_rows(&ahead, wide, job->channels);
@@ -2146,19 +2158,19 @@ static void DSV4__FN(pool_back)(const dsv4__pool_job *job) { DSV4__FN(spans)(job
 static void DSV4__FN(round)(float *data, int64_t count) {
     for (int64_t i = 0; i < count; i += DSV4__VL) {
         const int64_t n = dsv4__min(count - i, DSV4__VL);
-        DSV4__FN(store_some)(data + i, v_round(DSV4__FN(load_some)(data + i, n)), n);
+        DSV4__FN(store_some)(data + i, dsv4__v_round(DSV4__FN(load_some)(data + i, n)), n);
     }
 }
 
 static void DSV4__FN(widen)(float *to, const dsv4_bf16 *from, int64_t count) {
     int64_t i = 0;
-    for (; DSV4__VL > 1 && i + DSV4__VL <= count; i += DSV4__VL) v_store(to + i, v_widen(from + i));
+    for (; DSV4__VL > 1 && i + DSV4__VL <= count; i += DSV4__VL) dsv4__v_store(to + i, dsv4__v_widen(from + i));
     dsv4__widen(to + i, from + i, count - i);
 }
 
 static void DSV4__FN(narrow)(dsv4_bf16 *to, const float *from, int64_t count) {
     int64_t i = 0;
-    for (; DSV4__VL > 1 && i + DSV4__VL <= count; i += DSV4__VL) v_narrow(to + i, v_load(from + i));
+    for (; DSV4__VL > 1 && i + DSV4__VL <= count; i += DSV4__VL) dsv4__v_narrow(to + i, dsv4__v_load(from + i));
     dsv4__narrow(to + i, from + i, count - i);
 }
 
@@ -2173,15 +2185,15 @@ static void DSV4__FN(put_row)(void *to, dsv4_dtype dtype, const float *from, int
 static float DSV4__FN(dot_product)(const float *a, const float *b, int64_t count) {
     DSV4__VF sums[DSV4__LANES / DSV4__VL];
     float lanes[DSV4__LANES];
-    for (int v = 0; v < DSV4__LANES / DSV4__VL; v++) sums[v] = v_zero();
+    for (int v = 0; v < DSV4__LANES / DSV4__VL; v++) sums[v] = dsv4__v_zero();
     for (int64_t i = 0; i < count; i += DSV4__LANES)
         for (int v = 0; v < DSV4__LANES / DSV4__VL; v++) {
             const int64_t n = count - i - v * DSV4__VL;
             if (n <= 0) break;
             const DSV4__VF x = DSV4__FN(load_some)(a + i + v * DSV4__VL, n);
-            sums[v] = v_fma(x, DSV4__FN(load_some)(b + i + v * DSV4__VL, n), sums[v]);
+            sums[v] = dsv4__v_fma(x, DSV4__FN(load_some)(b + i + v * DSV4__VL, n), sums[v]);
         }
-    for (int v = 0; v < DSV4__LANES / DSV4__VL; v++) v_store(lanes + v * DSV4__VL, sums[v]);
+    for (int v = 0; v < DSV4__LANES / DSV4__VL; v++) dsv4__v_store(lanes + v * DSV4__VL, sums[v]);
     for (int half = DSV4__LANES / 2; half > 0; half /= 2)
         for (int i = 0; i < half; i++) lanes[i] += lanes[i + half];
     return lanes[0];
@@ -2200,10 +2212,10 @@ static void DSV4__FN(normalise)(const dsv4__finish_job *job, float scale) {
     const uint32_t rounding = job->config->rounding;
     for (int64_t c = 0; c < count; c += DSV4__VL) {
         const int64_t n = dsv4__min(count - c, DSV4__VL);
-        DSV4__VF y = v_mul(DSV4__FN(load_some)(job->pooled + c, n), v_set(scale));
-        if (rounding & DSV4_ROUND_NORMED) y = v_round(y);
-        y = v_mul(y, DSV4__FN(load_some)(job->norm + c, n));
-        if (rounding & DSV4_ROUND_SCALED) y = v_round(y);
+        DSV4__VF y = dsv4__v_mul(DSV4__FN(load_some)(job->pooled + c, n), dsv4__v_set(scale));
+        if (rounding & DSV4_ROUND_NORMED) y = dsv4__v_round(y);
+        y = dsv4__v_mul(y, DSV4__FN(load_some)(job->norm + c, n));
+        if (rounding & DSV4_ROUND_SCALED) y = dsv4__v_round(y);
         DSV4__FN(store_some)(job->row + c, y, n);
     }
 }
@@ -2217,9 +2229,11 @@ static void DSV4__FN(rotate)(const dsv4__finish_job *job, int rounded) {
     for (int64_t i = 0; i < count; i += DSV4__VL) {
         const int64_t n = dsv4__min(count - i, DSV4__VL);
         const DSV4__VF straight = DSV4__FN(load_some)(row + i, n), cosine = DSV4__FN(load_some)(job->cos_row + i, n);
-        const DSV4__VF side = v_mul(DSV4__FN(load_some)(job->swapped + i, n), DSV4__FN(load_some)(job->sin_row + i, n));
+        const DSV4__VF side =
+            dsv4__v_mul(DSV4__FN(load_some)(job->swapped + i, n), DSV4__FN(load_some)(job->sin_row + i, n));
         const DSV4__VF turned =
-            rounded ? v_round(v_add(v_round(v_mul(straight, cosine)), v_round(side))) : v_fma(straight, cosine, side);
+            rounded ? dsv4__v_round(dsv4__v_add(dsv4__v_round(dsv4__v_mul(straight, cosine)), dsv4__v_round(side)))
+                    : dsv4__v_fma(straight, cosine, side);
         DSV4__FN(store_some)(row + i, turned, n);
     }
 }
@@ -2247,15 +2261,15 @@ static void DSV4__FN(finish_back)(const dsv4__finish_job *job) {
     for (int64_t c = 0; c < dim; c += DSV4__VL) {
         const int64_t n = dsv4__min(dim - c, DSV4__VL);
         const DSV4__VF dy = DSV4__FN(load_some)(job->row + c, n), norm = DSV4__FN(load_some)(job->norm + c, n);
-        DSV4__FN(store_some)(n_row + c, v_mul(DSV4__FN(load_some)(n_row + c, n), v_set(scale)), n);
-        DSV4__FN(store_some)(dn_row + c, v_mul(dy, norm), n);
+        DSV4__FN(store_some)(n_row + c, dsv4__v_mul(DSV4__FN(load_some)(n_row + c, n), dsv4__v_set(scale)), n);
+        DSV4__FN(store_some)(dn_row + c, dsv4__v_mul(dy, norm), n);
     }
     const float mean = DSV4__FN(dot_product)(dn_row, n_row, dim) / (float)dim;
     for (int64_t c = 0; c < dim; c += DSV4__VL) {
         const int64_t n = dsv4__min(dim - c, DSV4__VL);
         const DSV4__VF inner =
-            v_fma(DSV4__FN(load_some)(n_row + c, n), v_set(-mean), DSV4__FN(load_some)(dn_row + c, n));
-        DSV4__FN(store_some)(dn_row + c, v_mul(inner, v_set(scale)), n);
+            dsv4__v_fma(DSV4__FN(load_some)(n_row + c, n), dsv4__v_set(-mean), DSV4__FN(load_some)(dn_row + c, n));
+        DSV4__FN(store_some)(dn_row + c, dsv4__v_mul(inner, dsv4__v_set(scale)), n);
     }
     if (job->config->rounding & DSV4_ROUND_NORMED) DSV4__FN(round)(n_row, dim);
 }
@@ -2265,7 +2279,8 @@ static void DSV4__FN(add)(float *sum, const float *a, const float *b, int64_t co
     for (int64_t i = 0; i < count; i += DSV4__VL) {
         const int64_t n = dsv4__min(count - i, DSV4__VL);
         const DSV4__VF x = DSV4__FN(load_some)(a + i, n), old = DSV4__FN(load_some)(sum + i, n);
-        DSV4__FN(store_some)(sum + i, b != NULL ? v_fma(x, DSV4__FN(load_some)(b + i, n), old) : v_add(old, x), n);
+        DSV4__FN(store_some)
+        (sum + i, b != NULL ? dsv4__v_fma(x, DSV4__FN(load_some)(b + i, n), old) : dsv4__v_add(old, x), n);
     }
 }
 
@@ -2289,32 +2304,36 @@ enum { DSV4__FN(has_dot) = 0, DSV4__FN(tile_rows) = DSV4__TILE_ROWS };
 #undef DSV4__TILE_ROWS
 #undef DSV4__SMALL_ROWS
 #undef DSV4__POOL_VECTORS
+#undef DSV4__SPAN
+#undef DSV4__FOLD
+#undef DSV4__SOFTMAX
 #undef DSV4__TILE_VECTORS
-#undef v_mm
-#undef v_zero
-#undef v_set
-#undef v_load
-#undef v_store
-#undef v_load_n
-#undef v_store_n
-#undef v_add
-#undef v_sub
-#undef v_mul
-#undef v_div
-#undef v_max
-#undef v_fma
-#undef v_madd
-#undef v_below
-#undef v_above
-#undef v_unequal
-#undef v_power
-#undef v_round
-#undef v_widen
-#undef v_narrow
-#undef v_even
-#undef v_odd
-#undef v_pair
-#undef v_dot
+#undef dsv4__v_mm
+#undef dsv4__v_zero
+#undef dsv4__v_set
+#undef dsv4__v_load
+#undef dsv4__v_store
+#undef dsv4__v_load_n
+#undef dsv4__v_store_n
+#undef dsv4__v_add
+#undef dsv4__v_sub
+#undef dsv4__v_mul
+#undef dsv4__v_div
+#undef dsv4__v_max
+#undef dsv4__v_fma
+#undef dsv4__v_madd
+#undef dsv4__v_below
+#undef dsv4__v_above
+#undef dsv4__v_unequal
+#undef dsv4__v_power
+#undef dsv4__v_round
+#undef dsv4__v_widen
+#undef dsv4__v_narrow
+#undef dsv4__v_even
+#undef dsv4__v_odd
+#undef dsv4__v_high
+#undef dsv4__v_pair
+#undef dsv4__v_dot
 #endif /* DSV4__STAMP */
 
 #if defined(DSV4_COMPRESSOR_IMPLEMENTATION) && !defined(DSV4__IMPLEMENTED) && !defined(DSV4__STAMP)
@@ -3065,16 +3084,13 @@ DSV4_API const char *dsv4_compressor_isa(const dsv4_compressor *compressor) {
     return compressor != NULL ? compressor->kernels->name : NULL;
 }
 
-/* ------------------------------------------------------------------------------------------------------------
- * 3j. Streams
- *
- * A state stands at `floor`, the furthest that a roll-back can go, with what has been folded of the windows open there:
- * the one that token `floor` falls in and, with overlap, the next. The rows of the tokens since, at most `depth`, wait in
- * one ring per series, at their token's index modulo the ring's capacity, so that a roll-back only has to move `tokens`
- * back. They hold scores, ape included, where compressors have gates: what folds them need not know the compressor.
- *
- * A state that keeps rows has no folds, but rings that reach back to the first row of the first open window: gates as
- * projected, for the backward pass.
+/* ------------------------------------------------------------------------------------------------------------ 3j.
+ * Streams  A state stands at `floor`, the furthest that a roll-back can go, with what has been folded of the windows
+ * open there: the one that token `floor` falls in and, with overlap, the next. The rows of the tokens since, at most
+ * `depth`, wait in one ring per series, at their token's index modulo the ring's capacity, so that a roll-back only
+ * has to move `tokens` back. They hold scores, ape included, where compressors have gates: what folds them need not
+ * know the compressor.  A state that keeps rows has no folds, but rings that reach back to the first row of the
+ * first open window: gates as projected, for the backward pass.
  * ------------------------------------------------------------------------------------------------------------ */
 
 struct dsv4_state {
@@ -3083,10 +3099,10 @@ struct dsv4_state {
     uint64_t fingerprint;
     int64_t ratio, row; /* row: numbers of one token in one ring: kv, then gate, head_dim each */
     int64_t head_dim, series, depth;
-    int64_t origin; /* position of the sequence's first token */
-    int64_t tokens; /* seen since */
-    int64_t floor;  /* the least number of tokens that a roll-back can leave */
-    int listed;     /* met among the segments of the call that is being checked */
+    int64_t origin;  /* position of the sequence's first token */
+    int64_t tokens;  /* seen since */
+    int64_t floor;   /* the least number of tokens that a roll-back can leave */
+    int listed;      /* met among the segments of the call that is being checked */
     int64_t windows; /* open windows that are folded; 0: rows are kept */
     float pad_gate;
     float *folds; /* [windows, 3, head_dim]: top, den, num, of the tokens before floor */
@@ -3209,7 +3225,7 @@ typedef struct dsv4__token_rows {
     const float *kv[2], *gate[2], *ape[2];
     int64_t channel, channels; /* which channels these are */
     uint32_t rounding;         /* of scores */
-    int fresh;                 /* its own window has not been folded from its start, and closes before it is asked for */
+    int fresh; /* its own window has not been folded from its start, and closes before it is asked for */
 } dsv4__token_rows;
 
 /* Folds token t, the first that is not, into the windows that pool it: each series its own. */
@@ -3241,7 +3257,7 @@ static void dsv4__fold_token(const dsv4_state *state, const dsv4__kernels *kerne
         job.to = state->folds + ahead * 3 * dim + rows->channel;
         kernels->pool(&job);
     }
-    for (int i = 0; i < 3 && state->series == 2 && (t + 1) % state->ratio == 0; i++) /* the next window is now the open one */
+    for (int i = 0; i < 3 && state->series == 2 && (t + 1) % state->ratio == 0; i++) /* the next is the open one */
         memcpy(state->folds + i * dim + rows->channel, state->folds + (3 + i) * dim + rows->channel,
                (size_t)rows->channels * sizeof(float));
 }
@@ -3407,15 +3423,16 @@ static dsv4_status dsv4__check_saved(const dsv4_state *state, const unsigned cha
     const uint64_t limit = (uint64_t)1 << 62, origin = dsv4__read64(bytes + 24), tokens = dsv4__read64(bytes + 32);
     const uint64_t floor = dsv4__read64(bytes + 40);
     const uint64_t room = size - DSV4__SAVE_HEADER - DSV4__SAVE_CHECK;
-    if (origin >= limit || tokens >= limit - origin || floor > tokens || dsv4__read64(bytes + 16) != (uint64_t)state->row ||
+    if (origin >= limit || tokens >= limit - origin || floor > tokens ||
+        dsv4__read64(bytes + 16) != (uint64_t)state->row ||
         !dsv4__saved_lengths_fit(state, (int64_t)tokens, (int64_t)floor, bytes, room))
         return dsv4__fail(error, DSV4_ERROR_DATA, "the numbers of the saved state do not fit its %llu bytes",
                           (unsigned long long)size);
     return DSV4_OK;
 }
 
-/* Folds saved tokens that the state does not reach back to, a panel of channels at a time: `bytes` holds `saved` rows of
- * each series, from token `from` on. */
+/* Folds saved tokens that the state does not reach back to, a panel of channels at a time: `bytes` holds `saved`
+ * rows of each series, from token `from` on. */
 static void dsv4__restore_folded(const dsv4_state *state, const unsigned char *bytes, int64_t saved, int64_t from) {
     float kv[2][DSV4__PANEL], gate[2][DSV4__PANEL];
     dsv4__token_rows rows;
@@ -3770,9 +3787,10 @@ static dsv4_status dsv4__check_weights(const dsv4_state *state, int64_t count, i
     if (state->windows == 0 || count < ratio - state->tokens % ratio || state->floor <= (first - lag) * ratio ||
         state->floor == 0)
         return DSV4_OK;
-    return dsv4__fail(error, DSV4_ERROR_STATE,
-                      "segment %lld: stages.weights of a window whose rows its state has not kept; depth %lld keeps them",
-                      (long long)index, (long long)((1 + lag) * ratio - 1));
+    return dsv4__fail(
+        error, DSV4_ERROR_STATE,
+        "segment %lld: stages.weights of a window whose rows its state has not kept; depth %lld keeps them",
+        (long long)index, (long long)((1 + lag) * ratio - 1));
 }
 
 static dsv4_status dsv4__check_segment(const dsv4_compressor *c, const dsv4_batch *batch, int64_t index,
@@ -4162,8 +4180,8 @@ static dsv4__rows_ahead dsv4__rows_behind(const dsv4__call *call, const dsv4__pi
     return ahead;
 }
 
-/* Pools a window of many rows that come from memory: some rows of all channels at a time, so that these are read as they
- * lie and the next ones are fetched meanwhile. `fold` holds what is folded in between. */
+/* Pools a window of many rows that come from memory: some rows of all channels at a time, so that these are read as
+ * they lie and the next ones are fetched meanwhile. `fold` holds what is folded in between. */
 static void dsv4__pool_by_rows(const dsv4__call *call, dsv4__pool_job job, float *fold) {
     const dsv4__window whole = *job.window;
     dsv4__window part;
@@ -4208,8 +4226,8 @@ static void dsv4__pool_block(const dsv4__call *call, const dsv4__source *source,
         const int goes_on = dsv4__folds(piece) && call->batch.stages.weights == NULL; /* weights need all rows */
         for (int64_t j = 0; j < piece->windows; j++) {
             const int64_t w = piece->window + j;
-            const float *fold = goes_on ? dsv4__fold_at(piece->state, w - piece->folded / c->config.ratio, piece->folded)
-                                        : NULL;
+            const float *fold =
+                goes_on ? dsv4__fold_at(piece->state, w - piece->folded / c->config.ratio, piece->folded) : NULL;
             job.from = fold == NULL ? NULL : fold + source->channel;
             window = dsv4__window_rows(call, piece, source, w, goes_on ? piece->folded : 0);
             job.ahead = dsv4__rows_behind(call, piece, source, w);
@@ -4242,8 +4260,7 @@ static void dsv4__put_rows(const dsv4__call *call, const dsv4__piece *piece, con
             float *row = dsv4__state_row(holder, s, t) + source->channel, *gate = row + c->config.head_dim;
             dsv4__copy_row(source, piece->source_row + t - piece->t, s, row, gate);
             if (!dsv4__folds(piece)) continue;
-            if (c->ape != NULL)
-                c->kernels->add(gate, dsv4__ape_from(call, source, s, t), NULL, source->channels);
+            if (c->ape != NULL) c->kernels->add(gate, dsv4__ape_from(call, source, s, t), NULL, source->channels);
             if (c->config.rounding & DSV4_ROUND_SCORE) c->kernels->round_array(gate, source->channels);
         }
 }
@@ -4260,8 +4277,8 @@ static void dsv4__carry_state_rows(const dsv4__call *call, const dsv4__piece *pi
         }
 }
 
-/* Folds what falls out of a roll-back's reach: from where the state stands, or, where all windows open there close, from
- * the first row of those that are open in the end. */
+/* Folds what falls out of a roll-back's reach: from where the state stands, or, where all windows open there close,
+ * from the first row of those that are open in the end. */
 static void dsv4__fold_piece(const dsv4__call *call, const dsv4__piece *piece, const dsv4__source *source) {
     const dsv4_compressor *c = call->c;
     const dsv4_state *state = piece->state;

@@ -34,6 +34,11 @@ if have gcc; then
 fi
 ! have clang-tidy || spawn 'clang-tidy dsv4_compressor.h' tidies "$out/implementation.c" $implement
 
+# Layout, by the version that all lines were written with (others differ in details).
+formatted() { silent clang-format --dry-run -Werror "$@"; }
+! have clang-format || ! clang-format --version | grep -q ' 14\.' ||
+    spawn 'clang-format dsv4_compressor.h' formatted dsv4_compressor.h
+
 # Programs: clang-tidy without the implementation that they include, gcc with its scalar kernels.
 programs="$(ls examples/*.c tests/*.c tests/fuzz/*.c | grep -v examples/mpi.c)"
 for program in $programs; do

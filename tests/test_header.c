@@ -6,9 +6,15 @@ static long asserts_held;
 #define DSV4_COMPRESSOR_STATIC
 #define DSV4_COMPRESSOR_SCALAR
 #define DSV4_COMPRESSOR_IMPLEMENTATION
+#define v_add 7 /* short names stay their users' */
+#define v_mm  8
 #include <stdlib.h>
 #include "dsv4_compressor.h"
 #include "dsv4_compressor.h" /* twice, as two headers of a user may */
+
+#if v_add != 7 || v_mm != 8
+#error "the header takes its users' names"
+#endif
 
 #include "runner.h"
 #include "hashes.h"

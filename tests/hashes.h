@@ -7,7 +7,7 @@
 
 #include "shapes.h"
 
-enum { HASH_LINES = 500 };
+enum { HASH_LINES = 700 };
 
 typedef struct hash_line {
     char name[96];

@@ -34,6 +34,8 @@ static const char usage[] =
     "  --preset NAME        where to round to bf16: none, deepseek, maxtext, transformers, transformers-5.8, vllm,\n"
     "                       nemo, megatron, or points such as projection+weight+pooled; default: deepseek for BF16 x,\n"
     "                       none for F32\n"
+    "  --sums ORDER         in which bf16 products are added: pairs, or tiles, made for Xeons with AMX; each gives the\n"
+    "                       same bytes on every CPU (pairs)\n"
     "  --ratio M            tokens per entry, where there is no ape to tell\n"
     "  --no-ape             there is none (DeepSeek-V4.1)\n"
     "  --rope-dim R         channels turned by RoPE (64)      --rope-theta T       its base (160000)\n"
@@ -94,6 +96,9 @@ enum {
     SETTINGS
 };
 
+/* And those that are names, which are told behind them. */
+enum { PRESET, SUMS, NAMED, ALL_TOLD = TOLD + NAMED };
+
 static const struct setting {
     const char *option, *key;
     int stored, whole;          /* stored: files may give it under its key */
@@ -115,7 +120,7 @@ static const struct setting {
 };
 
 typedef struct options {
-    const char *weights, *prefix, *input, *tensor, *output, *preset, *isa, *backward, *plot;
+    const char *weights, *prefix, *input, *tensor, *output, *preset, *sums, *isa, *backward, *plot;
     const char *settings[SETTINGS];
     int no_ape, drop_tail, stages, all, list, json, list_isa, version, help;
 } options;
@@ -134,9 +139,9 @@ typedef struct option_place {
 #define OPTION(name, field) \
     { name, offsetof(options, field) }
 static const option_place text_options[] = {
-    OPTION("--weights", weights), OPTION("--prefix", prefix), OPTION("--input", input),
-    OPTION("--tensor", tensor),   OPTION("--output", output), OPTION("--preset", preset),
-    OPTION("--isa", isa),         OPTION("--plot", plot),     OPTION("--backward", backward),
+    OPTION("--weights", weights), OPTION("--prefix", prefix),     OPTION("--input", input), OPTION("--tensor", tensor),
+    OPTION("--output", output),   OPTION("--preset", preset),     OPTION("--sums", sums),   OPTION("--isa", isa),
+    OPTION("--plot", plot),       OPTION("--backward", backward),
 };
 static const option_place flags[] = {
     OPTION("--no-ape", no_ape),     OPTION("--drop-tail", drop_tail),
@@ -215,7 +220,7 @@ typedef struct job {
     struct run *run;
     checkpoint_compressor at;
     number values[SETTINGS];
-    origin from[SETTINGS], preset_from;
+    origin from[SETTINGS], named_from[NAMED];
     char preset[DSV4_ROUNDING_TEXT_SIZE];
     st_tensor *param[DSV4_PARAM_COUNT];
     const st_tensor *x, *dout;
@@ -479,10 +484,10 @@ static int read_settings(job *j) {
 static int read_preset(job *j) {
     dsv4_error error = {DSV4_OK, ""};
     const char *wanted = j->o.preset, *path = shard_of(j, DSV4_WKV)->path;
-    j->preset_from = OPTION;
-    if (!wanted && (wanted = metadata(j, "preset"))) j->preset_from = METADATA;
+    j->named_from[PRESET] = OPTION;
+    if (!wanted && (wanted = metadata(j, "preset"))) j->named_from[PRESET] = METADATA;
     if (!wanted) {
-        j->preset_from = FROM_X;
+        j->named_from[PRESET] = FROM_X;
         wanted = j->x->dtype == ST_BF16 ? "deepseek" : "none";
     }
     if (dsv4_rounding_parse(wanted, &j->config.rounding, &error) == DSV4_OK &&
@@ -491,6 +496,22 @@ static int read_preset(job *j) {
     }
     return fail(TROUBLE, "%s%s: %s", j->o.preset ? "--preset" : path, j->o.preset ? "" : ": metadata 'preset'",
                 error.text);
+}
+
+static const char *const sums_names[] = {[DSV4_SUMS_PAIRS] = "pairs", [DSV4_SUMS_TILES] = "tiles"};
+
+static int read_sums(job *j) {
+    const char *wanted = j->o.sums, *path = shard_of(j, DSV4_WKV)->path;
+    j->named_from[SUMS] = OPTION;
+    if (!wanted && (wanted = metadata(j, "sums"))) j->named_from[SUMS] = METADATA;
+    if (!wanted) {
+        j->named_from[SUMS] = STANDARD;
+        wanted = sums_names[DSV4_SUMS_PAIRS];
+    }
+    j->config.sums = strcmp(wanted, sums_names[DSV4_SUMS_TILES]) == 0 ? DSV4_SUMS_TILES : DSV4_SUMS_PAIRS;
+    if (strcmp(wanted, sums_names[j->config.sums]) == 0) return 0;
+    return fail(TROUBLE, "%s%s: no order of sums '%.40s'; there are pairs and tiles", j->o.sums ? "--sums" : path,
+                j->o.sums ? "" : ": metadata 'sums'", wanted);
 }
 
 /* What the shapes do not tell. */
@@ -580,6 +601,7 @@ static int load(job *j) {
     if (!status) status = read_input(j);
     if (!status) status = read_gradient(j);
     if (!status) status = read_preset(j);
+    if (!status) status = read_sums(j);
     return status;
 }
 
@@ -931,6 +953,15 @@ static const char *setting_text(const job *j, int setting, char *text, size_t si
     return text;
 }
 
+/* All settings, those that are names behind the others: key, text, origin. */
+static const char *told_key(int i) { return i < TOLD ? settings[i].key : i == TOLD + PRESET ? "preset" : "sums"; }
+
+static const char *told_text(const job *j, int i, char *text, size_t size) {
+    return i < TOLD ? setting_text(j, i, text, size) : i == TOLD + PRESET ? j->preset : sums_names[j->config.sums];
+}
+
+static origin told_from(const job *j, int i) { return i < TOLD ? j->from[i] : j->named_from[i - TOLD]; }
+
 /* What is written, of all jobs together. */
 typedef struct harvest {
     st_tensor *results;
@@ -942,17 +973,17 @@ typedef struct harvest {
 
 /* The settings as metadata, so that the file says how it came about. */
 static void gather(harvest *h, const job *j) {
-    for (int i = 0; i <= TOLD; i++) {
+    for (int i = 0; i < ALL_TOLD; i++) {
         char *key = h->keys[h->metadata_count], *value = h->values[h->metadata_count];
         const char **pair = h->metadata[h->metadata_count++];
-        pair[0] = full_name(j, i < TOLD ? settings[i].key : "preset", key);
-        pair[1] = i < TOLD ? setting_text(j, i, value, sizeof *h->values) : j->preset;
+        pair[0] = full_name(j, told_key(i), key);
+        pair[1] = told_text(j, i, value, sizeof *h->values);
     }
     for (int i = 0; i < j->result_count; i++) h->results[h->result_count++] = j->results[i];
 }
 
 static int write_results(const run *r) {
-    const size_t count = (size_t)r->job_count, pairs = count * (TOLD + 1);
+    const size_t count = (size_t)r->job_count, pairs = count * ALL_TOLD;
     harvest h = {0};
     char message[1024] = "out of memory";
     h.results = (st_tensor *)calloc(count, sizeof r->jobs->results);
@@ -1032,12 +1063,11 @@ static void print_json_string(const char *text) {
 /* "ratio": {"value": 4, "from": "ape"}, ...; infinite values as text. */
 static void print_json_settings(const job *j) {
     char text[40];
-    for (int i = 0; i < TOLD; i++) {
-        const char *value = setting_text(j, i, text, sizeof text), *quote = strchr(value, 'i') ? "\"" : "";
-        printf("\"%s\": {\"value\": %s%s%s, \"from\": \"%s\"}, ", settings[i].key, quote, value, quote,
-               origins[j->from[i]]);
+    for (int i = 0; i < ALL_TOLD; i++) {
+        const char *value = told_text(j, i, text, sizeof text), *quote = i >= TOLD || strchr(value, 'i') ? "\"" : "";
+        printf("%s\"%s\": {\"value\": %s%s%s, \"from\": \"%s\"}", i ? ", " : "", told_key(i), quote, value, quote,
+               origins[told_from(j, i)]);
     }
-    printf("\"preset\": {\"value\": \"%s\", \"from\": \"%s\"}", j->preset, origins[j->preset_from]);
 }
 
 /* A line for each place that settings came from. */
@@ -1045,13 +1075,12 @@ static void settings_lines(const job *j, char *lines, size_t size) {
     size_t used = 0;
     for (int from = ORIGINS - 1; from >= 0; from--) {
         int said = 0;
-        for (int i = 0; i <= TOLD; i++) {
+        for (int i = 0; i < ALL_TOLD; i++) {
             char text[40];
-            if ((int)(i < TOLD ? j->from[i] : j->preset_from) != from) continue;
+            if ((int)told_from(j, i) != from) continue;
             if (!said++) used += (size_t)snprintf(lines + used, size - used, "settings, %s: ", origins[from]);
-            used += (size_t)snprintf(lines + used, size - used, "%s%s %s", said > 1 ? ", " : "",
-                                     i < TOLD ? settings[i].key : "preset",
-                                     i < TOLD ? setting_text(j, i, text, sizeof text) : j->preset);
+            used += (size_t)snprintf(lines + used, size - used, "%s%s %s", said > 1 ? ", " : "", told_key(i),
+                                     told_text(j, i, text, sizeof text));
         }
         if (said) used += (size_t)snprintf(lines + used, size - used, "\n");
     }
@@ -1089,8 +1118,8 @@ static void report_text(const job *j) {
            j->tokens, j->rows, j->entries, j->config.head_dim, j->x->dtype == ST_BF16 ? " in bf16" : "");
     printf("%.0f bytes of hidden states -> %.0f bytes of entries", before, after);
     printf(after > 0 ? ", %.0f times fewer\n" : "\n", before / after);
-    printf("ratio %" PRId64 "%s, rounding as in preset %s\n", j->config.ratio,
-           j->config.overlap ? ", overlapping windows" : "", j->preset);
+    printf("ratio %" PRId64 "%s, rounding as in preset %s, sums of %s\n", j->config.ratio,
+           j->config.overlap ? ", overlapping windows" : "", j->preset, sums_names[j->config.sums]);
     printf("%.3f s (%.0f tokens/s), and %.3f s to pack the weights; kernels %s, %d thread%s\n", j->seconds,
            j->seconds > 0 ? tokens / j->seconds : 0, j->pack_seconds, j->isa, threads, threads > 1 ? "s" : "");
 }

@@ -26,6 +26,8 @@
  *     DSV4_COMPRESSOR_SIMDE      1: also build the `simde` kernels; 0: never. Default: where no native kernels exist
  *                                and <simde/x86/sse4.1.h> is found
  *     DSV4_COMPRESSOR_SCALAR     only the scalar kernels
+ *     DSV4_COMPRESSOR_NO_AMX     leave out the `amx` kernels, and with them the one question to Linux: for AMX's tiles,
+ *                                when kernel sets are listed or a compressor with DSV4_SUMS_TILES is created
  *     DSV4_COMPRESSOR_NO_HEAP    leave out dsv4_heap(), and with it <stdlib.h>
  *     DSV4_COMPRESSOR_FAST_MATH  compile under -ffast-math or x87 all the same; equal bits are then not guaranteed
  *     DSV4_ASSERT(condition)     what the library believes of itself             default: assert
@@ -660,6 +662,18 @@ typedef char
 #define DSV4__X86_BF16 1
 #endif
 
+/* AMX, by inline assembly. Linux gives a process tiles on request, and what other systems do is not known here. x32 has
+ * other system calls; the memory sanitizer would not see what tiles store. */
+#if defined(DSV4__X86) && !defined(DSV4_COMPRESSOR_NO_AMX) && defined(__linux__) && !defined(__ANDROID__) && \
+    !defined(__ILP32__) && (defined(DSV4__GCC) ? DSV4__GCC >= 11 : __clang_major__ >= 12)
+#define DSV4__AMX 1
+#if defined(__has_feature)
+#if __has_feature(memory_sanitizer)
+#undef DSV4__AMX
+#endif
+#endif
+#endif
+
 #if !defined(DSV4_COMPRESSOR_SCALAR) && defined(__aarch64__) && defined(__ARM_NEON) && !defined(__AARCH64EB__) && \
     defined(DSV4__GNU)
 #define DSV4__NEON 1
@@ -757,6 +771,8 @@ enum {
     DSV4__PANEL = 32,       /* output columns of a packed weight panel, and channels of a group */
     DSV4__KBLOCK = 256,     /* terms of a dot product of bf16 that share an accumulator; part of the numeric contract */
     DSV4__STEP = 32,        /* the same in the order TILES, half of them each; part of it too; divides the former */
+    DSV4__TILE = 16,        /* rows of an AMX tile, and its columns, numbers or pairs */
+    DSV4__SPAN = 2048,      /* terms that tiles add up before they store their sums; a multiple of DSV4__KBLOCK */
     DSV4__FBLOCK = 128,     /* the same where an operand is fp32 */
     DSV4__ROWS_AT_ONCE = 4, /* of a long window from memory */
     DSV4__LANES = 16,       /* partial sums of a mean of squares; part of the numeric contract */
@@ -1254,7 +1270,9 @@ static void dsv4__rope_row(const dsv4_config *config, const float *inv_freq, int
  * are exact, as the configuration says: in pairs, the odd term first, or in steps of 32, even and odd terms apart. */
 typedef enum dsv4__order { DSV4__FUSED_TERMS, DSV4__PAIRS, DSV4__STEPS } dsv4__order;
 
-/* sum[rows, 32] (+)= x[rows, terms] w[terms, 32], one block of at most DSV4__KBLOCK terms, padded to pairs of terms. */
+/* sum[rows, 32] (+)= x[rows, terms] w[terms, 32], one block of at most DSV4__KBLOCK terms, padded to pairs of terms. On
+ * tiles: as many blocks as DSV4__SPAN holds, padded to steps; beyond 16 rows there is room, in x and in sum, for rows up
+ * to a multiple of 16. */
 typedef struct dsv4__product_job {
     const void *x; /* packed rows, DSV4__KBLOCK numbers each: fp32, or bf16 where `dot` */
     const void *w; /* fp32 [terms][32], or bf16 [terms / 2][32][2] */
@@ -1262,6 +1280,7 @@ typedef struct dsv4__product_job {
     dsv4__order order;
     int dot; /* the kernel set multiplies bf16 pairs itself */
     int64_t pairs, rows;
+    int64_t x_block; /* on tiles: bytes from block to block of x; those of w lie one behind another */
     float *sum;
     int64_t sum_stride;
     int first;          /* the block starts the sum instead of being added */
@@ -1380,6 +1399,11 @@ typedef struct dsv4__kernels {
     void (*round_array)(float *, int64_t);
     void (*widen)(float *, const dsv4_bf16 *, int64_t);
     void (*narrow)(dsv4_bf16 *, const float *, int64_t);
+    /* NULL, or how it multiplies on tiles: bf16 by bf16, in the order TILES. A task begins with jobs of `rows` rows, or
+     * with any of them where that is 16 or more, and ends. */
+    void (*tile_begin)(int64_t rows);
+    void (*tile_product)(const dsv4__product_job *);
+    void (*tile_end)(void);
 } dsv4__kernels;
 
 #define DSV4__MAGIC 12582912.0f /* 1.5 * 2^23: adding it leaves the nearest integer in the low bits */
@@ -1390,7 +1414,7 @@ typedef struct dsv4__kernels {
 
 #endif /* DSV4_COMPRESSOR_IMPLEMENTATION, first part */
 
-#ifdef DSV4__STAMP
+#if defined(DSV4__STAMP) && DSV4__STAMP < 8
 /* ------------------------------------------------------------------------------------------------------------
  * 3e. Vector layer: one block an instruction set, the same names in each. This part and the next are read once for each
  * kernel set, by this file including itself.
@@ -2408,6 +2432,141 @@ enum { DSV4__FN(has_dot) = 0, DSV4__FN(tile_rows) = DSV4__TILE_ROWS };
 #undef dsv4__v_dot
 #endif /* DSV4__STAMP */
 
+#if defined(DSV4__STAMP) && DSV4__STAMP >= 8
+/* ------------------------------------------------------------------------------------------------------------
+ * The product on tiles, over a handful of operations on tile registers. Tiles 0 ... 3 are 2 x 2 of sums, 4 and 5 rows of
+ * x [16][16 pairs], 6 and 7 columns of w [16 pairs][16].
+ *
+ *   dsv4__t_configure(config) dsv4__t_release()  registers' shapes; without one they cannot be used
+ *   dsv4__t_zero(t) dsv4__t_load(t, p, stride) dsv4__t_store(t, p, stride)
+ *   dsv4__t_multiply(c, a, b)                    c += a b: even terms in one chain from 0, odd ones in another, then both
+ * ------------------------------------------------------------------------------------------------------------ */
+#if DSV4__STAMP == 8 /* AMX: Xeons from Sapphire Rapids on */
+#define DSV4__SET amx
+#define dsv4__t_configure(config) \
+    __asm__ volatile("ldtilecfg %0" : : "m"(*(const unsigned char(*)[64])(const void *)(config)))
+#define dsv4__t_release() __asm__ volatile("tilerelease" : : : "memory")
+#define dsv4__t_zero(t)   __asm__ volatile("tilezero %%tmm" #t : :)
+#define dsv4__t_load(t, p, stride)                                                         \
+    __asm__ volatile("{tileloadd (%0,%1,1), %%tmm" #t "|tileloadd %%tmm" #t ", [%0+%1*1]}" \
+                     :                                                                     \
+                     : "r"((const void *)(p)), "r"((int64_t)(stride))                      \
+                     : "memory")
+#define dsv4__t_store(t, p, stride)                                                          \
+    __asm__ volatile("{tilestored %%tmm" #t ", (%0,%1,1)|tilestored [%0+%1*1], %%tmm" #t "}" \
+                     :                                                                       \
+                     : "r"((void *)(p)), "r"((int64_t)(stride))                              \
+                     : "memory")
+#define dsv4__t_multiply(c, a, b)                                                                                    \
+    __asm__ volatile("{tdpbf16ps %%tmm" #b ", %%tmm" #a ", %%tmm" #c "|tdpbf16ps %%tmm" #c ", %%tmm" #a ", %%tmm" #b \
+                     "}"                                                                                             \
+                     :                                                                                               \
+                     :)
+#else /* a model of it, for tests on any CPU */
+#define DSV4__SET amx_model
+#include "tile_model.h"
+#endif
+
+enum { DSV4__FN(x_stride) = DSV4__KBLOCK * 2, DSV4__FN(w_stride) = DSV4__PANEL * 4, DSV4__FN(half) = DSV4__TILE * 4 };
+
+/* Registers for `rows` rows at a time, 16 at most. */
+static void DSV4__FN(tile_begin)(int64_t rows) {
+    unsigned char config[64] = {1}; /* palette 1; bytes of a row from byte 16 on, two each; rows from 48 on */
+    for (int t = 0; t < 8; t++) {
+        config[16 + 2 * t] = DSV4__TILE * 4;
+        config[48 + t] = (unsigned char)dsv4__min(t < 6 ? rows : (int64_t)DSV4__TILE, DSV4__TILE);
+    }
+    dsv4__t_configure(config);
+}
+
+static void DSV4__FN(tile_end)(void) { dsv4__t_release(); }
+
+/* A share of job->next for each step, into the second cache. */
+DSV4__INLINE void DSV4__FN(fetch_step)(uintptr_t from, int64_t bytes) {
+    for (int64_t line = 0; line < bytes; line += 64) DSV4__PREFETCH_L2((const void *)(from + (uintptr_t)line));
+}
+
+/* 32 rows by a panel's 32 columns. */
+static void DSV4__FN(four_tiles)(const dsv4__product_job *job, int64_t row) {
+    const char *x = (const char *)job->x + row * DSV4__FN(x_stride), *w = (const char *)job->w;
+    const int64_t lower = DSV4__TILE * DSV4__FN(x_stride), stride = job->sum_stride * (int64_t)sizeof(float);
+    float *sum = job->sum + row * job->sum_stride, *lower_sum = sum + DSV4__TILE * job->sum_stride;
+    const int64_t steps = job->pairs / DSV4__TILE, share = job->next_bytes * 2 * DSV4__TILE / job->rows / steps;
+    uintptr_t fetch = job->next + (uintptr_t)(job->next_bytes * row / job->rows);
+    if (job->first) {
+        dsv4__t_zero(0);
+        dsv4__t_zero(1);
+        dsv4__t_zero(2);
+        dsv4__t_zero(3);
+    } else {
+        dsv4__t_load(0, sum, stride);
+        dsv4__t_load(1, sum + DSV4__TILE, stride);
+        dsv4__t_load(2, lower_sum, stride);
+        dsv4__t_load(3, lower_sum + DSV4__TILE, stride);
+    }
+    for (int64_t step = 0; step < steps; step++, w += DSV4__TILE * DSV4__FN(w_stride), fetch += (uintptr_t)share) {
+        const int64_t term = step * DSV4__STEP;
+        const char *rows = x + term / DSV4__KBLOCK * job->x_block + term % DSV4__KBLOCK * 2;
+        DSV4__FN(fetch_step)(fetch, share);
+        dsv4__t_load(6, w, DSV4__FN(w_stride));
+        dsv4__t_load(4, rows, DSV4__FN(x_stride));
+        dsv4__t_multiply(0, 4, 6);
+        dsv4__t_load(7, w + DSV4__FN(half), DSV4__FN(w_stride));
+        dsv4__t_multiply(1, 4, 7);
+        dsv4__t_load(5, rows + lower, DSV4__FN(x_stride));
+        dsv4__t_multiply(2, 5, 6);
+        dsv4__t_multiply(3, 5, 7);
+    }
+    dsv4__t_store(0, sum, stride);
+    dsv4__t_store(1, sum + DSV4__TILE, stride);
+    dsv4__t_store(2, lower_sum, stride);
+    dsv4__t_store(3, lower_sum + DSV4__TILE, stride);
+}
+
+/* Up to 16 rows. */
+static void DSV4__FN(two_tiles)(const dsv4__product_job *job, int64_t row) {
+    const char *x = (const char *)job->x + row * DSV4__FN(x_stride), *w = (const char *)job->w;
+    const int64_t stride = job->sum_stride * (int64_t)sizeof(float), left = job->rows - row;
+    float *sum = job->sum + row * job->sum_stride;
+    const int64_t steps = job->pairs / DSV4__TILE, share = job->next_bytes * left / job->rows / steps;
+    uintptr_t fetch = job->next + (uintptr_t)(job->next_bytes * row / job->rows);
+    if (job->first) {
+        dsv4__t_zero(0);
+        dsv4__t_zero(1);
+    } else {
+        dsv4__t_load(0, sum, stride);
+        dsv4__t_load(1, sum + DSV4__TILE, stride);
+    }
+    for (int64_t step = 0; step < steps; step++, w += DSV4__TILE * DSV4__FN(w_stride), fetch += (uintptr_t)share) {
+        const int64_t term = step * DSV4__STEP;
+        const char *rows = x + term / DSV4__KBLOCK * job->x_block + term % DSV4__KBLOCK * 2;
+        DSV4__FN(fetch_step)(fetch, share);
+        dsv4__t_load(4, rows, DSV4__FN(x_stride));
+        dsv4__t_load(6, w, DSV4__FN(w_stride));
+        dsv4__t_multiply(0, 4, 6);
+        dsv4__t_load(7, w + DSV4__FN(half), DSV4__FN(w_stride));
+        dsv4__t_multiply(1, 4, 7);
+    }
+    dsv4__t_store(0, sum, stride);
+    dsv4__t_store(1, sum + DSV4__TILE, stride);
+}
+
+static void DSV4__FN(tile_product)(const dsv4__product_job *job) {
+    int64_t row = 0;
+    DSV4_ASSERT(job->pairs % DSV4__TILE == 0);
+    for (; row + DSV4__TILE < job->rows; row += 2 * DSV4__TILE) DSV4__FN(four_tiles)(job, row);
+    if (row < job->rows) DSV4__FN(two_tiles)(job, row);
+}
+
+#undef DSV4__SET
+#undef dsv4__t_configure
+#undef dsv4__t_release
+#undef dsv4__t_zero
+#undef dsv4__t_load
+#undef dsv4__t_store
+#undef dsv4__t_multiply
+#endif
+
 #if defined(DSV4_COMPRESSOR_IMPLEMENTATION) && !defined(DSV4__IMPLEMENTED) && !defined(DSV4__STAMP)
 
 #define DSV4__STAMP 1
@@ -2442,16 +2601,29 @@ enum { DSV4__FN(has_dot) = 0, DSV4__FN(tile_rows) = DSV4__TILE_ROWS };
 #undef DSV4__STAMP
 #endif
 
+#if defined(DSV4__AMX)
+#define DSV4__STAMP 8
+#include DSV4_COMPRESSOR_HEADER
+#undef DSV4__STAMP
+#endif
+#if defined(DSV4__TILE_MODEL)
+#define DSV4__STAMP 9
+#include DSV4_COMPRESSOR_HEADER
+#undef DSV4__STAMP
+#endif
+
 /* ------------------------------------------------------------------------------------------------------------
  * 3g. Dispatch: which kernel sets this CPU can run
  * ------------------------------------------------------------------------------------------------------------ */
 
 /* What a kernel set needs of the CPU; each bit stands for all that the set is made of. */
 enum {
-    DSV4__CPU_AVX2 = 1 << 0,     /* AVX2, FMA */
-    DSV4__CPU_AVX512 = 1 << 1,   /* and AVX-512 F, BW, VL, DQ */
-    DSV4__CPU_BF16 = 1 << 2,     /* and AVX512-BF16, on the CPUs where it pays */
-    DSV4__CPU_SLOW_BF16 = 1 << 3 /* or, Intel's: VDPBF16PS has half the rate of FMA there */
+    DSV4__CPU_AVX2 = 1 << 0,      /* AVX2, FMA */
+    DSV4__CPU_AVX512 = 1 << 1,    /* and AVX-512 F, BW, VL, DQ */
+    DSV4__CPU_BF16 = 1 << 2,      /* and AVX512-BF16, on the CPUs where it pays */
+    DSV4__CPU_SLOW_BF16 = 1 << 3, /* or, Intel's: VDPBF16PS has half the rate of FMA there */
+    DSV4__CPU_AMX = 1 << 4,       /* AVX-512, AMX-TILE and AMX-BF16 */
+    DSV4__BY_NAME = 1 << 5        /* nothing, but to be asked for */
 };
 
 DSV4__INLINE unsigned dsv4__all_of(uint64_t word, uint64_t bits) { return (word & bits) == bits; }
@@ -2500,29 +2672,51 @@ static unsigned dsv4__cpu_offers(const dsv4__cpu *cpu) {
     const unsigned avx512 =
         avx2 & dsv4__all_of(cpu->kept, 0xe6) & dsv4__all_of(cpu->leaf_7.b, 1u << 16 | 1u << 17 | 1u << 30 | 1u << 31);
     const unsigned bf16 = avx512 & has_7_1 & dsv4__all_of(cpu->leaf_7_1.a, 1u << 5);
-    return avx2 * DSV4__CPU_AVX2 | avx512 * DSV4__CPU_AVX512 | bf16 * (intel ? DSV4__CPU_SLOW_BF16 : DSV4__CPU_BF16);
+    const unsigned amx = avx512 & dsv4__all_of(cpu->kept, 0x60000) & dsv4__all_of(cpu->leaf_7.d, 1u << 22 | 1u << 24);
+    return avx2 * DSV4__CPU_AVX2 | avx512 * DSV4__CPU_AVX512 | bf16 * (intel ? DSV4__CPU_SLOW_BF16 : DSV4__CPU_BF16) |
+           amx * DSV4__CPU_AMX;
 }
 #endif
 
-/* What this CPU offers. */
-static unsigned dsv4__offers(void) {
+/* Whether the system lets this process use tiles: arch_prctl(ARCH_REQ_XCOMP_PERM, XTILEDATA), as often as one likes. */
+#if defined(DSV4__AMX)
+static int dsv4__tiles_allowed(void) {
+    int64_t status = 158;
+    __asm__ volatile("syscall" : "+a"(status) : "D"((int64_t)0x1023), "S"((int64_t)18) : "rcx", "r11", "memory");
+    return status == 0;
+}
+#else
+#define dsv4__tiles_allowed() 0
+#endif
+
+/* What this CPU offers; tiles only where they are wanted, as the system has to be asked for them. */
+static unsigned dsv4__offers(int tiles) {
 #if defined(DSV4__CPUID)
     const dsv4__cpu cpu = dsv4__this_cpu();
-    return dsv4__cpu_offers(&cpu);
+    const unsigned offers = dsv4__cpu_offers(&cpu), amx = offers & DSV4__CPU_AMX;
+    return tiles && amx && dsv4__tiles_allowed() ? offers : offers & ~amx;
 #else
+    (void)tiles;
     return 0;
 #endif
 }
 
-#define DSV4__SET_ROW(set, needs)                                                                               \
+#define DSV4__SET_WITH(name, set, needs, begin, product, end)                                                   \
     {                                                                                                           \
-#set, needs, dsv4__##set##_has_dot, dsv4__##set##_tile_rows, dsv4__##set##_product, dsv4__##set##_pool, \
+        name, needs, dsv4__##set##_has_dot, dsv4__##set##_tile_rows, dsv4__##set##_product, dsv4__##set##_pool, \
             dsv4__##set##_pool_back, dsv4__##set##_finish, dsv4__##set##_finish_back, dsv4__##set##_add,        \
-            dsv4__##set##_round, dsv4__##set##_widen, dsv4__##set##_narrow                                      \
+            dsv4__##set##_round, dsv4__##set##_widen, dsv4__##set##_narrow, begin, product, end                 \
     }
+#define DSV4__SET_ROW(set, needs) DSV4__SET_WITH(#set, set, needs, NULL, NULL, NULL)
+/* One set's kernels, and the product on tiles. */
+#define DSV4__SET_TILES(name, tiles, set, needs) \
+    DSV4__SET_WITH(name, set, needs, dsv4__##tiles##_tile_begin, dsv4__##tiles##_tile_product, dsv4__##tiles##_tile_end)
 
 /* The fastest first. The last one needs nothing. */
 static const dsv4__kernels dsv4__sets[] = {
+#if defined(DSV4__AMX)
+    DSV4__SET_TILES("amx", amx, avx512, DSV4__CPU_AMX),
+#endif
 #if defined(DSV4__X86_BF16)
     DSV4__SET_ROW(avx512bf16, DSV4__CPU_BF16),
 #endif
@@ -2544,6 +2738,9 @@ static const dsv4__kernels dsv4__sets[] = {
 #if defined(DSV4__SIMDE)
     DSV4__SET_ROW(simde, 0),
 #endif
+#if defined(DSV4__TILE_MODEL)
+    DSV4__SET_TILES("amx-model", amx_model, scalar, DSV4__BY_NAME),
+#endif
     DSV4__SET_ROW(scalar, 0),
 };
 
@@ -2560,12 +2757,14 @@ static const dsv4__kernels *dsv4__set_at(unsigned offers, int index) {
 }
 
 DSV4_API const char *dsv4_isa_name(int index) {
-    const dsv4__kernels *set = index < 0 ? NULL : dsv4__set_at(dsv4__offers(), index);
+    const dsv4__kernels *set = index < 0 ? NULL : dsv4__set_at(dsv4__offers(1) | DSV4__BY_NAME, index);
     return set != NULL ? set->name : NULL;
 }
 
-static dsv4_status dsv4__set_by_name(const char *name, const dsv4__kernels **set, dsv4_error *error) {
-    const unsigned offers = dsv4__offers();
+/* The set of that name; NULL: the best one for an order of sums. */
+static dsv4_status dsv4__set_by_name(const char *name, dsv4_sums sums, const dsv4__kernels **set, dsv4_error *error) {
+    const int tiles = name != NULL ? strcmp(name, "amx") == 0 : sums == DSV4_SUMS_TILES;
+    const unsigned offers = dsv4__offers(tiles) | (name != NULL ? (unsigned)DSV4__BY_NAME : 0u);
     *set = dsv4__set_at(offers, 0);
     for (int i = 1; name != NULL && *set != NULL && strcmp((*set)->name, name) != 0; i++)
         *set = dsv4__set_at(offers, i);
@@ -2579,7 +2778,7 @@ static const dsv4__kernels *dsv4__set_for_arrays(size_t count) {
     if (count < 16384) return dsv4__plain_set();
 #endif
     (void)count;
-    return dsv4__set_at(dsv4__offers(), 0);
+    return dsv4__set_at(dsv4__offers(0), 0);
 }
 
 DSV4_API void dsv4_bf16_from_f32_array(dsv4_bf16 *destination, const float *source, size_t count) {
@@ -2834,13 +3033,16 @@ struct dsv4_compressor {
     int64_t matrices; /* wkv alone, or wkv and wgate */
     int64_t columns;  /* series * head_dim */
     int64_t groups;
-    int64_t terms;   /* hidden_dim, made even */
-    int w_bf16[2];   /* type of each matrix */
-    int training;    /* DSV4__BACK, DSV4__BF16_SUMS */
-    int keeps_rows;  /* states keep an open window's rows: needed one by one, or less than what is folded of them */
-    float *ape;      /* [ratio, columns] or NULL */
-    float *norm;     /* [head_dim] */
-    float *inv_freq; /* [rope_dim / 2] */
+    int w_bf16[2];      /* type of each matrix */
+    int tiles;          /* multiplied on tiles, where x is bf16 too */
+    int64_t span;       /* terms of a panel that lie together */
+    int64_t terms;      /* hidden_dim, made even, or whole steps for tiles */
+    int64_t back_terms; /* the same of columns, for dx */
+    int training;       /* DSV4__BACK, DSV4__BF16_SUMS */
+    int keeps_rows;     /* states keep an open window's rows: needed one by one, or less than what is folded of them */
+    float *ape;         /* [ratio, columns] or NULL */
+    float *norm;        /* [head_dim] */
+    float *inv_freq;    /* [rope_dim / 2] */
     unsigned char *panels;
     unsigned char *back_panels; /* for dx: by 32 hidden columns, the matrices' rows as terms */
 };
@@ -2888,18 +3090,18 @@ static int64_t dsv4__panel_offset(const dsv4_compressor *c, int64_t panel) {
     return bytes;
 }
 
-/* A panel's block of terms from `term` on. Group by group, each from its first term to its last. */
+/* A panel's terms from `term` on. Group by group, each from its first term to its last. */
 static unsigned char *dsv4__panel(const dsv4_compressor *c, int64_t group, int64_t term, int64_t panel) {
-    const int64_t block = dsv4__min(c->terms - term, DSV4__KBLOCK);
+    const int64_t first = term / c->span * c->span, span = dsv4__min(c->terms - first, c->span);
     const int64_t term_bytes = dsv4__panel_offset(c, c->series * c->matrices);
-    return c->panels + (group * c->terms + term) * term_bytes + block * dsv4__panel_offset(c, panel);
+    return c->panels + (group * c->terms + first) * term_bytes + span * dsv4__panel_offset(c, panel) +
+           (term - first) * DSV4__PANEL * (c->w_bf16[panel % c->matrices] ? 2 : 4);
 }
 
 /* The block of `matrix` from term (its row) `term` on, for the hidden columns of a group of 32. */
 static unsigned char *dsv4__back_panel(const dsv4_compressor *c, int64_t group, int64_t matrix, int64_t term) {
-    const int64_t terms = (c->columns + 1) / 2 * 2;
-    return c->back_panels + (group * dsv4__panel_offset(c, c->matrices) + dsv4__panel_offset(c, matrix)) * terms +
-           term * DSV4__PANEL * (c->w_bf16[matrix] ? 2 : 4);
+    const int64_t columns = group * dsv4__panel_offset(c, c->matrices) + dsv4__panel_offset(c, matrix);
+    return c->back_panels + columns * c->back_terms + term * DSV4__PANEL * (c->w_bf16[matrix] ? 2 : 4);
 }
 
 /* Places of the parts of the block, the structure first. */
@@ -2919,7 +3121,7 @@ static dsv4__compressor_layout dsv4__compressor_parts(const dsv4_compressor *c) 
         dsv4__reserve(&layout.size, c->groups * c->terms, dsv4__panel_offset(c, c->series * c->matrices), 1);
     layout.back_panels =
         dsv4__reserve(&layout.size, c->training ? dsv4__ceil_div(c->config.hidden_dim, DSV4__PANEL) : 0,
-                      (c->columns + 1) / 2 * 2 * dsv4__panel_offset(c, c->matrices), 1);
+                      c->back_terms * dsv4__panel_offset(c, c->matrices), 1);
     return layout;
 }
 
@@ -2946,16 +3148,21 @@ static dsv4_status dsv4__compressor_plan(const dsv4_config *config, const dsv4_p
     DSV4__TRY(dsv4__need(params, "params", error));
     const dsv4_const_matrix arrays[DSV4_PARAM_COUNT] = {params->wkv, params->wgate, params->ape, params->norm};
     for (int i = 0; i < DSV4_PARAM_COUNT; i++) DSV4__TRY(dsv4__check_param(arrays[i], &info[i], error));
-    DSV4__TRY(dsv4__set_by_name(options != NULL ? options->isa : NULL, &c->kernels, error));
+    DSV4__TRY(dsv4__set_by_name(options != NULL ? options->isa : NULL, config->sums, &c->kernels, error));
     c->config = dsv4__resolve(config);
     c->series = c->config.overlap ? 2 : 1;
     c->matrices = c->config.no_gate ? 1 : 2;
     c->columns = c->series * c->config.head_dim;
     c->groups = dsv4__ceil_div(c->config.head_dim, DSV4__PANEL);
-    c->terms = (c->config.hidden_dim + 1) / 2 * 2;
     const int rounded = (c->config.rounding & DSV4_ROUND_PARAMS) != 0; /* as if they had been given in bf16 */
     c->w_bf16[0] = rounded || params->wkv.dtype == DSV4_BF16;
     c->w_bf16[1] = rounded || params->wgate.dtype == DSV4_BF16;
+    c->tiles = c->kernels->tile_product != NULL && c->config.sums == DSV4_SUMS_TILES && c->w_bf16[0] &&
+               (c->config.no_gate || c->w_bf16[1]);
+    const int64_t step = c->tiles ? DSV4__STEP : 2;
+    c->span = c->tiles ? DSV4__SPAN : DSV4__KBLOCK;
+    c->terms = dsv4__ceil_div(c->config.hidden_dim, step) * step;
+    c->back_terms = dsv4__ceil_div(c->columns, step) * step;
     if (options != NULL && options->training)
         c->training = DSV4__BACK | (options->bf16_gradients ? DSV4__BF16_SUMS : 0);
     c->keeps_rows = dsv4__keeps_rows(c);
@@ -3110,7 +3317,7 @@ static void dsv4__pack_back_weights(const dsv4_compressor *c, const dsv4_const_m
     source.kernels = c->kernels;
     source.terms = c->columns;
     source.lead = 0;
-    source.padded = (c->columns + 1) / 2 * 2;
+    source.padded = c->back_terms;
     for (int64_t h = 0; h < c->config.hidden_dim; h += DSV4__PANEL)
         for (int64_t m = 0; m < c->matrices; m++) {
             source.first = dsv4__in(matrices[m], 0, h);
@@ -3569,10 +3776,12 @@ DSV4_API dsv4_status dsv4_state_restore(dsv4_state *state, const void *bytes, si
 enum {
     DSV4__BLOCK_ROWS = 224,          /* at most, in one block */
     DSV4__BLOCK_BYTES = 1664 * 1024, /* of a block's projections and packed x, for each thread */
-    DSV4__CHUNK_PARTS = 64,          /* at most, in one chunk of the backward pass */
-    DSV4__SLABS = 8,                 /* chunks whose tokens are added to the weights' gradients in one go */
-    DSV4__DX_PANELS = 8,             /* panels of dx that a thread works on at a time */
-    DSV4__TRAINING_PARTS = 16        /* fp32 arrays of dsv4__training */
+    DSV4__TILED_ROWS = 256,          /* the same on tiles, which need more rows for a weight's way from memory */
+    DSV4__TILED_BYTES = 3328 * 1024,
+    DSV4__CHUNK_PARTS = 64,   /* at most, in one chunk of the backward pass */
+    DSV4__SLABS = 8,          /* chunks whose tokens are added to the weights' gradients in one go */
+    DSV4__DX_PANELS = 8,      /* panels of dx that a thread works on at a time */
+    DSV4__TRAINING_PARTS = 16 /* fp32 arrays of dsv4__training */
 };
 
 /* The part of a segment that lies in the current block. */
@@ -3617,12 +3826,12 @@ typedef struct dsv4__training {
     float *normed, *dscaled, *dpooled; /* [windows, head_dim] */
     float *dkv, *dgate;                /* [DSV4__KBLOCK, d_stride] */
     float *d_rows;                     /* dkv and dgate as left operands: [blocks of columns][rows][256] */
-    float *d_columns;                  /* [DSV4__SLABS, matrices, columns, DSV4__KBLOCK]; for the weights' gradients */
-    float *dape, *dape_block;          /* [ratio, columns] */
-    float *dnorm, *dnorm_block;        /* [head_dim] */
-    float *dx_sums;                    /* [threads, DSV4__KBLOCK, DSV4__DX_PANELS, 32] */
-    float *x_panels;                   /* [DSV4__SLABS, panels of hidden columns, DSV4__KBLOCK, 32] */
-    float *weight_sums;                /* [matrices, columns, hidden_dim made a multiple of 32] for bf16 gradients */
+    float *d_columns; /* [DSV4__SLABS, matrices, columns, DSV4__KBLOCK]; for the weights' gradients; and a tile more */
+    float *dape, *dape_block;   /* [ratio, columns] */
+    float *dnorm, *dnorm_block; /* [head_dim] */
+    float *dx_sums;             /* [threads, DSV4__KBLOCK, DSV4__DX_PANELS, 32] */
+    float *x_panels;            /* [DSV4__SLABS, panels of hidden columns, DSV4__KBLOCK, 32] */
+    float *weight_sums;         /* [matrices, columns, hidden_dim made a multiple of 32] for bf16 gradients */
 } dsv4__training;
 
 struct dsv4_workspace {
@@ -3636,7 +3845,7 @@ struct dsv4_workspace {
     int64_t x_bytes;
     int64_t scratch_numbers; /* of one thread */
     dsv4_state *carry;       /* rows of the stateless segment that continues in the next block */
-    dsv4__piece *pieces;     /* [DSV4__BLOCK_ROWS] */
+    dsv4__piece *pieces;     /* [block_rows] */
     float *pooled;           /* [slots, head_dim] */
     unsigned char *x;        /* packed x for some blocks of terms */
     float *sums;             /* [groups, block_rows, panels, 32] projections */
@@ -3647,7 +3856,7 @@ struct dsv4_workspace {
 /* A thread's scratch. */
 typedef struct dsv4__scratch {
     float *wide;  /* [DSV4__KBLOCK, 32], or the scores of a window, [rows, 32] */
-    float *spare; /* [DSV4__BLOCK_ROWS, 32] on the way back, for sums that are not added up where they lie */
+    float *spare; /* [DSV4__KBLOCK, 32] on the way back, for sums that are not added up where they lie */
     float *row, *swapped, *cos_row, *sin_row; /* share the space of both */
 } dsv4__scratch;
 
@@ -3664,6 +3873,7 @@ static void dsv4__training_parts(const dsv4_compressor *c, int threads, dsv4__tr
     const int64_t column_blocks = dsv4__ceil_div(c->columns, DSV4__KBLOCK);
     const int64_t width = dsv4__ceil_div(c->config.hidden_dim, DSV4__PANEL) * DSV4__PANEL;
     const int64_t sums = c->training & DSV4__BF16_SUMS ? c->matrices * c->columns : 0;
+    const int64_t spare_rows = c->tiles ? DSV4__TILE : 0;
     t->context_rows = 2 * DSV4__KBLOCK + 4 * ratio;
     t->windows = 2 * DSV4__KBLOCK / ratio + 64;
     t->d_stride = c->columns + 16;
@@ -3675,7 +3885,7 @@ static void dsv4__training_parts(const dsv4_compressor *c, int threads, dsv4__tr
                                                      {terms, t->d_stride},
                                                      {terms, t->d_stride},
                                                      {c->matrices * column_blocks * terms, terms},
-                                                     {DSV4__SLABS * c->matrices * c->columns, terms},
+                                                     {DSV4__SLABS * c->matrices * c->columns + spare_rows, terms},
                                                      {ratio, c->columns},
                                                      {ratio, c->columns},
                                                      {1, dim},
@@ -3699,16 +3909,23 @@ static void dsv4__place_training(dsv4__training *t, unsigned char *base, const d
     t->blocks = (dsv4__token_block *)(void *)(base + layout->blocks);
 }
 
+/* Rows that a product is given at most, and that it likes a multiple of. */
+static int64_t dsv4__rows_most(const dsv4_compressor *c) { return c->tiles ? DSV4__TILED_ROWS : DSV4__BLOCK_ROWS; }
+
+static int64_t dsv4__rows_unit(const dsv4_compressor *c) { return c->tiles ? 2 * DSV4__TILE : c->kernels->tile_rows; }
+
 static dsv4__workspace_layout dsv4__workspace_parts(dsv4_workspace *ws, size_t carry_bytes) {
     const dsv4_compressor *c = ws->compressor;
-    const int64_t sums = c->groups * c->series * c->matrices * DSV4__PANEL, tile = c->kernels->tile_rows;
+    const int64_t sums = c->groups * c->series * c->matrices * DSV4__PANEL, unit = dsv4__rows_unit(c);
     const int64_t kept = sums + dsv4__ceil_div(c->config.head_dim, c->config.ratio); /* projections and pooled rows */
-    const int64_t row_bytes = (kept + DSV4__KBLOCK) * (int64_t)sizeof(float);
+    const int64_t x_bytes = c->tiles ? dsv4__min(c->terms, DSV4__SPAN) * 2 : DSV4__KBLOCK * (int64_t)sizeof(float);
+    const int64_t row_bytes = kept * (int64_t)sizeof(float) + x_bytes;
+    const int64_t rows = (c->tiles ? DSV4__TILED_BYTES : DSV4__BLOCK_BYTES) / row_bytes;
     dsv4__workspace_layout layout;
     memset(&layout, 0, sizeof layout);
-    ws->block_rows = dsv4__max(dsv4__min(DSV4__BLOCK_BYTES / row_bytes, DSV4__BLOCK_ROWS) / tile, 1) * tile;
+    ws->block_rows = dsv4__max(dsv4__min(rows, dsv4__rows_most(c)) / unit, 1) * unit;
     ws->slots = ws->block_rows / c->config.ratio + 32;
-    ws->x_bytes = ws->block_rows * DSV4__KBLOCK * (int64_t)sizeof(float);
+    ws->x_bytes = ws->block_rows * dsv4__max(x_bytes, DSV4__KBLOCK * (int64_t)sizeof(float));
     ws->scratch_numbers = (c->training ? 2 : 1) * DSV4__KBLOCK * DSV4__PANEL;
     ws->scratch_numbers = dsv4__max(ws->scratch_numbers, c->config.head_dim + 3 * c->config.rope_dim);
     ws->scratch_numbers = dsv4__max(ws->scratch_numbers, 3 * c->config.head_dim); /* a window that is being folded */
@@ -3716,7 +3933,7 @@ static dsv4__workspace_layout dsv4__workspace_parts(dsv4_workspace *ws, size_t c
     ws->scratch_numbers = dsv4__ceil_div(ws->scratch_numbers, 16) * 16;
     (void)dsv4__reserve(&layout.size, 1, 1, sizeof *ws);
     layout.carry = dsv4__reserve(&layout.size, 1, (int64_t)carry_bytes, 1);
-    layout.pieces = dsv4__reserve(&layout.size, DSV4__BLOCK_ROWS, 1, sizeof(dsv4__piece));
+    layout.pieces = dsv4__reserve(&layout.size, ws->block_rows, 1, sizeof(dsv4__piece));
     layout.pooled = dsv4__reserve(&layout.size, ws->slots, c->config.head_dim, sizeof(float));
     layout.x = dsv4__reserve(&layout.size, 1, ws->x_bytes, 1);
     layout.sums = dsv4__reserve(&layout.size, ws->block_rows, sums, sizeof(float));
@@ -3830,6 +4047,7 @@ typedef struct dsv4__call {
     dsv4_segment whole;            /* all tokens, where the batch came without segments */
     int x_bf16;                    /* x came as bf16 */
     int dot;                       /* and is packed so, for the bf16 dot product */
+    int tiles;                     /* on tiles */
     int64_t rows, pieces, entries; /* of the current block */
     int64_t term, term_end;        /* terms of x that are packed */
     int64_t segment, done;         /* where the next block begins: segment, tokens of it already taken */
@@ -4006,11 +4224,33 @@ static void dsv4__for_threads(const dsv4__call *call, dsv4_task *task, void *arg
         for (int64_t thread = 0; thread < ws->threads; thread++) task(argument, thread);
 }
 
+/* The product of a job, on tiles or not. A task that has any begins and ends with the tiles. */
+static void dsv4__multiply(const dsv4__call *call, const dsv4__product_job *job) {
+    if (call->tiles)
+        call->c->kernels->tile_product(job);
+    else
+        call->c->kernels->product(job);
+}
+
+static void dsv4__begin_tiles(const dsv4__call *call, int64_t rows) {
+    if (call->tiles) call->c->kernels->tile_begin(rows);
+}
+
+static void dsv4__end_tiles(const dsv4__call *call) {
+    if (call->tiles) call->c->kernels->tile_end();
+}
+
+/* Rows as they are packed: tiles, unless one is enough, are whole. */
+static int64_t dsv4__packed_rows(const dsv4__call *call) {
+    if (!call->tiles || call->rows <= DSV4__TILE) return call->rows;
+    return dsv4__ceil_div(call->rows, DSV4__TILE) * DSV4__TILE;
+}
+
 /* How rows become left operands of products: [blocks of terms][rows][256]. */
 typedef struct dsv4__row_packer {
     const dsv4__kernels *kernels;
     dsv4_dtype from, to;
-    int64_t terms, rows;
+    int64_t terms, padded, rows; /* terms up to `padded` are 0 */
     void *packed;
 } dsv4__row_packer;
 
@@ -4026,7 +4266,7 @@ static void dsv4__pack_row(const dsv4__row_packer *packer, const void *from, int
             packer->kernels->widen((float *)to, (const dsv4_bf16 *)source, count);
         else
             packer->kernels->narrow((dsv4_bf16 *)to, (const float *)source, count);
-        if (count % 2 != 0) dsv4__put(to, packer->to, count, 0);
+        for (int64_t i = count; i < dsv4__min(packer->padded - k, DSV4__KBLOCK); i++) dsv4__put(to, packer->to, i, 0);
     }
 }
 
@@ -4040,7 +4280,8 @@ static void dsv4__pack_task(void *argument, int64_t thread) {
     packer.from = batch->x.dtype;
     packer.to = call->dot ? DSV4_BF16 : DSV4_F32;
     packer.terms = dsv4__min(call->term_end, call->c->config.hidden_dim) - call->term;
-    packer.rows = call->rows;
+    packer.padded = call->term_end - call->term;
+    packer.rows = dsv4__packed_rows(call);
     packer.packed = call->ws->x;
     const uintptr_t number = dsv4_dtype_size(batch->x.dtype), stride = number * (uintptr_t)batch->x.stride;
     const uintptr_t bytes = number * (uintptr_t)packer.terms;
@@ -4066,7 +4307,12 @@ static dsv4__order dsv4__order_of(const dsv4_compressor *c, int bf16) {
     return !bf16 ? DSV4__FUSED_TERMS : c->config.sums == DSV4_SUMS_TILES ? DSV4__STEPS : DSV4__PAIRS;
 }
 
-/* Adds one block of terms to the projections onto one group: sums [rows, panels, 32]. `after` is what the last panel's
+/* Terms of one product: a block of them, or what tiles take. */
+static int64_t dsv4__product_terms(const dsv4__call *call) {
+    return call->tiles ? call->c->span : (int64_t)DSV4__KBLOCK;
+}
+
+/* Adds one product's terms to the projections onto one group: sums [rows, panels, 32]. `after` is what the last panel's
  * weights are followed by. */
 static void dsv4__project_group(const dsv4__call *call, int64_t group, int64_t term, const void *after, float *wide) {
     const dsv4_compressor *c = call->c;
@@ -4075,8 +4321,10 @@ static void dsv4__project_group(const dsv4__call *call, int64_t group, int64_t t
     memset(&job, 0, sizeof job);
     job.dot = call->dot;
     job.rows = call->rows;
-    job.x = dsv4__at(call->ws->x, call->dot ? DSV4_BF16 : DSV4_F32, (term - call->term) * call->rows);
-    job.pairs = dsv4__min(c->terms - term, DSV4__KBLOCK) / 2;
+    const int64_t packed = dsv4__packed_rows(call);
+    job.x = dsv4__at(call->ws->x, call->dot ? DSV4_BF16 : DSV4_F32, (term - call->term) * packed);
+    job.x_block = packed * DSV4__KBLOCK * 2;
+    job.pairs = dsv4__min(c->terms - term, dsv4__product_terms(call)) / 2;
     job.sum_stride = panels * DSV4__PANEL;
     job.first = term == 0;
     job.wide = wide;
@@ -4086,8 +4334,8 @@ static void dsv4__project_group(const dsv4__call *call, int64_t group, int64_t t
         job.order = dsv4__order_of(c, job.w_bf16 && call->x_bf16);
         job.sum = dsv4__group_sums(call, group) + p * DSV4__PANEL;
         job.next_bytes = job.pairs * 2 * DSV4__PANEL * (job.w_bf16 ? 2 : 4);
-        job.next = p + 1 < panels ? (uintptr_t)job.w + (uintptr_t)job.next_bytes : (uintptr_t)after;
-        c->kernels->product(&job);
+        job.next = p + 1 < panels ? (uintptr_t)dsv4__panel(c, group, term, p + 1) : (uintptr_t)after;
+        dsv4__multiply(call, &job);
     }
 }
 
@@ -4097,15 +4345,18 @@ static void dsv4__project_task(void *argument, int64_t thread) {
     const dsv4_compressor *c = call->c;
     const int64_t threads = call->ws->threads;
     const int64_t first = c->groups * thread / threads, end = c->groups * (thread + 1) / threads;
+    const int64_t step = dsv4__product_terms(call);
     const dsv4__scratch scratch = dsv4__scratch_of(call->ws, thread);
+    dsv4__begin_tiles(call, call->rows);
     for (int64_t group = first; group < end; group++)
-        for (int64_t term = call->term; term < call->term_end; term += DSV4__KBLOCK) {
+        for (int64_t term = call->term; term < call->term_end; term += step) {
             const int64_t next_group = group + 1 < end ? group + 1 : first;
             const int64_t next_term = group + 1 < end ? call->term : call->term_end < c->terms ? call->term_end : 0;
-            const void *after = term + DSV4__KBLOCK < call->term_end ? dsv4__panel(c, group, term + DSV4__KBLOCK, 0)
-                                                                     : dsv4__panel(c, next_group, next_term, 0);
+            const void *after = term + step < call->term_end ? dsv4__panel(c, group, term + step, 0)
+                                                             : dsv4__panel(c, next_group, next_term, 0);
             dsv4__project_group(call, group, term, after, scratch.wide);
         }
+    dsv4__end_tiles(call);
     if (call->term_end < c->terms || !(c->config.rounding & DSV4_ROUND_PROJECTION)) return;
     for (int64_t group = first; group < end; group++)
         c->kernels->round_array(dsv4__group_sums(call, group), call->rows * c->series * c->matrices * DSV4__PANEL);
@@ -4114,8 +4365,9 @@ static void dsv4__project_task(void *argument, int64_t thread) {
 /* kv and gate of the block's rows, for all groups. */
 static void dsv4__project_block(dsv4__call *call) {
     const dsv4_compressor *c = call->c;
-    const int64_t block_bytes = call->rows * DSV4__KBLOCK * (call->dot ? 2 : 4);
-    const int64_t step = call->ws->x_bytes / block_bytes * DSV4__KBLOCK;
+    const int64_t terms = dsv4__min(c->terms, dsv4__product_terms(call));
+    const int64_t bytes = dsv4__packed_rows(call) * terms * (call->dot ? 2 : 4);
+    const int64_t step = call->ws->x_bytes / bytes * terms;
     for (call->term = 0; call->term < c->terms; call->term = call->term_end) {
         call->term_end = dsv4__min(call->term + step, c->terms);
         const int64_t numbers = call->rows * (call->term_end - call->term);
@@ -4512,8 +4764,9 @@ static dsv4_status dsv4__begin_call(const dsv4_compressor *c, const dsv4_batch *
     DSV4__TRY(dsv4__begin_segments(call, error));
     DSV4__TRY(dsv4__check_inputs(c, &call->batch, error));
     call->x_bf16 = batch->x.dtype == DSV4_BF16;
-    call->dot = c->kernels->dot && c->config.sums == DSV4_SUMS_PAIRS && call->x_bf16 && c->w_bf16[0] &&
-                (c->config.no_gate || c->w_bf16[1]);
+    call->tiles = c->tiles && call->x_bf16;
+    call->dot = call->tiles || (c->kernels->dot && c->config.sums == DSV4_SUMS_PAIRS && call->x_bf16 && c->w_bf16[0] &&
+                                (c->config.no_gate || c->w_bf16[1]));
     return DSV4_OK;
 }
 
@@ -4942,6 +5195,7 @@ static void dsv4__pack_back_task(void *argument, int64_t thread) {
         packer.from = DSV4_F32;
         packer.to = back->call.dot ? DSV4_BF16 : DSV4_F32;
         packer.terms = c->columns;
+        packer.padded = c->back_terms;
         packer.rows = back->rows;
         packer.packed = dsv4__d_rows(back, m);
         for (int64_t r = row; r < end; r++) dsv4__pack_row(&packer, from + r * back->room->d_stride, r);
@@ -4980,13 +5234,13 @@ static void dsv4__dx_panels(const dsv4__back *back, float *sums, int64_t first, 
                 job->x = dsv4__at(dsv4__d_rows(back, m), back->call.dot ? DSV4_BF16 : DSV4_F32, k * back->rows);
                 job->w = dsv4__back_panel(c, i, m, k);
                 job->w_bf16 = c->w_bf16[m];
-                job->pairs = dsv4__padded(dsv4__min(c->columns - k, DSV4__KBLOCK)) / 2;
+                job->pairs = dsv4__min(c->back_terms - k, DSV4__KBLOCK) / 2;
                 job->first = m == 0 && k == 0;
                 job->sum = sums + (i - first) * DSV4__PANEL;
                 job->next_bytes = job->pairs * 2 * DSV4__PANEL * (job->w_bf16 ? 2 : 4);
                 job->next = (uintptr_t)(i + 1 < end ? dsv4__back_panel(c, i + 1, m, k)
                                                     : dsv4__back_panel(c, first, m, k) + job->next_bytes);
-                c->kernels->product(job);
+                dsv4__multiply(&back->call, job);
             }
     dsv4__put_dx(back, sums, first, end);
 }
@@ -5034,7 +5288,7 @@ static void dsv4__dw_tile(const dsv4__back *back, int64_t matrix, int64_t row, i
     int64_t stride;
     float *sums = dsv4__weight_sums(back, matrix, &stride) + row * stride + i * DSV4__PANEL;
     const int64_t n = dsv4__min(back->call.c->config.hidden_dim - i * DSV4__PANEL, DSV4__PANEL);
-    const int apart = n < DSV4__PANEL || back->blocks > 2;
+    const int apart = n < DSV4__PANEL || back->blocks > 2 || back->call.tiles;
     job->sum = apart ? spare : sums;
     job->sum_stride = apart ? (int64_t)DSV4__PANEL : stride;
     if (apart && (back->started || back->g.accumulate)) dsv4__copy_rows(spare, DSV4__PANEL, sums, stride, job->rows, n);
@@ -5049,7 +5303,7 @@ static void dsv4__dw_tile(const dsv4__back *back, int64_t matrix, int64_t row, i
         job->next = (uintptr_t)dsv4__x_panel(back, after->slab, i, after->row);
         if (b + 1 == back->blocks) job->next += DSV4__KBLOCK * DSV4__PANEL * dsv4_dtype_size(dtype);
         job->next_bytes = after->count * DSV4__PANEL * (job->w_bf16 ? 2 : 4);
-        back->call.c->kernels->product(job);
+        dsv4__multiply(&back->call, job);
     }
     if (apart) dsv4__copy_rows(sums, stride, spare, DSV4__PANEL, job->rows, n);
 }
@@ -5058,11 +5312,11 @@ static void dsv4__dw_tile(const dsv4__back *back, int64_t matrix, int64_t row, i
  * panels of x pass by. */
 static void dsv4__dw_panels(const dsv4__back *back, int64_t matrix, int64_t first, int64_t end, dsv4__product_job *job,
                             float *spare) {
-    const int64_t columns = back->call.c->columns, tile = back->call.c->kernels->tile_rows;
+    const int64_t columns = back->call.c->columns, unit = dsv4__rows_unit(back->call.c);
     job->w_bf16 = back->call.dot;
     for (int64_t row = 0; row < columns; row += job->rows) {
-        job->rows = dsv4__min(columns - row, DSV4__BLOCK_ROWS / tile * tile);
-        DSV4_ASSERT(job->rows <= DSV4__BLOCK_ROWS); /* what spare holds */
+        job->rows = dsv4__min(columns - row, dsv4__rows_most(back->call.c) / unit * unit);
+        DSV4_ASSERT(job->rows <= DSV4__KBLOCK); /* what spare holds */
         for (int64_t i = first; i < end; i++) dsv4__dw_tile(back, matrix, row, i, job, spare);
     }
 }
@@ -5093,8 +5347,10 @@ static void dsv4__tokens_task(void *argument, int64_t thread) {
     const dsv4__back *back = (const dsv4__back *)argument;
     dsv4__hidden_share share = dsv4__hidden_share_of(back, thread);
     float *sums = back->room->dx_sums + thread * DSV4__DX_PANELS * DSV4__KBLOCK * DSV4__PANEL;
+    dsv4__begin_tiles(&back->call, back->rows);
     for (int64_t i = share.first; i < share.end && back->g.dx.data != NULL; i += DSV4__DX_PANELS)
         dsv4__dx_panels(back, sums, i, dsv4__min(i + DSV4__DX_PANELS, share.end), &share.job);
+    dsv4__end_tiles(&back->call);
     for (int64_t i = share.first; i < share.end && dsv4__wants_weights(back); i++) dsv4__pack_x_panel(back, i);
 }
 
@@ -5102,9 +5358,11 @@ static void dsv4__tokens_task(void *argument, int64_t thread) {
 static void dsv4__weights_task(void *argument, int64_t thread) {
     const dsv4__back *back = (const dsv4__back *)argument;
     dsv4__hidden_share share = dsv4__hidden_share_of(back, thread);
+    dsv4__begin_tiles(&back->call, DSV4__TILE);
     for (int64_t m = 0; m < back->call.c->matrices; m++)
         if ((m == 0 ? back->g.dwkv.data : back->g.dwgate.data) != NULL)
             dsv4__dw_panels(back, m, share.first, share.end, &share.job, share.scratch.spare);
+    dsv4__end_tiles(&back->call);
 }
 
 static void dsv4__add_weights(dsv4__back *back) {

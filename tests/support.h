@@ -174,6 +174,12 @@ SUPPORT dsv4_allocator nan_heap(void) {
     return a;
 }
 
+/* The kernel set that a compressor gets which names none: tiles are for the order TILES alone. */
+SUPPORT const char *best_isa(dsv4_sums sums) {
+    const int tiles = strcmp(dsv4_isa_name(0), "amx") == 0;
+    return dsv4_isa_name(tiles && sums == DSV4_SUMS_PAIRS);
+}
+
 /* A compressor and one workspace. */
 typedef struct engine {
     dsv4_compressor *compressor;

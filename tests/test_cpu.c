@@ -13,9 +13,9 @@
 
 #if defined(DSV4__CPUID)
 
-enum { SETS = DSV4__CPU_AVX2 | DSV4__CPU_AVX512 | DSV4__CPU_BF16 };
+enum { SETS = DSV4__CPU_AVX2 | DSV4__CPU_AVX512 | DSV4__CPU_BF16 | DSV4__CPU_AMX };
 
-/* A CPU of AMD's with all that the kernels use, as its registers would say it. */
+/* A CPU, signed as AMD's, with all that the kernels use, as its registers would say it. */
 static dsv4__cpu able_cpu(void) {
     dsv4__cpu cpu;
     memset(&cpu, 0, sizeof cpu);
@@ -26,8 +26,9 @@ static dsv4__cpu able_cpu(void) {
     cpu.leaf_1.c = 1u << 12 | 1u << 27 | 1u << 28;
     cpu.leaf_7.a = 1;
     cpu.leaf_7.b = 1u << 5 | 1u << 16 | 1u << 17 | 1u << 30 | 1u << 31;
+    cpu.leaf_7.d = 1u << 22 | 1u << 24;
     cpu.leaf_7_1.a = 1u << 5;
-    cpu.kept = 0xe7;
+    cpu.kept = 0x600e7;
     return cpu;
 }
 
@@ -54,8 +55,12 @@ static const lack lacks[] = {
     {"the mask registers' state", REGISTER(kept), 5, DSV4__CPU_AVX2},
     {"the state of the upper halves", REGISTER(kept), 6, DSV4__CPU_AVX2},
     {"the state of registers 16 to 31", REGISTER(kept), 7, DSV4__CPU_AVX2},
-    {"AVX512-BF16", REGISTER(leaf_7_1.a), 5, DSV4__CPU_AVX2 | DSV4__CPU_AVX512},
-    {"a second part of leaf 7", REGISTER(leaf_7.a), 0, DSV4__CPU_AVX2 | DSV4__CPU_AVX512},
+    {"AVX512-BF16", REGISTER(leaf_7_1.a), 5, SETS & ~DSV4__CPU_BF16},
+    {"AMX-BF16", REGISTER(leaf_7.d), 22, SETS & ~DSV4__CPU_AMX},
+    {"AMX-TILE", REGISTER(leaf_7.d), 24, SETS & ~DSV4__CPU_AMX},
+    {"the tiles' shapes in the state", REGISTER(kept), 17, SETS & ~DSV4__CPU_AMX},
+    {"the tiles' rows in the state", REGISTER(kept), 18, SETS & ~DSV4__CPU_AMX},
+    {"a second part of leaf 7", REGISTER(leaf_7.a), 0, SETS & ~DSV4__CPU_BF16},
 };
 
 TEST a_set_needs_all_it_is_made_of(void) {
@@ -87,7 +92,7 @@ TEST intels_bf16_is_the_slow_one(void) {
     memcpy(&cpu.leaf_0.b, "Genu", 4);
     memcpy(&cpu.leaf_0.d, "ineI", 4);
     memcpy(&cpu.leaf_0.c, "ntel", 4);
-    ASSERT_EQ_FMT((unsigned)(DSV4__CPU_AVX2 | DSV4__CPU_AVX512 | DSV4__CPU_SLOW_BF16), dsv4__cpu_offers(&cpu), "%#x");
+    ASSERT_EQ_FMT((unsigned)((SETS & ~DSV4__CPU_BF16) | DSV4__CPU_SLOW_BF16), dsv4__cpu_offers(&cpu), "%#x");
     PASS();
 }
 
@@ -96,7 +101,7 @@ static int runs_bf16(void) {
 #if defined(__clang__) || __GNUC__ >= 10
     return __builtin_cpu_supports("avx512bf16") != 0;
 #else
-    return (dsv4__offers() & (DSV4__CPU_BF16 | DSV4__CPU_SLOW_BF16)) != 0; /* gcc 9 does not know the word */
+    return (dsv4__offers(0) & (DSV4__CPU_BF16 | DSV4__CPU_SLOW_BF16)) != 0; /* gcc 9 does not know the word */
 #endif
 }
 #endif
@@ -111,7 +116,7 @@ TEST this_cpu_offers_what_the_compilers_runtime_says(void) {
         said |= DSV4__CPU_AVX512;
     if ((said & DSV4__CPU_AVX512) && runs_bf16())
         said |= __builtin_cpu_is("intel") ? DSV4__CPU_SLOW_BF16 : DSV4__CPU_BF16;
-    ASSERT_EQ_FMT(said, dsv4__offers(), "%#x");
+    ASSERT_EQ_FMT(said, dsv4__offers(0), "%#x");
     PASS();
 #else
     SKIPm("no __builtin_cpu_supports here");
@@ -128,7 +133,7 @@ SUITE(cpu) {
 #else
 
 TEST this_cpu_is_not_asked(void) {
-    ASSERT_EQ_FMT(0u, dsv4__offers(), "%#x");
+    ASSERT_EQ_FMT(0u, dsv4__offers(0), "%#x");
     PASS();
 }
 

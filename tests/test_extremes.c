@@ -21,7 +21,8 @@ static void fence(fenced *f, void **array, size_t bytes) {
 /* Every width from one vector to three, every mix of types: parameters, tokens and results end at a guard page. */
 TEST nothing_is_read_or_written_past_the_end(const char *isa, int narrow) {
     for (int tail = 0; tail <= 34; tail++) {
-        shape of = {"", 16 + tail, 17 + tail, 2, (17 + tail) / 2 * 2, tail % 2, 0, 0, 0, {DSV4_F32}, DSV4_F32, DSV4_F32};
+        shape of = {"", 16 + tail, 17 + tail, 2, (17 + tail) / 2 * 2, tail % 2, 0, 0, 0, {DSV4_F32}, DSV4_F32, DSV4_F32,
+                    tail % 2 ? DSV4_SUMS_TILES : DSV4_SUMS_PAIRS};
         for (int i = 0; i < DSV4_PARAM_COUNT; i++) of.param[i] = (narrow + tail) % 3 ? DSV4_BF16 : DSV4_F32;
         of.x = narrow ? DSV4_BF16 : DSV4_F32;
         of.out = narrow ? DSV4_BF16 : DSV4_F32;
@@ -94,7 +95,8 @@ static void fenced_lesson_free(fences *f, lesson *l, gradient_set *g, results *r
 TEST gradients_do_not_pass_the_end(const char *isa, int narrow) {
     for (int tail = 0; tail <= 34; tail++) {
         const dsv4_dtype dtype = narrow ? DSV4_BF16 : DSV4_F32;
-        shape of = {"", 16 + tail, 17 + tail, 1 + tail % 3, 2, tail % 2, 0, 0, 0, {DSV4_F32}, dtype, dtype};
+        shape of = {"", 16 + tail, 17 + tail, 1 + tail % 3, 2, tail % 2, 0, 0, 0, {DSV4_F32}, dtype, dtype,
+                    tail % 2 ? DSV4_SUMS_TILES : DSV4_SUMS_PAIRS};
         for (int i = 0; i < DSV4_PARAM_COUNT; i++) of.param[i] = (narrow + tail) % 3 ? DSV4_BF16 : DSV4_F32;
         lesson l = lesson_of(&of, 11, 1);
         results r = results_new(&l.config, DSV4_F32, l.s.tokens, l.entries);
@@ -250,13 +252,13 @@ TEST a_nan_in_norm_stays_in_its_channel(void) {
 
 TEST the_oddest_sizes_stream_as_they_compress_whole(void) {
     static const shape odd[] = {
-        {"ratio_4096", 1, 1, 4096, 0, 0, 0, 0, 0, {DSV4_F32, DSV4_F32, DSV4_F32, DSV4_F32}, DSV4_F32, DSV4_F32},
+        {"ratio_4096", 1, 1, 4096, 0, 0, 0, 0, 0, {DSV4_F32, DSV4_F32, DSV4_F32, DSV4_F32}, DSV4_F32, DSV4_F32, DSV4_SUMS_PAIRS},
         {"overlap_4096", 2, 3, 4096, 2, 1, 0, 0, DSV4_ROUNDING_MAXTEXT, {DSV4_BF16, DSV4_F32, DSV4_F32, DSV4_F32},
-         DSV4_F32, DSV4_BF16},
-        {"head_dim_1", 5, 1, 4, 0, 1, 0, 0, 0, {DSV4_F32, DSV4_F32, DSV4_F32, DSV4_F32}, DSV4_BF16, DSV4_F32},
+         DSV4_F32, DSV4_BF16, DSV4_SUMS_PAIRS},
+        {"head_dim_1", 5, 1, 4, 0, 1, 0, 0, 0, {DSV4_F32, DSV4_F32, DSV4_F32, DSV4_F32}, DSV4_BF16, DSV4_F32, DSV4_SUMS_PAIRS},
         {"wide", 3, 1030, 2, 1030, 1, 0, 0, DSV4_ROUNDING_DEEPSEEK, {DSV4_BF16, DSV4_BF16, DSV4_F32, DSV4_BF16},
-         DSV4_BF16, DSV4_BF16},
-        {"tall", 9001, 2, 3, 2, 0, 0, 0, 0, {DSV4_F32, DSV4_F32, DSV4_F32, DSV4_F32}, DSV4_F32, DSV4_F32},
+         DSV4_BF16, DSV4_BF16, DSV4_SUMS_TILES},
+        {"tall", 9001, 2, 3, 2, 0, 0, 0, 0, {DSV4_F32, DSV4_F32, DSV4_F32, DSV4_F32}, DSV4_F32, DSV4_F32, DSV4_SUMS_PAIRS},
     };
     static const int64_t cuts[][3] = {{1000, 1, 3000}, {4095, 2, 4097}, {223, 225, 1}};
     for (size_t i = 0; i < sizeof odd / sizeof *odd; i++) {
@@ -278,7 +280,7 @@ TEST the_oddest_sizes_stream_as_they_compress_whole(void) {
 TEST a_stream_of_a_million_tokens_keeps_its_bits(void) {
     enum { TOKENS = 1 << 20, PERIOD = 1000 };
     shape of = {"", 2, 32, 4, 16, 1, 0, 0, DSV4_ROUNDING_DEEPSEEK, {DSV4_BF16, DSV4_BF16, DSV4_F32, DSV4_BF16},
-                DSV4_BF16, DSV4_BF16};
+                DSV4_BF16, DSV4_BF16, DSV4_SUMS_PAIRS};
     if (getenv("TESTS_SLOW")) of.head_dim = 512, of.rope_dim = 64;
     workbench w = workbench_new(&of, PERIOD / 4, 8);
     results chunk = workbench_results(&w), alone = workbench_results(&w);

@@ -206,7 +206,8 @@ TEST a_crooked_pointer_is_refused_and_nothing_written(const shape *of) {
 TEST no_call_passes_the_end_of_an_array(const char *isa, int narrow) {
     for (int tail = 0; tail <= 34; tail++) {
         const dsv4_dtype type = narrow ? DSV4_BF16 : DSV4_F32;
-        shape of = {"", 16 + tail, 17 + tail, 2, (17 + tail) / 2 * 2, tail % 2, 0, 0, 0, {DSV4_F32}, type, type};
+        shape of = {"", 16 + tail, 17 + tail, 2, (17 + tail) / 2 * 2, tail % 2, 0, 0, 0, {DSV4_F32}, type, type,
+                    tail % 2 ? DSV4_SUMS_TILES : DSV4_SUMS_PAIRS};
         for (int i = 0; i < DSV4_PARAM_COUNT; i++) of.param[i] = (narrow + tail + i) % 3 ? DSV4_BF16 : DSV4_F32;
         ordeal o = ordeal_new(&of, 10, type, 75);
         fenced fences[PLACES];

@@ -230,6 +230,61 @@ TEST steps_are_counted_from_the_first_token(void) {
     PASS();
 }
 
+/* ---- Tiles ------------------------------------------------------------------------------------------------- */
+
+static int is_listed(const char *isa) {
+    int i = 0;
+    while (dsv4_isa_name(i) && strcmp(dsv4_isa_name(i), isa) != 0) i++;
+    return dsv4_isa_name(i) != NULL;
+}
+
+/* Unasked, the order TILES gets tiles wherever there are any, and the order PAIRS never does: the system is not asked. */
+TEST tiles_are_for_the_order_that_is_theirs(dsv4_sums sums) {
+    dsv4_config c = plain_config(sums, 64, 32);
+    model m = model_of(&c, DSV4_BF16, 71);
+    engine e = engine_new(&m, NULL, NULL);
+    ASSERT_STR_EQ(best_isa(sums), dsv4_compressor_isa(e.compressor));
+    engine_free(&e);
+    model_free(&m);
+    PASS();
+}
+
+/* Sizes that neither tiles nor what is added up before sums are stored divide. */
+static lesson tiled_lesson(int64_t tokens) {
+    dsv4_config c = {0};
+    c.hidden_dim = 2200;
+    c.head_dim = 300;
+    c.ratio = 4;
+    c.overlap = 1;
+    c.sums = DSV4_SUMS_TILES;
+    return lesson_new(model_of(&c, DSV4_BF16, 81), sequence_new(&c, DSV4_BF16, tokens, 82), DSV4_F32, 83);
+}
+
+TEST the_cpus_tiles_do_as_their_model_does(void) {
+    if (!is_listed("amx")) SKIPm("this CPU, or its system, has no AMX");
+    static const char *const sets[] = {"amx", "amx-model", "scalar"};
+    for (int64_t tokens = 4; tokens <= 301; tokens += tokens < 40 ? 4 : 87) {
+        lesson l = tiled_lesson(tokens);
+        results r[3];
+        for (int i = 0; i < 3; i++) {
+            engine e = trainer_new(&l.m, sets[i], NULL);
+            gradient_set g = gradient_set_new(&l.config, DSV4_F32, tokens);
+            r[i] = results_new(&l.config, DSV4_F32, tokens, l.entries);
+            memset(r[i].stage[STAGE_KV], 0, r[i].bytes[STAGE_KV]);
+            memset(r[i].stage[STAGE_GATE], 0, r[i].bytes[STAGE_GATE]);
+            ASSERT_EQ(DSV4_OK, compress_whole(&e, &l.s, &r[i], NULL));
+            ASSERT_EQ(DSV4_OK, backward_whole(&l, &e, &g));
+            ASSERT_EQ_FMT((int)STAGE_COUNT, results_difference(&r[0], &r[i]), "%d");
+            ASSERT_EQ_FMT((int)GRADIENTS, gradient_difference(&l.whole, &g, ORACLE_DX), "%d");
+            gradient_set_free(&g);
+            engine_free(&e);
+        }
+        for (int i = 0; i < 3; i++) results_free(&r[i]);
+        lesson_free(&l);
+    }
+    PASS();
+}
+
 /* ---- What the order is not --------------------------------------------------------------------------------- */
 
 /* An fp32 operand is multiplied the same way whatever the order: dx and sums over tokens too. */
@@ -268,9 +323,12 @@ SUITE(sums) {
         RUN_TESTp(projections_are_added_in_the_order_named, orders[i].sums);
         greatest_set_test_suffix(orders[i].name);
         RUN_TESTp(gradients_are_added_in_the_order_named, orders[i].sums);
+        greatest_set_test_suffix(orders[i].name);
+        RUN_TESTp(tiles_are_for_the_order_that_is_theirs, orders[i].sums);
     }
     RUN_TEST(cuts_at_multiples_of_32_give_the_same_sums_of_tiles);
     RUN_TEST(steps_are_counted_from_the_first_token);
+    RUN_TEST(the_cpus_tiles_do_as_their_model_does);
     for (int x = DSV4_F32; x <= DSV4_BF16; x++)
         for (int w = DSV4_F32; w <= DSV4_BF16; w++) {
             greatest_set_test_suffix(x == w ? dtype_name((dsv4_dtype)x) : x == DSV4_F32 ? "f32_x" : "bf16_x");

@@ -128,8 +128,9 @@ DSV4_API const char *dsv4_status_text(dsv4_status status);
  * 2b. Numbers: bf16 and fp32, and matrices of them
  * ============================================================================================================ */
 
-/* 0 is none of them: a type that was not given is an error wherever the numbers beside it are used. */
-typedef enum dsv4_dtype { DSV4_F32 = 1, DSV4_BF16 = 2 } dsv4_dtype;
+/* 0 is none of them: a type that was not given is an error wherever the numbers beside it are used. DSV4_PACKED is for
+ * entries alone: bytes as caches keep them, see dsv4_rows. */
+typedef enum dsv4_dtype { DSV4_F32 = 1, DSV4_BF16 = 2, DSV4_PACKED = 3 } dsv4_dtype;
 
 /* The caller's rows of numbers: the first kind is read, the second written. How many and how wide they are stands where
  * a matrix is asked for. */
@@ -148,7 +149,7 @@ typedef struct dsv4_matrix {
 /* A bf16 number by its bits: the upper half of an IEEE binary32. */
 typedef uint16_t dsv4_bf16;
 
-/* Bytes of one number: 4 or 2; 0 for any other value. */
+/* Bytes of one number: 4 or 2; 1 for DSV4_PACKED; 0 for any other value. */
 DSV4_API size_t dsv4_dtype_size(dsv4_dtype dtype);
 
 /* Round to nearest, ties to even. NaN stays a (quiet) NaN; infinities and signed zeros survive; what lies beyond the
@@ -162,6 +163,15 @@ DSV4_API float dsv4_bf16_to_f32(dsv4_bf16 value);
  * may be NULL only where count is 0. */
 DSV4_API void dsv4_bf16_from_f32_array(dsv4_bf16 *destination, const float *source, size_t count);
 DSV4_API void dsv4_bf16_to_f32_array(float *destination, const dsv4_bf16 *source, size_t count);
+
+/* Eight bits of E4M3, the finite kind (no infinity; S.1111.111 is NaN; the largest is 448), and four of E2M1 (no NaN;
+ * the largest is 6), which stand in the low bits. Rounded to nearest, ties to even; subnormals and the sign of 0 are
+ * kept; infinities and all that is beyond the largest become the largest. NaN stays NaN in E4M3 and becomes 6 in E2M1,
+ * as GPUs have it. Back is exact. (OCP 8-bit Floating Point and Microscaling Formats specifications.) */
+DSV4_API uint8_t dsv4_e4m3_from_f32(float value);
+DSV4_API float dsv4_e4m3_to_f32(uint8_t code);
+DSV4_API uint8_t dsv4_e2m1_from_f32(float value);
+DSV4_API float dsv4_e2m1_to_f32(uint8_t code);
 
 /* ============================================================================================================
  * 2c. Configuration, and the parameters it asks for
@@ -180,7 +190,7 @@ DSV4_API void dsv4_bf16_to_f32_array(float *destination, const dsv4_bf16 *source
     X(DSV4_ROUND_SCALED, "scaled", 1 << 6)         /* and after it */                                      \
     X(DSV4_ROUND_TRIG, "trig", 1 << 7)             /* cos and sin */                                       \
     X(DSV4_ROUND_ROTATED, "rotated", 1 << 9)       /* in RoPE each product, then their sum */              \
-    X(DSV4_ROUND_ROW, "row", 1 << 10)              /* the entry after RoPE, whatever the type of out */
+    X(DSV4_ROUND_ROW, "row", 1 << 10)              /* the entry after RoPE, after Hadamard and as read back */
 
 /* The pipelines that these points were read from, as sums of them. References change: a preset keeps its meaning, a
  * pipeline that moves gets a new one. */
@@ -217,6 +227,36 @@ DSV4_CHECKED DSV4_API dsv4_status dsv4_rounding_name(uint32_t rounding, char *te
  * those that there are. */
 DSV4_CHECKED DSV4_API dsv4_status dsv4_rounding_parse(const char *text, uint32_t *rounding, dsv4_error *error);
 
+/* What caches make of an entry: blocks of channels as codes that share a scale. `out` holds what is read back from
+ * them, code * scale, or, as DSV4_PACKED, the codes themselves. Bytes of a row and of its scales: dsv4_row_sizes.
+ *
+ *             channels          block  code  scale of a block                            a row / its scales
+ *   FP8       all but RoPE's    64     E4M3  2^ceil(log2(amax / 448)), amax >= 1e-4      D - R codes, R bf16 / UE8M0
+ *   FP8_KEYS  all               128    E4M3  the same                                    D codes / fp32
+ *   FP4       all, turned by H  32     E2M1  2^ceil(log2(amax / 6)), amax >= 6 * 2^-126  D / 2 pairs / UE8M0
+ *   FP4_E4M3  all               16     E2M1  E4M3 nearest to amax / 6, amax >= 6 * 2^-9  D / 2 pairs / E4M3
+ *
+ * amax is a block's greatest magnitude; the row's end may cut a block short. The code is that of y / scale. A block
+ * with a NaN or an infinity reads back as NaN, its neighbours as if it were not there. UE8M0: exponent + 127. A pair
+ * has the even channel in its low four bits. bf16 and fp32 are little-endian. H: the Walsh-Hadamard transform in
+ * natural order, times D^-1/2. (DeepSeek-V4's and V4.1's inference code; FP8_KEYS: vLLM, SGLang.) */
+#define DSV4_ROW_FORMATS(X)           \
+    X(DSV4_ROWS_PLAIN, "plain")       \
+    X(DSV4_ROWS_FP8, "fp8")           \
+    X(DSV4_ROWS_FP8_KEYS, "fp8-keys") \
+    X(DSV4_ROWS_FP4, "fp4")           \
+    X(DSV4_ROWS_FP4_E4M3, "fp4-e4m3")
+
+typedef enum dsv4_rows {
+#define DSV4_ROWS_VALUE(name, text) name,
+    DSV4_ROW_FORMATS(DSV4_ROWS_VALUE)
+#undef DSV4_ROWS_VALUE
+        DSV4_ROWS_COUNT
+} dsv4_rows;
+
+/* The format's name, e.g. "fp8-keys", or NULL. */
+DSV4_API const char *dsv4_rows_name(dsv4_rows rows);
+
 /* What a compressor is. A field of 0 takes the default that its comment names; the first three have none. */
 typedef struct dsv4_config {
     int64_t hidden_dim;    /* H, width of a hidden state, >= 1 */
@@ -227,6 +267,7 @@ typedef struct dsv4_config {
     int no_ape;            /* 1: no position bias (DeepSeek-V4.1) */
     int no_gate;           /* 1: no gate projection; only where a window has one row (ratio 1, no overlap) */
     uint32_t rounding;     /* DSV4_ROUND_... bits or a DSV4_ROUNDING_... preset; 0: none */
+    dsv4_rows rows;        /* what caches make of entries; 0: nothing. FP4 needs a head_dim that is a power of two */
     float eps;             /* RMSNorm's, > 0; 0: 1e-6 */
     float pad_gate;        /* score of the rows that window 0 lacks, < 0; 0: -INFINITY, which weighs exactly 0 */
     double rope_theta;     /* > 1; 0: 160000 */
@@ -261,8 +302,17 @@ DSV4_API dsv4_config dsv4_preset_config(dsv4_preset preset);
 /* The preset's name, e.g. "v4-flash-csa", or NULL. */
 DSV4_API const char *dsv4_preset_name(dsv4_preset preset);
 
+/* config.rows as the published model's inference code keeps its entries: FP8, FP4 for indexers, FP4_E4M3 for V4.1.
+ * The presets leave rows PLAIN: a model is trained on, and compared by, entries as they are. */
+DSV4_API dsv4_rows dsv4_preset_rows(dsv4_preset preset);
+
 /* Whether `config` describes a compressor; if not, DSV4_ERROR_CONFIG (or _NULL) and a message. */
 DSV4_CHECKED DSV4_API dsv4_status dsv4_config_check(const dsv4_config *config, dsv4_error *error);
+
+/* Bytes that DSV4_PACKED takes of `out` and of `scales` for each entry. DSV4_ERROR_CONFIG where rows are PLAIN, or
+ * pairs of an odd head_dim. */
+DSV4_CHECKED DSV4_API dsv4_status dsv4_row_sizes(const dsv4_config *config, size_t *row, size_t *scales,
+                                                 dsv4_error *error);
 
 typedef enum dsv4_param { DSV4_WKV = 0, DSV4_WGATE, DSV4_APE, DSV4_NORM, DSV4_PARAM_COUNT } dsv4_param;
 
@@ -462,7 +512,7 @@ typedef struct dsv4_stages {
     float *weights;   /* [entries, coff * ratio, D]: softmax weights by window row. Of windows that were open before the
                          call they need a state deep enough to have their rows; DSV4_ERROR_STATE says how deep */
     float *pooled;    /* [entries, D] */
-    void *latent;     /* [entries, D] in out.dtype: the entry before RoPE, DeepSeek-V4.1's indexer key */
+    void *latent; /* [entries, D] in out.dtype, bf16 where that is PACKED: the entry before RoPE, V4.1's indexer key */
 } dsv4_stages;
 
 /* One call. Pointers need the alignment of their numbers, no more. Inputs and outputs must not overlap, nor the entries
@@ -471,8 +521,12 @@ typedef struct dsv4_batch {
     dsv4_const_matrix x;    /* [tokens, hidden_dim]; or NULL data, with kv and gate given */
     int64_t tokens;         /* rows of x (or of kv and gate) */
     const float *kv, *gate; /* projections from elsewhere, [tokens, coff * D], instead of x (gate NULL with no_gate) */
-    dsv4_matrix out;        /* [entries, head_dim] */
+    dsv4_matrix out;        /* [entries, head_dim]; PACKED: [entries, bytes of a row], its stride in bytes */
+    dsv4_matrix scales;     /* with out PACKED: [entries, bytes of a row's scales], PACKED too; else not looked at */
     int64_t entries;        /* rows of out */
+    const int64_t *entry_rows; /* the row of each entry of the call, in the order of segments, instead of segment.entry:
+                                  in out, scales, dout and the stages by entry. No two are the same; what has a negative
+                                  one is not stored. NULL: a segment's entries follow one another */
     const dsv4_segment *segments; /* NULL, with segment_count 0: all tokens are one whole sequence, */
     int64_t segment_count;        /* from position 0 and with entries from row 0 on */
     int drop_tail; /* 1: tokens of a stateless segment after its last whole window are ignored; 0: an error */
@@ -483,6 +537,21 @@ typedef struct dsv4_batch {
  * _BOUNDS, _STATE, _NULL, _ALIGNMENT, _ARGUMENT, _OVERFLOW as their texts say; nothing is written then. */
 DSV4_CHECKED DSV4_API dsv4_status dsv4_compress(const dsv4_compressor *compressor, const dsv4_batch *batch,
                                                 dsv4_workspace *workspace, dsv4_error *error);
+
+/* Rows that exist already into config.rows: what dsv4_compress does after RoPE. plain, out and scales have `count`
+ * rows, of the shapes that batches have. Nothing may overlap. */
+typedef struct dsv4_quantised {
+    int64_t count;
+    dsv4_matrix out, scales;
+} dsv4_quantised;
+DSV4_CHECKED DSV4_API dsv4_status dsv4_quantise(const dsv4_compressor *compressor, dsv4_const_matrix plain,
+                                                const dsv4_quantised *rows, dsv4_workspace *workspace,
+                                                dsv4_error *error);
+
+/* PACKED rows back to numbers [count, head_dim] in bf16 or fp32: what dsv4_compress gives as such, and a value for any
+ * other bytes. The rounding point `row` rounds here too. */
+DSV4_CHECKED DSV4_API dsv4_status dsv4_unpack(const dsv4_config *config, int64_t count, dsv4_const_matrix rows,
+                                              dsv4_const_matrix scales, dsv4_matrix numbers, dsv4_error *error);
 
 /* Entries that a segment of `count` tokens gives, after what `state` (may be NULL) has seen. The tail is not counted.
  * 0 where ratio < 1 or count < 0. */
@@ -807,7 +876,7 @@ static dsv4_status dsv4__need_aligned(const void *pointer, size_t alignment, con
 
 static dsv4_status dsv4__need_array(const void *pointer, dsv4_dtype dtype, const char *name, dsv4_error *error) {
     if ((int)dtype == 0) return dsv4__fail(error, DSV4_ERROR_ARGUMENT, "dtype of %s is not given", name);
-    if (dsv4_dtype_size(dtype) == 0)
+    if (dtype != DSV4_F32 && dtype != DSV4_BF16)
         return dsv4__fail(error, DSV4_ERROR_ARGUMENT, "dtype of %s is %d, neither F32 nor BF16", name, (int)dtype);
     return dsv4__need_aligned(pointer, dsv4_dtype_size(dtype), name, error);
 }
@@ -955,7 +1024,9 @@ DSV4__INLINE float dsv4__from_bits(uint32_t bits) {
     return value;
 }
 
-DSV4_API size_t dsv4_dtype_size(dsv4_dtype dtype) { return dtype == DSV4_F32 ? 4 : dtype == DSV4_BF16 ? 2 : 0; }
+DSV4_API size_t dsv4_dtype_size(dsv4_dtype dtype) {
+    return dtype == DSV4_F32 ? 4 : dtype == DSV4_BF16 ? 2 : dtype == DSV4_PACKED ? 1 : 0;
+}
 
 /* Adding just under half a step, and the last kept bit to break ties, carries into the upper half where it must. */
 DSV4__INLINE uint32_t dsv4__rounded_bits(uint32_t bits) {
@@ -988,6 +1059,94 @@ DSV4__INLINE void dsv4__narrow(dsv4_bf16 *to, const float *from, int64_t count) 
         memcpy(to, rounded, sizeof rounded);
     }
     for (int64_t i = 0; i < count; i++) to[i] = dsv4_bf16_from_f32(from[i]);
+}
+
+/* A floating-point format of few bits. */
+typedef struct dsv4__small {
+    uint32_t mantissa; /* its bits */
+    uint32_t bias;     /* fp32's exponent field at exponent field 0 */
+    uint32_t nan;      /* what NaN becomes; without its sign, all bits but that */
+    int has_nan;       /* and whether it is one */
+    float least;       /* normal number */
+    float greatest;
+    float magic; /* 1.5 * 2^(23 - mantissa): times a power of two 2^e, the unit in the last place is that of 2^e here */
+} dsv4__small;
+
+static const dsv4__small dsv4__e4m3 = {3, 120, 0x7f, 1, 0.015625f, 448.0f, 1572864.0f};
+static const dsv4__small dsv4__e2m1 = {1, 126, 0x7, 0, 1.0f, 6.0f, 6291456.0f};
+
+/* The code of a number that the format has. Subnormals, made normal by adding the least normal number, differ from
+ * it in their mantissa alone. */
+DSV4__INLINE uint32_t dsv4__small_code(const dsv4__small *f, float value) {
+    const uint32_t bits = dsv4__bits(value), sign = bits >> 31, magnitude = bits & 0x7fffffffu;
+    const uint32_t low = dsv4__from_bits(magnitude) < f->least;
+    const uint32_t normal = dsv4__bits(dsv4__from_bits(magnitude) + (low ? f->least : 0.0f));
+    const uint32_t code = (normal >> (23 - f->mantissa)) - ((f->bias + low) << f->mantissa);
+    return magnitude > 0x7f800000u ? f->nan : code | sign * (f->nan + 1);
+}
+
+DSV4__INLINE float dsv4__small_value(const dsv4__small *f, uint32_t code) {
+    const uint32_t magnitude = code & f->nan, low = magnitude >> f->mantissa == 0;
+    const float normal = dsv4__from_bits((magnitude << (23 - f->mantissa)) + ((f->bias + low) << 23));
+    const uint32_t sign = (uint32_t)((code & (f->nan + 1)) != 0) << 31;
+    const uint32_t nan = f->has_nan && magnitude == f->nan ? 0x7fc00000u : 0;
+    return dsv4__from_bits(dsv4__bits((float)(normal - (low ? f->least : 0.0f))) | sign | nan);
+}
+
+/* The codes of 16 numbers at a time, and of what is left: a byte each, or two in one. Arrays of constant length, as
+ * above. */
+DSV4__INLINE void dsv4__put_bytes(unsigned char *to, const float *from, int64_t count) {
+    for (; count >= 16; count -= 16, from += 16, to += 16) {
+        unsigned char codes[16];
+        for (int i = 0; i < 16; i++) codes[i] = (unsigned char)dsv4__small_code(&dsv4__e4m3, from[i]);
+        memcpy(to, codes, sizeof codes);
+    }
+    for (int64_t i = 0; i < count; i++) to[i] = (unsigned char)dsv4__small_code(&dsv4__e4m3, from[i]);
+}
+
+DSV4__INLINE void dsv4__put_pairs(unsigned char *to, const float *from, int64_t count) {
+    for (; count >= 16; count -= 16, from += 16, to += 8) {
+        uint32_t codes[16];
+        for (int i = 0; i < 16; i++) codes[i] = dsv4__small_code(&dsv4__e2m1, from[i]);
+        for (int i = 0; i < 8; i++) to[i] = (unsigned char)(codes[2 * i] | codes[2 * i + 1] << 4);
+    }
+    for (int64_t i = 0; i < count; i += 2)
+        to[i / 2] =
+            (unsigned char)(dsv4__small_code(&dsv4__e2m1, from[i]) | dsv4__small_code(&dsv4__e2m1, from[i + 1]) << 4);
+}
+
+/* And back. */
+DSV4__INLINE void dsv4__get_bytes(float *to, const unsigned char *from, int64_t count) {
+    for (; count >= 16; count -= 16, from += 16, to += 16) {
+        unsigned char codes[16];
+        memcpy(codes, from, sizeof codes);
+        for (int i = 0; i < 16; i++) to[i] = dsv4__small_value(&dsv4__e4m3, codes[i]);
+    }
+    for (int64_t i = 0; i < count; i++) to[i] = dsv4__small_value(&dsv4__e4m3, from[i]);
+}
+
+DSV4__INLINE void dsv4__get_pairs(float *to, const unsigned char *from, int64_t count) {
+    for (; count >= 16; count -= 16, from += 8, to += 16) {
+        uint32_t codes[16];
+        for (int i = 0; i < 16; i++) codes[i] = (uint32_t)from[i / 2] >> (4 * (i % 2)) & 15u;
+        for (int i = 0; i < 16; i++) to[i] = dsv4__small_value(&dsv4__e2m1, codes[i]);
+    }
+    for (int64_t i = 0; i < count; i++)
+        to[i] = dsv4__small_value(&dsv4__e2m1, (uint32_t)from[i / 2] >> (4 * (i % 2)) & 15u);
+}
+
+/* bf16 at any address, the low byte first. */
+DSV4__INLINE void dsv4__put_halves(unsigned char *to, const float *from, int64_t count) {
+    for (int64_t i = 0; i < count; i++) {
+        const dsv4_bf16 half = dsv4_bf16_from_f32(from[i]);
+        to[2 * i] = (unsigned char)(half & 0xff);
+        to[2 * i + 1] = (unsigned char)(half >> 8);
+    }
+}
+
+DSV4__INLINE void dsv4__get_halves(float *to, const unsigned char *from, int64_t count) {
+    for (int64_t i = 0; i < count; i++)
+        to[i] = dsv4__from_bits((uint32_t)from[2 * i] << 16 | (uint32_t)from[2 * i + 1] << 24);
 }
 
 /* Number i of an array of either type. */
@@ -1238,6 +1397,76 @@ static void dsv4__rope_row(const dsv4_config *config, const float *inv_freq, int
 }
 
 /* ------------------------------------------------------------------------------------------------------------
+ * Rows as caches hold them
+ * ------------------------------------------------------------------------------------------------------------ */
+
+typedef struct dsv4__row_format {
+    const dsv4__small *code; /* NULL: rows stay as they are */
+    int64_t block;           /* channels that share a scale */
+    int64_t scale_bytes;     /* 4: fp32; 1: E4M3, or a power of two by its exponent */
+    float least;             /* what a block's greatest magnitude is at least taken for */
+    float inverse;           /* of the code's greatest number; 0: scales are E4M3, not powers of two */
+    int keeps_rope;          /* RoPE's channels stay bf16 */
+    int hadamard;
+} dsv4__row_format;
+
+static const dsv4__row_format dsv4__row_formats[DSV4_ROWS_COUNT] = {
+    {NULL, 1, 0, 0, 0, 0, 0},
+    {&dsv4__e4m3, 64, 1, 1e-4f, 1.0f / 448, 1, 0},
+    {&dsv4__e4m3, 128, 4, 1e-4f, 1.0f / 448, 0, 0},
+    {&dsv4__e2m1, 32, 1, 6.0f * FLT_MIN, 1.0f / 6, 0, 1},
+    {&dsv4__e2m1, 16, 1, 6.0f / 512, 0, 0, 0},
+};
+
+static const dsv4__row_format *dsv4__format_of(const dsv4_config *config) { return &dsv4__row_formats[config->rows]; }
+
+/* How many channels, from the first on, become codes. */
+static int64_t dsv4__coded(const dsv4_config *config) {
+    const dsv4__row_format *format = dsv4__format_of(config);
+    if (format->code == NULL) return 0;
+    return config->head_dim - (format->keeps_rope ? config->rope_dim : 0);
+}
+
+static int64_t dsv4__row_bytes(const dsv4_config *config) {
+    const int64_t coded = dsv4__coded(config);
+    return (dsv4__format_of(config)->code == &dsv4__e4m3 ? coded : coded / 2) + 2 * (config->head_dim - coded);
+}
+
+static int64_t dsv4__scale_bytes(const dsv4_config *config) {
+    const dsv4__row_format *format = dsv4__format_of(config);
+    return dsv4__ceil_div(dsv4__coded(config), format->block) * format->scale_bytes;
+}
+
+/* The least power of two that is not below a positive normal number: its exponent, plus 1 where a mantissa carries. */
+DSV4__INLINE float dsv4__power_above(float value) {
+    return dsv4__from_bits(((dsv4__bits(value) + 0x7fffffu) >> 23) << 23);
+}
+
+DSV4__INLINE void dsv4__put_scale(const dsv4__row_format *format, unsigned char *to, float scale) {
+    const uint32_t bits = dsv4__bits(scale);
+    if (format->scale_bytes == 4)
+        for (int i = 0; i < 4; i++) to[i] = (unsigned char)(bits >> (8 * i) & 0xff);
+    else
+        *to = (unsigned char)(format->inverse > 0 ? bits >> 23 : dsv4__small_code(&dsv4__e4m3, scale));
+}
+
+/* Any bytes: UE8M0's 0 is 2^-127, its 255 NaN. */
+DSV4__INLINE float dsv4__get_scale(const dsv4__row_format *format, const unsigned char *from) {
+    if (format->scale_bytes == 4)
+        return dsv4__from_bits((uint32_t)from[0] | (uint32_t)from[1] << 8 | (uint32_t)from[2] << 16 |
+                               (uint32_t)from[3] << 24);
+    if (format->inverse == 0) return dsv4__small_value(&dsv4__e4m3, *from);
+    return dsv4__from_bits(*from == 0 ? 0x400000u : *from == 255 ? 0x7fc00000u : (uint32_t)*from << 23);
+}
+
+/* D^-1/2 of a power of two. */
+static float dsv4__hadamard_scale(int64_t dim) {
+    float scale = 1;
+    for (; dim > 1; dim /= 4) scale *= dim == 2 ? 0.707106781f : 0.5f;
+    return scale;
+}
+
+/* ------------------------------------------------------------------------------------------------------------
  * What kernels are given. Each job is one call's worth of work on arrays that the caller of the kernel owns.
  * ------------------------------------------------------------------------------------------------------------ */
 
@@ -1349,8 +1578,17 @@ typedef struct dsv4__finish_job {
     float *pooled, *row, *swapped;
     float *dpooled; /* [head_dim], on the way back */
     void *out, *latent;
-    dsv4_dtype out_dtype;
+    unsigned char *scales; /* where out_dtype is PACKED */
+    dsv4_dtype out_dtype, latent_dtype;
 } dsv4__finish_job;
+
+/* One packed row to numbers. */
+typedef struct dsv4__unpack_job {
+    const dsv4_config *config;
+    const unsigned char *row, *scales;
+    void *to;
+    dsv4_dtype dtype;
+} dsv4__unpack_job;
 
 /* A kernel set. */
 typedef struct dsv4__kernels {
@@ -1363,6 +1601,8 @@ typedef struct dsv4__kernels {
     void (*pool_back)(const dsv4__pool_job *);
     void (*finish)(const dsv4__finish_job *);
     void (*finish_back)(const dsv4__finish_job *);
+    void (*store)(const dsv4__finish_job *);
+    void (*unpack)(const dsv4__unpack_job *);
     void (*add)(float *, const float *, const float *, int64_t);
     void (*round_array)(float *, int64_t);
     void (*widen)(float *, const dsv4_bf16 *, int64_t);
@@ -1393,6 +1633,7 @@ typedef struct dsv4__kernels {
  *   v_above(a, b, x, y)                          x in lanes where a > b, else y
  *   v_unequal(a, b, v)                           0 in lanes where a = b, else v
  *   v_power(t)                                   2^n, t = n + DSV4__MAGIC
+ *   v_masked(v, bits) v_or(a, b)                 of the lanes' bits
  *   v_round(v)                                   to bf16, nearest even, NaN quiet
  *   v_widen(p) v_narrow(p, v)                    VL bf16 from / to memory; v_narrow rounds
  *   v_even(p) v_odd(p)                           of VL pairs of bf16, widened
@@ -1420,6 +1661,8 @@ typedef struct dsv4__kernels {
 #define dsv4__v_below(x, limit, v) ((x) < (limit) ? 0.0f : (v))
 #define dsv4__v_above(a, b, x, y)  ((a) > (b) ? (x) : (y))
 #define dsv4__v_unequal(a, b, v)   ((a) == (b) ? 0.0f : (v))
+#define dsv4__v_masked(v, m)       dsv4__from_bits(dsv4__bits(v) & (m))
+#define dsv4__v_or(a, b)           dsv4__from_bits(dsv4__bits(a) | dsv4__bits(b))
 #define dsv4__v_power(t)           dsv4__from_bits((dsv4__bits(t) << 23) + 0x3f800000u)
 #define dsv4__v_round(v)           dsv4_bf16_to_f32(dsv4_bf16_from_f32(v))
 #define dsv4__v_widen(p)           dsv4_bf16_to_f32(*(p))
@@ -1451,6 +1694,8 @@ DSV4__BEGIN_TARGET("avx2,fma")
 #define dsv4__v_below(x, limit, v) _mm256_andnot_ps(_mm256_cmp_ps(x, limit, _CMP_LT_OQ), v)
 #define dsv4__v_above(a, b, x, y)  _mm256_blendv_ps(y, x, _mm256_cmp_ps(a, b, _CMP_GT_OQ))
 #define dsv4__v_unequal(a, b, v)   _mm256_and_ps(_mm256_cmp_ps(a, b, _CMP_NEQ_UQ), v)
+#define dsv4__v_masked(v, m)       _mm256_and_ps(v, _mm256_castsi256_ps(_mm256_set1_epi32((int)(m))))
+#define dsv4__v_or(a, b)           _mm256_or_ps(a, b)
 #define dsv4__v_power(t) \
     _mm256_castsi256_ps(_mm256_add_epi32(_mm256_slli_epi32(_mm256_castps_si256(t), 23), _mm256_set1_epi32(0x3f800000)))
 #define dsv4__v_round(v) _mm256_castsi256_ps(_mm256_slli_epi32(DSV4__FN(upper)(v), 16))
@@ -1515,6 +1760,8 @@ DSV4__BEGIN_TARGET("avx512bf16," DSV4__AVX512)
 #define dsv4__v_below(x, limit, v) _mm512_maskz_mov_ps((__mmask16)~_mm512_cmp_ps_mask(x, limit, _CMP_LT_OQ), v)
 #define dsv4__v_above(a, b, x, y)  _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_GT_OQ), y, x)
 #define dsv4__v_unequal(a, b, v)   _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(a, b, _CMP_NEQ_UQ), v)
+#define dsv4__v_masked(v, m)       _mm512_and_ps(v, _mm512_castsi512_ps(_mm512_set1_epi32((int)(m))))
+#define dsv4__v_or(a, b)           _mm512_or_ps(a, b)
 #define dsv4__v_power(t) \
     _mm512_castsi512_ps(_mm512_add_epi32(_mm512_slli_epi32(_mm512_castps_si512(t), 23), _mm512_set1_epi32(0x3f800000)))
 #define dsv4__v_round(v) _mm512_castsi512_ps(_mm512_slli_epi32(DSV4__FN(upper)(v), 16))
@@ -1555,6 +1802,8 @@ static inline __m512i DSV4__FN(upper)(__m512 v) {
 #define dsv4__v_below(x, limit, v) vreinterpretq_f32_u32(vbicq_u32(vreinterpretq_u32_f32(v), vcltq_f32(x, limit)))
 #define dsv4__v_above(a, b, x, y)  vbslq_f32(vcgtq_f32(a, b), x, y)
 #define dsv4__v_unequal(a, b, v)   vreinterpretq_f32_u32(vbicq_u32(vreinterpretq_u32_f32(v), vceqq_f32(a, b)))
+#define dsv4__v_masked(v, m)       vreinterpretq_f32_u32(vandq_u32(vreinterpretq_u32_f32(v), vdupq_n_u32(m)))
+#define dsv4__v_or(a, b)           vreinterpretq_f32_u32(vorrq_u32(vreinterpretq_u32_f32(a), vreinterpretq_u32_f32(b)))
 #define dsv4__v_power(t) \
     vreinterpretq_f32_u32(vaddq_u32(vshlq_n_u32(vreinterpretq_u32_f32(t), 23), vdupq_n_u32(0x3f800000u)))
 #define dsv4__v_round(v)     vreinterpretq_f32_u32(vshlq_n_u32(DSV4__FN(upper)(v), 16))
@@ -1614,6 +1863,8 @@ DSV4__BEGIN_TARGET("avx2,fma,prefer-vector-width=128")
 #define dsv4__v_below(x, limit, v) dsv4__v_mm(andnot_ps)(dsv4__v_mm(cmplt_ps)(x, limit), v)
 #define dsv4__v_above(a, b, x, y)  dsv4__v_mm(blendv_ps)(y, x, dsv4__v_mm(cmpgt_ps)(a, b))
 #define dsv4__v_unequal(a, b, v)   dsv4__v_mm(and_ps)(dsv4__v_mm(cmpneq_ps)(a, b), v)
+#define dsv4__v_masked(v, m)       dsv4__v_mm(and_ps)(v, dsv4__v_mm(castsi128_ps)(dsv4__v_mm(set1_epi32)((int32_t)(m))))
+#define dsv4__v_or(a, b)           dsv4__v_mm(or_ps)(a, b)
 #define dsv4__v_power(t)                                                                                    \
     dsv4__v_mm(castsi128_ps)(dsv4__v_mm(add_epi32)(dsv4__v_mm(slli_epi32)(dsv4__v_mm(castps_si128)(t), 23), \
                                                    dsv4__v_mm(set1_epi32)(0x3f800000)))
@@ -2238,16 +2489,136 @@ static void DSV4__FN(rotate)(const dsv4__finish_job *job, int rounded) {
     }
 }
 
+/* The nearest number of a small format, ties to even: among the multiples of a step that the exponent of |x| names, or
+ * that of the least normal number. */
+DSV4__INLINE DSV4__VF DSV4__FN(nearest)(const dsv4__small *f, DSV4__VF x) {
+    const DSV4__VF magnitude = dsv4__v_masked(x, 0x7fffffffu), limit = dsv4__v_set(f->greatest);
+    const DSV4__VF most = dsv4__v_above(magnitude, limit, limit, magnitude);
+    const DSV4__VF power = dsv4__v_max(dsv4__v_masked(most, 0x7f800000u), dsv4__v_set(f->least));
+    const DSV4__VF big = dsv4__v_mul(power, dsv4__v_set(f->magic));
+    return dsv4__v_or(dsv4__v_sub(dsv4__v_add(most, big), big), dsv4__v_masked(x, 0x80000000u));
+}
+
+/* The scale of a block: NaN where any of its numbers is NaN or infinite, since 0 times those is NaN. */
+DSV4__INLINE float DSV4__FN(block_scale)(const dsv4__row_format *format, const float *row, int64_t count) {
+    DSV4__VF top = dsv4__v_set(format->least), bad = dsv4__v_zero();
+    float tops[DSV4__VL], bads[DSV4__VL];
+    for (int64_t i = 0; i < count; i += DSV4__VL) {
+        const DSV4__VF x = dsv4__v_masked(DSV4__FN(load_some)(row + i, dsv4__min(count - i, DSV4__VL)), 0x7fffffffu);
+        top = dsv4__v_max(x, top);
+        bad = dsv4__v_fma(x, dsv4__v_zero(), bad);
+    }
+    dsv4__v_store(tops, top);
+    dsv4__v_store(bads, bad);
+    float amax = tops[0], sum = bads[0];
+    for (int i = 1; i < DSV4__VL; i++) {
+        amax = tops[i] > amax ? tops[i] : amax;
+        sum = sum + bads[i];
+    }
+    if (!(sum < 1)) return NAN;
+    if (format->inverse > 0) return dsv4__power_above((float)(amax * format->inverse));
+    return dsv4__scalar_nearest(&dsv4__e4m3, (float)(amax / 6));
+}
+
+/* A block of a row to numbers of the code, or, `back`, to what is read back from them. */
+DSV4__INLINE float DSV4__FN(code_block)(const dsv4__row_format *format, const dsv4__small *f, float *row, int64_t count,
+                                        int back) {
+    const float scale = DSV4__FN(block_scale)(format, row, count);
+    const DSV4__VF all = dsv4__v_set(scale), read = dsv4__v_set(back ? scale : 1.0f);
+    const int bad = !(scale < INFINITY);
+    for (int64_t i = 0; i < count; i += DSV4__VL) {
+        const int64_t n = dsv4__min(count - i, DSV4__VL);
+        const DSV4__VF y = dsv4__v_div(DSV4__FN(load_some)(row + i, n), all);
+        DSV4__FN(store_some)(row + i, bad ? dsv4__v_set(NAN) : dsv4__v_mul(DSV4__FN(nearest)(f, y), read), n);
+    }
+    return scale;
+}
+
+/* H of a row whose length is a power of two: sums and differences of numbers 1, 2, 4 ... apart, then the scale. */
+static void DSV4__FN(hadamard)(float *row, int64_t dim) {
+    const DSV4__VF scale = dsv4__v_set(dsv4__hadamard_scale(dim));
+    for (int64_t step = 1; step < dim; step *= 2)
+        for (float *a = row; a < row + dim; a += 2 * step)
+            if (step >= DSV4__VL)
+                for (int64_t i = 0; i < step; i += DSV4__VL) {
+                    const DSV4__VF x = dsv4__v_load(a + i), y = dsv4__v_load(a + step + i);
+                    dsv4__v_store(a + i, dsv4__v_add(x, y));
+                    dsv4__v_store(a + step + i, dsv4__v_sub(x, y));
+                }
+            else
+                for (int64_t i = 0; i < step; i++) {
+                    const float x = a[i], y = a[i + step];
+                    a[i] = x + y;
+                    a[i + step] = x - y;
+                }
+    for (int64_t i = 0; i < dim; i += DSV4__VL) {
+        const int64_t n = dsv4__min(dim - i, DSV4__VL);
+        DSV4__FN(store_some)(row + i, dsv4__v_mul(DSV4__FN(load_some)(row + i, n), scale), n);
+    }
+}
+
+/* The entry after RoPE to where it goes, by way of its row format. */
+static void DSV4__FN(store)(const dsv4__finish_job *job) {
+    const dsv4__row_format *format = dsv4__format_of(job->config);
+    const int64_t dim = job->config->head_dim, coded = dsv4__coded(job->config), block = format->block;
+    const int rounded = (job->config->rounding & DSV4_ROUND_ROW) != 0, packed = job->out_dtype == DSV4_PACKED;
+    unsigned char *bytes = (unsigned char *)job->out, *scales = job->scales;
+    if (rounded) DSV4__FN(round)(job->row, dim);
+    if (format->hadamard) DSV4__FN(hadamard)(job->row, dim);
+    if (format->hadamard && rounded) DSV4__FN(round)(job->row, dim);
+    for (int64_t c = 0; c < coded; c += block) {
+        float scale;
+        if (format->code == &dsv4__e4m3)
+            scale = DSV4__FN(code_block)(format, &dsv4__e4m3, job->row + c, dsv4__min(coded - c, block), !packed);
+        else
+            scale = DSV4__FN(code_block)(format, &dsv4__e2m1, job->row + c, dsv4__min(coded - c, block), !packed);
+        if (packed) dsv4__put_scale(format, scales + c / block * format->scale_bytes, scale);
+    }
+    if (!packed) {
+        if (rounded) DSV4__FN(round)(job->row, coded);
+        DSV4__FN(put_row)(job->out, job->out_dtype, job->row, dim);
+    } else if (format->code == &dsv4__e4m3) {
+        dsv4__put_bytes(bytes, job->row, coded);
+        dsv4__put_halves(bytes + coded, job->row + coded, dim - coded);
+    } else {
+        dsv4__put_pairs(bytes, job->row, dim);
+    }
+}
+
+/* And back: 128 channels at a time, through numbers of the code. */
+static void DSV4__FN(unpack)(const dsv4__unpack_job *job) {
+    const dsv4__row_format *format = dsv4__format_of(job->config);
+    const int64_t dim = job->config->head_dim, coded = dsv4__coded(job->config), block = format->block;
+    const int wide = format->code == &dsv4__e4m3, rounded = (job->config->rounding & DSV4_ROUND_ROW) != 0;
+    float values[128];
+    for (int64_t c = 0, n; c < dim; c += n) {
+        n = dsv4__min(c < coded ? dsv4__min(coded - c, block) : dim - c, 128);
+        if (c >= coded) {
+            dsv4__get_halves(values, job->row + coded + 2 * (c - coded), n);
+        } else {
+            const DSV4__VF scale = dsv4__v_set(dsv4__get_scale(format, job->scales + c / block * format->scale_bytes));
+            if (wide)
+                dsv4__get_bytes(values, job->row + c, n);
+            else
+                dsv4__get_pairs(values, job->row + c / 2, n);
+            for (int64_t i = 0; i < n; i += DSV4__VL) {
+                const DSV4__VF value = dsv4__v_mul(DSV4__FN(load_some)(values + i, n - i), scale);
+                DSV4__FN(store_some)(values + i, rounded ? dsv4__v_round(value) : value, n - i);
+            }
+        }
+        DSV4__FN(put_row)(dsv4__at_mutable(job->to, job->dtype, c), job->dtype, values, n);
+    }
+}
+
 /* RMSNorm, norm's scale, RoPE, store. */
 static void DSV4__FN(finish)(const dsv4__finish_job *job) {
     const int64_t dim = job->config->head_dim;
     const uint32_t rounding = job->config->rounding;
     if (rounding & DSV4_ROUND_POOLED) DSV4__FN(round)(job->pooled, dim);
     DSV4__FN(normalise)(job, DSV4__FN(scale)(job->pooled, dim, job->config->eps));
-    if (job->latent != NULL) DSV4__FN(put_row)(job->latent, job->out_dtype, job->row, dim);
+    if (job->latent != NULL) DSV4__FN(put_row)(job->latent, job->latent_dtype, job->row, dim);
     DSV4__FN(rotate)(job, (rounding & DSV4_ROUND_ROTATED) != 0);
-    if (rounding & DSV4_ROUND_ROW) DSV4__FN(round)(job->row, dim);
-    DSV4__FN(put_row)(job->out, job->out_dtype, job->row, dim);
+    DSV4__FN(store)(job);
 }
 
 /* RMSNorm on the way back. `row` holds dout; after: row = gradient of the scaled row, pooled = the normalised row
@@ -2257,6 +2628,7 @@ static void DSV4__FN(finish_back)(const dsv4__finish_job *job) {
     float *n_row = job->pooled, *dn_row = job->dpooled;
     if (job->config->rounding & DSV4_ROUND_POOLED) DSV4__FN(round)(n_row, dim);
     const float scale = DSV4__FN(scale)(n_row, dim, job->config->eps);
+    if (dsv4__format_of(job->config)->hadamard) DSV4__FN(hadamard)(job->row, dim); /* it is its own inverse */
     DSV4__FN(rotate)(job, 0);
     for (int64_t c = 0; c < dim; c += DSV4__VL) {
         const int64_t n = dsv4__min(dim - c, DSV4__VL);
@@ -2326,6 +2698,8 @@ enum { DSV4__FN(has_dot) = 0, DSV4__FN(tile_rows) = DSV4__TILE_ROWS };
 #undef dsv4__v_above
 #undef dsv4__v_unequal
 #undef dsv4__v_power
+#undef dsv4__v_masked
+#undef dsv4__v_or
 #undef dsv4__v_round
 #undef dsv4__v_widen
 #undef dsv4__v_narrow
@@ -2442,11 +2816,11 @@ static unsigned dsv4__offers(void) {
 #endif
 }
 
-#define DSV4__SET_ROW(set, needs)                                                                               \
-    {                                                                                                           \
-#set, needs, dsv4__##set##_has_dot, dsv4__##set##_tile_rows, dsv4__##set##_product, dsv4__##set##_pool, \
-            dsv4__##set##_pool_back, dsv4__##set##_finish, dsv4__##set##_finish_back, dsv4__##set##_add,        \
-            dsv4__##set##_round, dsv4__##set##_widen, dsv4__##set##_narrow                                      \
+#define DSV4__SET_ROW(set, needs)                                                                                   \
+    {                                                                                                               \
+#set, needs, dsv4__##set##_has_dot, dsv4__##set##_tile_rows, dsv4__##set##_product, dsv4__##set##_pool,     \
+            dsv4__##set##_pool_back, dsv4__##set##_finish, dsv4__##set##_finish_back, dsv4__##set##_store,          \
+            dsv4__##set##_unpack, dsv4__##set##_add, dsv4__##set##_round, dsv4__##set##_widen, dsv4__##set##_narrow \
     }
 
 /* The fastest first. The last one needs nothing. */
@@ -2518,6 +2892,19 @@ DSV4_API void dsv4_bf16_to_f32_array(float *destination, const dsv4_bf16 *source
     dsv4__set_for_arrays(count)->widen(destination, source, (int64_t)count);
 }
 
+DSV4_API uint8_t dsv4_e4m3_from_f32(float value) {
+    const uint32_t nan = dsv4__e4m3.nan | (dsv4__bits(value) >> 31) << 7;
+    return (uint8_t)(value != value ? nan : dsv4__small_code(&dsv4__e4m3, dsv4__scalar_nearest(&dsv4__e4m3, value)));
+}
+
+DSV4_API float dsv4_e4m3_to_f32(uint8_t code) { return dsv4__small_value(&dsv4__e4m3, code); }
+
+DSV4_API uint8_t dsv4_e2m1_from_f32(float value) {
+    return (uint8_t)dsv4__small_code(&dsv4__e2m1, value != value ? value : dsv4__scalar_nearest(&dsv4__e2m1, value));
+}
+
+DSV4_API float dsv4_e2m1_to_f32(uint8_t code) { return dsv4__small_value(&dsv4__e2m1, code & 15u); }
+
 /* ------------------------------------------------------------------------------------------------------------
  * 3h. Presets, checks and initial values of a configuration
  * ------------------------------------------------------------------------------------------------------------ */
@@ -2555,6 +2942,22 @@ DSV4_API const char *dsv4_preset_name(dsv4_preset preset) {
 #undef DSV4__PRESET_TEXT
     };
     return (unsigned)preset < (unsigned)DSV4_PRESET_COUNT ? names[preset] : NULL;
+}
+
+DSV4_API dsv4_rows dsv4_preset_rows(dsv4_preset preset) {
+    const dsv4_config config = dsv4_preset_config(preset);
+    if (config.head_dim == 0) return DSV4_ROWS_PLAIN;
+    if (config.no_ape) return DSV4_ROWS_FP4_E4M3;
+    return config.head_dim == 128 ? DSV4_ROWS_FP4 : DSV4_ROWS_FP8;
+}
+
+DSV4_API const char *dsv4_rows_name(dsv4_rows rows) {
+    static const char *const names[] = {
+#define DSV4__ROWS_TEXT(name, text) text,
+        DSV4_ROW_FORMATS(DSV4__ROWS_TEXT)
+#undef DSV4__ROWS_TEXT
+    };
+    return (unsigned)rows < (unsigned)DSV4_ROWS_COUNT ? names[rows] : NULL;
 }
 
 /* Roundings by name: presets first, so that a sum which has a name of its own gets it, then points. */
@@ -2676,6 +3079,11 @@ DSV4_API dsv4_status dsv4_config_check(const dsv4_config *config, dsv4_error *er
     if ((full.rounding & ~dsv4__all_points) != 0)
         return dsv4__fail(error, DSV4_ERROR_CONFIG, "rounding is 0x%lx, beyond the points that are known",
                           (unsigned long)full.rounding);
+    if ((unsigned)full.rows >= (unsigned)DSV4_ROWS_COUNT)
+        return dsv4__fail(error, DSV4_ERROR_CONFIG, "rows is %d, beyond the formats that are known", (int)full.rows);
+    if (dsv4__format_of(&full)->hadamard && (full.head_dim & (full.head_dim - 1)) != 0)
+        return dsv4__fail(error, DSV4_ERROR_CONFIG, "rows are FP4, but head_dim %lld is no power of two",
+                          (long long)full.head_dim);
     if (!(full.pad_gate < 0)) return dsv4__fail(error, DSV4_ERROR_CONFIG, "pad_gate is %g, not below 0", full.pad_gate);
     DSV4__TRY(dsv4__check_real(full.eps, 0, 1, "eps", error));
     DSV4__TRY(dsv4__check_real(full.rope_theta, 1, 1, "rope_theta", error));
@@ -2702,6 +3110,20 @@ DSV4_API dsv4_status dsv4_config_params(const dsv4_config *config, dsv4_param_in
         info[i].columns = widths[i];
         info[i].count = rows[i] * widths[i];
     }
+    return DSV4_OK;
+}
+
+DSV4_API dsv4_status dsv4_row_sizes(const dsv4_config *config, size_t *row, size_t *scales, dsv4_error *error) {
+    DSV4__TRY(dsv4_config_check(config, error));
+    DSV4__TRY(dsv4__need(row, "row", error));
+    DSV4__TRY(dsv4__need(scales, "scales", error));
+    const dsv4__small *code = dsv4__format_of(config)->code;
+    if (code == NULL) return dsv4__fail(error, DSV4_ERROR_CONFIG, "rows are plain: nothing to pack");
+    if (code == &dsv4__e2m1 && config->head_dim % 2 != 0)
+        return dsv4__fail(error, DSV4_ERROR_CONFIG, "rows are packed in pairs, but head_dim is %lld",
+                          (long long)config->head_dim);
+    *row = (size_t)dsv4__row_bytes(config);
+    *scales = (size_t)dsv4__scale_bytes(config);
     return DSV4_OK;
 }
 
@@ -2803,6 +3225,7 @@ static uint64_t dsv4__config_fingerprint(const dsv4_config *config) {
     for (size_t i = 0; i < sizeof numbers / sizeof numbers[0]; i++)
         hash = dsv4__hash_number(hash, (uint64_t)numbers[i]);
     for (size_t i = 0; i < sizeof reals / sizeof reals[0]; i++) hash = dsv4__hash_real(hash, reals[i]);
+    if (config->rows != DSV4_ROWS_PLAIN) hash = dsv4__hash_number(hash, (uint64_t)config->rows);
     return hash;
 }
 
@@ -3508,6 +3931,7 @@ typedef struct dsv4__piece {
     int64_t window, windows; /* first window that closes, and how many do */
     int64_t slot;            /* of the first one among the block's entries */
     int64_t entry;           /* row of out of the first one */
+    int64_t number;          /* of the first one among the entries of the call */
     int64_t position;        /* of the first one */
 } dsv4__piece;
 
@@ -3749,6 +4173,7 @@ typedef struct dsv4__call {
     int x_bf16;                    /* x came as bf16 */
     int dot;                       /* and is packed so, for the bf16 dot product */
     int64_t rows, pieces, entries; /* of the current block */
+    int64_t emitted;               /* entries of the blocks before; on the way back, of the segments before */
     int64_t term, term_end;        /* terms of x that are packed */
     int64_t segment, done;         /* where the next block begins: segment, tokens of it already taken */
 } dsv4__call;
@@ -3793,8 +4218,9 @@ static dsv4_status dsv4__check_weights(const dsv4_state *state, int64_t count, i
         (long long)index, (long long)((1 + lag) * ratio - 1));
 }
 
+/* `entries`: of the segments before, in; and of this one too, out. */
 static dsv4_status dsv4__check_segment(const dsv4_compressor *c, const dsv4_batch *batch, int64_t index,
-                                       dsv4_error *error) {
+                                       int64_t *entries, dsv4_error *error) {
     const dsv4_segment *segment = &batch->segments[index];
     const int64_t ratio = c->config.ratio, limit = (int64_t)1 << 62;
     DSV4__TRY(dsv4__check_span(segment->token, segment->count, batch->tokens, index, "tokens", error));
@@ -3807,16 +4233,24 @@ static dsv4_status dsv4__check_segment(const dsv4_compressor *c, const dsv4_batc
     if (segment->state != NULL) DSV4__TRY(dsv4__check_state(c, segment, index, error));
     if (segment->state != NULL && batch->stages.weights != NULL)
         DSV4__TRY(dsv4__check_weights(segment->state, segment->count, index, error));
-    return dsv4__check_span(segment->entry, dsv4_entry_count(&c->config, segment->state, segment->count),
-                            batch->entries, index, "entries", error);
+    const int64_t count = dsv4_entry_count(&c->config, segment->state, segment->count);
+    if (batch->entry_rows == NULL)
+        return dsv4__check_span(segment->entry, count, batch->entries, index, "entries", error);
+    for (int64_t i = *entries; i < *entries + count; i++)
+        if (batch->entry_rows[i] >= batch->entries)
+            return dsv4__fail(error, DSV4_ERROR_BOUNDS, "segment %lld: entry_rows[%lld] is %lld, of %lld",
+                              (long long)index, (long long)i, (long long)batch->entry_rows[i],
+                              (long long)batch->entries);
+    *entries += count;
+    return DSV4_OK;
 }
 
 /* Each state is marked while the segments are gone through, so that a second appearance shows. */
 static dsv4_status dsv4__check_segments(const dsv4_compressor *c, const dsv4_batch *batch, dsv4_error *error) {
     dsv4_status status = DSV4_OK;
-    int64_t checked = 0;
+    int64_t checked = 0, entries = 0;
     for (; checked < batch->segment_count && status == DSV4_OK; checked++) {
-        status = dsv4__check_segment(c, batch, checked, error);
+        status = dsv4__check_segment(c, batch, checked, &entries, error);
         if (status == DSV4_OK && batch->segments[checked].state != NULL) batch->segments[checked].state->listed = 1;
     }
     for (int64_t i = 0; i < checked; i++)
@@ -3857,18 +4291,45 @@ static dsv4_status dsv4__check_inputs(const dsv4_compressor *c, dsv4_batch *batc
     return DSV4_OK;
 }
 
+/* Where packed bytes are: any address, a row of at least `bytes`. */
+static dsv4_status dsv4__check_const_packed(dsv4_const_matrix *matrix, int64_t rows, int64_t bytes, const char *name,
+                                            dsv4_error *error) {
+    if (bytes == 0) return DSV4_OK;
+    DSV4__TRY(dsv4__need(matrix->data, name, error));
+    if (matrix->dtype != DSV4_PACKED)
+        return dsv4__fail(error, DSV4_ERROR_ARGUMENT, "dtype of %s is %d, not PACKED", name, (int)matrix->dtype);
+    return dsv4__check_stride(&matrix->stride, rows, bytes, name, error);
+}
+
+static dsv4_status dsv4__check_packed(dsv4_matrix *matrix, int64_t rows, int64_t bytes, const char *name,
+                                      dsv4_error *error) {
+    dsv4_const_matrix same = dsv4__as_const(*matrix);
+    DSV4__TRY(dsv4__check_const_packed(&same, rows, bytes, name, error));
+    matrix->stride = same.stride;
+    return DSV4_OK;
+}
+
+/* Where entries go, as numbers or packed. */
+static dsv4_status dsv4__check_rows(const dsv4_config *config, int64_t rows, dsv4_matrix *out, dsv4_matrix *scales,
+                                    dsv4_error *error) {
+    size_t row_bytes, scale_bytes;
+    if (out->dtype != DSV4_PACKED) return dsv4__check_matrix(out, rows, config->head_dim, "out", error);
+    DSV4__TRY(dsv4_row_sizes(config, &row_bytes, &scale_bytes, error));
+    DSV4__TRY(dsv4__check_packed(out, rows, (int64_t)row_bytes, "out", error));
+    return dsv4__check_packed(scales, rows, (int64_t)scale_bytes, "scales", error);
+}
+
 static dsv4_status dsv4__check_outputs(const dsv4_compressor *c, dsv4_batch *batch, dsv4_error *error) {
     const dsv4_stages *stages = &batch->stages;
     if (batch->entries < 0) return dsv4__fail(error, DSV4_ERROR_ARGUMENT, "entries is %lld", (long long)batch->entries);
-    if (batch->entries > 0)
-        DSV4__TRY(dsv4__check_matrix(&batch->out, batch->entries, c->config.head_dim, "out", error));
+    if (batch->entries > 0) DSV4__TRY(dsv4__check_rows(&c->config, batch->entries, &batch->out, &batch->scales, error));
     if (stages->weights != NULL)
         DSV4__TRY(dsv4__check_extent(batch->entries, c->columns * c->config.ratio, "stages.weights", error));
     DSV4__TRY(dsv4__check_optional(stages->kv, sizeof(float), "stages.kv", error));
     DSV4__TRY(dsv4__check_optional(stages->gate, sizeof(float), "stages.gate", error));
     DSV4__TRY(dsv4__check_optional(stages->weights, sizeof(float), "stages.weights", error));
     DSV4__TRY(dsv4__check_optional(stages->pooled, sizeof(float), "stages.pooled", error));
-    return dsv4__check_optional(stages->latent, batch->out.dtype == DSV4_BF16 ? 2 : 4, "stages.latent", error);
+    return dsv4__check_optional(stages->latent, batch->out.dtype == DSV4_F32 ? 4 : 2, "stages.latent", error);
 }
 
 /* Adds to the block as many tokens of the current segment as fit, without closing more windows than there are slots. */
@@ -3893,6 +4354,7 @@ static void dsv4__take_piece(dsv4__call *call) {
     piece->windows = (piece->t + piece->count) / ratio - piece->window;
     piece->slot = call->entries;
     piece->entry = segment->entry + piece->window - seen / ratio;
+    piece->number = call->emitted + piece->slot;
     piece->position = segment->position - seen + piece->window * ratio;
     call->rows += piece->count;
     call->entries += piece->windows;
@@ -3901,8 +4363,15 @@ static void dsv4__take_piece(dsv4__call *call) {
     if (call->done == 0) call->segment++;
 }
 
+/* The row of a piece's entry: in out, scales, dout and the stages; negative: it is not stored. */
+static int64_t dsv4__entry_row(const dsv4__call *call, const dsv4__piece *piece, int64_t index) {
+    const int64_t *rows = call->batch.entry_rows;
+    return rows != NULL ? rows[piece->number + index] : piece->entry + index;
+}
+
 /* Lays out the next block; 0 when nothing is left. */
 static int dsv4__next_block(dsv4__call *call) {
+    call->emitted += call->entries;
     call->rows = call->pieces = call->entries = 0;
     while (call->segment < call->batch.segment_count && call->rows < call->ws->block_rows &&
            call->entries < call->ws->slots) {
@@ -4232,8 +4701,9 @@ static void dsv4__pool_block(const dsv4__call *call, const dsv4__source *source,
             window = dsv4__window_rows(call, piece, source, w, goes_on ? piece->folded : 0);
             job.ahead = dsv4__rows_behind(call, piece, source, w);
             job.pooled = call->ws->pooled + (piece->slot + j) * dim + source->channel;
-            job.weights = call->batch.stages.weights;
-            if (job.weights != NULL) job.weights += (piece->entry + j) * rows * dim + source->channel;
+            const int64_t entry = dsv4__entry_row(call, piece, j);
+            job.weights = entry < 0 ? NULL : call->batch.stages.weights;
+            if (job.weights != NULL) job.weights += entry * rows * dim + source->channel;
             if (by_rows)
                 dsv4__pool_by_rows(call, job, dsv4__scratch_of(call->ws, thread).wide);
             else
@@ -4361,8 +4831,9 @@ static void dsv4__finish_entry(const dsv4__call *call, const dsv4__piece *piece,
                                const dsv4__scratch *scratch) {
     const dsv4_config *config = &call->c->config;
     const dsv4_batch *batch = &call->batch;
-    const int64_t entry = piece->entry + index;
+    const int64_t entry = dsv4__entry_row(call, piece, index);
     dsv4__finish_job job;
+    if (entry < 0) return;
     memset(&job, 0, sizeof job);
     dsv4__rope_row(config, call->c->inv_freq, piece->position + index * config->ratio, scratch->cos_row,
                    scratch->sin_row);
@@ -4375,8 +4846,11 @@ static void dsv4__finish_entry(const dsv4__call *call, const dsv4__piece *piece,
     job.swapped = scratch->swapped;
     job.out_dtype = batch->out.dtype;
     job.out = dsv4__in_mutable(batch->out, entry, 0);
+    if (job.out_dtype == DSV4_PACKED && batch->scales.data != NULL)
+        job.scales = (unsigned char *)dsv4__in_mutable(batch->scales, entry, 0);
+    job.latent_dtype = job.out_dtype == DSV4_F32 ? DSV4_F32 : DSV4_BF16;
     job.latent = batch->stages.latent;
-    if (job.latent != NULL) job.latent = dsv4__at_mutable(job.latent, batch->out.dtype, entry * config->head_dim);
+    if (job.latent != NULL) job.latent = dsv4__at_mutable(job.latent, job.latent_dtype, entry * config->head_dim);
     call->c->kernels->finish(&job);
     if (batch->stages.pooled != NULL)
         memcpy(batch->stages.pooled + entry * config->head_dim, job.pooled, (size_t)config->head_dim * sizeof(float));
@@ -4448,6 +4922,58 @@ DSV4_API dsv4_status dsv4_compress(const dsv4_compressor *compressor, const dsv4
     return DSV4_OK;
 }
 
+DSV4_API dsv4_status dsv4_quantise(const dsv4_compressor *compressor, dsv4_const_matrix plain,
+                                   const dsv4_quantised *rows, dsv4_workspace *workspace, dsv4_error *error) {
+    dsv4__call call;
+    dsv4_batch none;
+    dsv4__finish_job job;
+    memset(&none, 0, sizeof none);
+    memset(&job, 0, sizeof job);
+    DSV4__TRY(dsv4__begin_call(compressor, &none, workspace, &call, error));
+    DSV4__TRY(dsv4__need(rows, "rows", error));
+    if (rows->count < 0) return dsv4__fail(error, DSV4_ERROR_ARGUMENT, "count is %lld", (long long)rows->count);
+    if (rows->count == 0) return DSV4_OK;
+    const int64_t dim = compressor->config.head_dim;
+    dsv4_matrix out = rows->out, scales = rows->scales;
+    DSV4__TRY(dsv4__check_const_matrix(&plain, rows->count, dim, "plain", error));
+    DSV4__TRY(dsv4__check_rows(&compressor->config, rows->count, &out, &scales, error));
+    job.config = &compressor->config;
+    job.row = dsv4__scratch_of(workspace, 0).row;
+    job.out_dtype = out.dtype;
+    for (int64_t i = 0; i < rows->count; i++) {
+        dsv4_const_matrix row = plain;
+        row.data = dsv4__in(plain, i, 0);
+        dsv4__read_matrix(row, job.row, dim, 1, dim);
+        job.out = dsv4__in_mutable(out, i, 0);
+        job.scales =
+            out.dtype == DSV4_PACKED && scales.data != NULL ? (unsigned char *)dsv4__in_mutable(scales, i, 0) : NULL;
+        compressor->kernels->store(&job);
+    }
+    return DSV4_OK;
+}
+
+DSV4_API dsv4_status dsv4_unpack(const dsv4_config *config, int64_t count, dsv4_const_matrix rows,
+                                 dsv4_const_matrix scales, dsv4_matrix numbers, dsv4_error *error) {
+    size_t row_bytes, scale_bytes;
+    dsv4__unpack_job job;
+    DSV4__TRY(dsv4_row_sizes(config, &row_bytes, &scale_bytes, error));
+    if (count < 0) return dsv4__fail(error, DSV4_ERROR_ARGUMENT, "count is %lld", (long long)count);
+    if (count == 0) return DSV4_OK;
+    DSV4__TRY(dsv4__check_const_packed(&rows, count, (int64_t)row_bytes, "rows", error));
+    DSV4__TRY(dsv4__check_const_packed(&scales, count, (int64_t)scale_bytes, "scales", error));
+    DSV4__TRY(dsv4__check_matrix(&numbers, count, config->head_dim, "numbers", error));
+    const dsv4__kernels *kernels = dsv4__set_for_arrays((size_t)count * (size_t)config->head_dim);
+    job.config = config;
+    job.dtype = numbers.dtype;
+    for (int64_t i = 0; i < count; i++) {
+        job.row = (const unsigned char *)dsv4__in(rows, i, 0);
+        job.scales = scale_bytes > 0 ? (const unsigned char *)dsv4__in(scales, i, 0) : NULL;
+        job.to = dsv4__in_mutable(numbers, i, 0);
+        kernels->unpack(&job);
+    }
+    return DSV4_OK;
+}
+
 /* ------------------------------------------------------------------------------------------------------------
  * 3m. Gradients
  *
@@ -4510,6 +5036,7 @@ static dsv4__part dsv4__part_ahead(const dsv4__back *back) {
     part.rows.source_row = back->recompute ? back->context : part.rows.token;
     part.rows.slot = back->windows;
     part.rows.entry = segment->entry + part.rows.window - part.seen / ratio;
+    part.rows.number = back->call.emitted + part.rows.window - part.seen / ratio;
     part.rows.position = segment->position - part.seen + part.rows.window * ratio;
     return part;
 }
@@ -4533,6 +5060,7 @@ static int dsv4__next_chunk(dsv4__back *back) {
             back->done += part.count;
             if (dsv4__wants_tokens(&back->g)) continue; /* else a segment's first part is all that `previous` needs */
         }
+        back->call.emitted += dsv4_entry_count(&back->call.c->config, segment->state, segment->count);
         back->segment++;
         back->done = 0;
     }
@@ -4601,7 +5129,7 @@ static void dsv4__entry_back(const dsv4__back *back, const dsv4__part *part, int
     const dsv4_compressor *c = back->call.c;
     const dsv4__piece *rows = &part->rows;
     const int64_t dim = c->config.head_dim, slot = (rows->slot + index) * dim;
-    const void *dout = dsv4__in(back->g.dout, rows->entry + index, 0);
+    const int64_t entry = dsv4__entry_row(&back->call, rows, index);
     dsv4__finish_job job;
     memset(&job, 0, sizeof job);
     dsv4__rope_row(&c->config, c->inv_freq, rows->position + index * c->config.ratio, scratch->cos_row,
@@ -4615,10 +5143,12 @@ static void dsv4__entry_back(const dsv4__back *back, const dsv4__part *part, int
     job.pooled = back->room->normed + slot;
     job.row = back->room->dscaled + slot;
     job.dpooled = back->room->dpooled + slot;
-    if (back->g.dout.dtype == DSV4_BF16)
-        c->kernels->widen(job.row, (const dsv4_bf16 *)dout, dim);
+    if (entry < 0)
+        memset(job.row, 0, (size_t)dim * sizeof(float)); /* not stored, so nothing hangs on it */
+    else if (back->g.dout.dtype == DSV4_BF16)
+        c->kernels->widen(job.row, (const dsv4_bf16 *)dsv4__in(back->g.dout, entry, 0), dim);
     else
-        memcpy(job.row, dout, (size_t)dim * sizeof(float));
+        memcpy(job.row, dsv4__in(back->g.dout, entry, 0), (size_t)dim * sizeof(float));
     c->kernels->finish_back(&job);
 }
 

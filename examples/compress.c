@@ -34,6 +34,9 @@ static const char usage[] =
     "  --preset NAME        where to round to bf16: none, deepseek, maxtext, transformers, transformers-5.8, vllm,\n"
     "                       nemo, megatron, or points such as projection+weight+pooled; default: deepseek for BF16 x,\n"
     "                       none for F32\n"
+    "  --rows FORMAT        what caches make of entries: fp8, fp8-keys, fp4, fp4-e4m3; out is what is read back "
+    "(plain)\n"
+    "  --packed             write their bytes instead: rows and scales\n"
     "  --ratio M            tokens per entry, where there is no ape to tell\n"
     "  --no-ape             there is none (DeepSeek-V4.1)\n"
     "  --rope-dim R         channels turned by RoPE (64)      --rope-theta T       its base (160000)\n"
@@ -115,9 +118,9 @@ static const struct setting {
 };
 
 typedef struct options {
-    const char *weights, *prefix, *input, *tensor, *output, *preset, *isa, *backward, *plot;
+    const char *weights, *prefix, *input, *tensor, *output, *preset, *rows, *isa, *backward, *plot;
     const char *settings[SETTINGS];
-    int no_ape, drop_tail, stages, all, list, json, list_isa, version, help;
+    int no_ape, drop_tail, stages, packed, all, list, json, list_isa, version, help;
 } options;
 
 typedef struct number {
@@ -134,16 +137,17 @@ typedef struct option_place {
 #define OPTION(name, field) \
     { name, offsetof(options, field) }
 static const option_place text_options[] = {
-    OPTION("--weights", weights), OPTION("--prefix", prefix), OPTION("--input", input),
-    OPTION("--tensor", tensor),   OPTION("--output", output), OPTION("--preset", preset),
-    OPTION("--isa", isa),         OPTION("--plot", plot),     OPTION("--backward", backward),
+    OPTION("--weights", weights),   OPTION("--prefix", prefix), OPTION("--input", input), OPTION("--tensor", tensor),
+    OPTION("--output", output),     OPTION("--preset", preset), OPTION("--isa", isa),     OPTION("--plot", plot),
+    OPTION("--backward", backward), OPTION("--rows", rows),
 };
 static const option_place flags[] = {
-    OPTION("--no-ape", no_ape),     OPTION("--drop-tail", drop_tail),
-    OPTION("--stages", stages),     OPTION("--all", all),
-    OPTION("--list", list),         OPTION("--json", json),
-    OPTION("--list-isa", list_isa), OPTION("--version", version),
-    OPTION("--help", help),         OPTION("-h", help),
+    OPTION("--no-ape", no_ape),   OPTION("--drop-tail", drop_tail),
+    OPTION("--stages", stages),   OPTION("--all", all),
+    OPTION("--packed", packed),   OPTION("--list", list),
+    OPTION("--json", json),       OPTION("--list-isa", list_isa),
+    OPTION("--version", version), OPTION("--help", help),
+    OPTION("-h", help),
 };
 #undef OPTION
 
@@ -215,18 +219,19 @@ typedef struct job {
     struct run *run;
     checkpoint_compressor at;
     number values[SETTINGS];
-    origin from[SETTINGS], preset_from;
+    origin from[SETTINGS], preset_from, rows_from;
     char preset[DSV4_ROUNDING_TEXT_SIZE];
     st_tensor *param[DSV4_PARAM_COUNT];
     const st_tensor *x, *dout;
     dsv4_config config;
     int64_t rows, tokens, entries; /* batch rows; tokens and entries of each */
+    size_t row_bytes, scale_bytes; /* of an entry, packed */
     dsv4_compressor *compressor;
     dsv4_workspace *workspace;
     dsv4_segment *segments; /* one a row; none where rows are shorter than a window */
     dsv4_state **states;    /* one a segment, with chunks */
     int64_t segment_count;
-    st_tensor results[10];
+    st_tensor results[12];
     int result_count;
     const char *isa;
     double pack_seconds, seconds;
@@ -291,6 +296,9 @@ static int has_shape(const st_tensor *t, int64_t rows, int64_t columns) {
 /* ---- Tensors ----------------------------------------------------------------------------------------------- */
 
 enum { FULL_NAME_SIZE = 2 * ST_NAME_SIZE + 2, LONGEST_RESULT = sizeof ".latent" };
+
+/* Whether hidden states or weights can be of the type. */
+static int is_real(const st_tensor *t) { return t->dtype == ST_F32 || t->dtype == ST_BF16; }
 
 /* The name of a result, or of a gradient that is read: with --all that of its compressor stands before it. */
 static const char *full_name(const job *j, const char *name, char text[FULL_NAME_SIZE]) {
@@ -372,7 +380,7 @@ static int check_param(const job *j, int param) {
                     "%s: tensor '%s' is quantised, %s with '%s'; the published models keep compressors in BF16", path,
                     t->name, t->type, scales->name);
     }
-    if (t->dtype == ST_OTHER) {
+    if (!is_real(t)) {
         return fail(TROUBLE,
                     "%s: tensor '%s' is %.20s, not BF16, F32 or F16; the published models keep compressors in BF16",
                     path, t->name, t->type);
@@ -493,6 +501,27 @@ static int read_preset(job *j) {
                 error.text);
 }
 
+static int read_rows(job *j) {
+    const char *wanted = j->o.rows;
+    j->rows_from = OPTION;
+    if (!wanted && (wanted = metadata(j, "rows"))) j->rows_from = METADATA;
+    if (!wanted) {
+        j->rows_from = STANDARD;
+        wanted = "plain";
+    }
+    int rows = DSV4_ROWS_PLAIN;
+    while (rows < DSV4_ROWS_COUNT && strcmp(wanted, dsv4_rows_name((dsv4_rows)rows)) != 0) rows++;
+    if (rows == DSV4_ROWS_COUNT) {
+        return fail(TROUBLE, "%s%s: '%.40s' is none of plain, fp8, fp8-keys, fp4, fp4-e4m3",
+                    j->o.rows ? "--rows" : shard_of(j, DSV4_WKV)->path, j->o.rows ? "" : ": metadata 'rows'", wanted);
+    }
+    j->config.rows = (dsv4_rows)rows;
+    if (j->o.packed && rows == DSV4_ROWS_PLAIN) {
+        return fail(TROUBLE, "--packed: plain rows are not packed; --rows names a format");
+    }
+    return 0;
+}
+
 /* What the shapes do not tell. */
 static void configure(job *j) {
     dsv4_config *c = &j->config;
@@ -514,7 +543,7 @@ static const st_tensor *input_tensor(const job *j, const char *name) {
     const st_tensor *t = st_find(&j->run->input, name);
     if (!t) {
         complain("%s: no tensor '%.120s'", j->o.input, name);
-    } else if (t->dtype == ST_OTHER) {
+    } else if (!is_real(t)) {
         complain("%s: tensor '%s' is %.20s, not BF16, F32 or F16", j->o.input, t->name, t->type);
     } else if (!t->data) {
         complain("%s: not enough memory for tensor '%s'", j->o.input, t->name);
@@ -580,6 +609,7 @@ static int load(job *j) {
     if (!status) status = read_input(j);
     if (!status) status = read_gradient(j);
     if (!status) status = read_preset(j);
+    if (!status) status = read_rows(j);
     return status;
 }
 
@@ -745,7 +775,8 @@ static int prepare(job *j) {
     const dsv4_parallel parallel = pool_parallel(j->run->threads);
     dsv4_error error = {DSV4_OK, ""};
     if (dsv4_compressor_create(&j->config, &params, &choices, &heap, &j->compressor, &error) != DSV4_OK ||
-        dsv4_workspace_create(j->compressor, &parallel, &heap, &j->workspace, &error) != DSV4_OK) {
+        dsv4_workspace_create(j->compressor, &parallel, &heap, &j->workspace, &error) != DSV4_OK ||
+        (j->o.packed && dsv4_row_sizes(&j->config, &j->row_bytes, &j->scale_bytes, &error) != DSV4_OK)) {
         return fail(TROUBLE, "%s", error.text);
     }
     j->config = *dsv4_compressor_config(j->compressor); /* with its defaults */
@@ -766,24 +797,34 @@ static void *add_result(job *j, const char *name, st_dtype dtype, int ndim, cons
     return data;
 }
 
+/* Rows and scales, as bytes; nonzero where memory lacks. */
+static int add_packed(job *j, dsv4_batch *batch) {
+    const int64_t rows_shape[3] = {j->rows, j->entries, (int64_t)j->row_bytes};
+    const int64_t scales_shape[3] = {j->rows, j->entries, (int64_t)j->scale_bytes};
+    batch->out.dtype = batch->scales.dtype = DSV4_PACKED;
+    batch->out.data = add_result(j, "rows", ST_U8, 3, rows_shape);
+    batch->scales.data = add_result(j, "scales", ST_U8, 3, scales_shape);
+    return !batch->out.data || !batch->scales.data;
+}
+
 static int add_outputs(job *j, dsv4_batch *batch) {
     const dsv4_config *c = &j->config;
     const int64_t out[3] = {j->rows, j->entries, c->head_dim};
     const int64_t projected[3] = {j->rows, j->tokens, (1 + c->overlap) * c->head_dim};
     dsv4_stages *s = &batch->stages;
-    int missing = !(batch->out.data = add_result(j, "out", j->x->dtype, 3, out));
+    int missing = j->o.packed ? add_packed(j, batch) : !(batch->out.data = add_result(j, "out", j->x->dtype, 3, out));
     if (j->o.stages) {
         missing |= !(s->kv = (float *)add_result(j, "kv", ST_F32, 3, projected));
         missing |= !c->no_gate && !(s->gate = (float *)add_result(j, "gate", ST_F32, 3, projected));
         missing |= !(s->pooled = (float *)add_result(j, "pooled", ST_F32, 3, out));
-        missing |= !(s->latent = add_result(j, "latent", j->x->dtype, 3, out));
+        missing |= !(s->latent = add_result(j, "latent", j->o.packed ? ST_BF16 : j->x->dtype, 3, out));
     }
     return missing ? fail(TROUBLE, "not enough memory for the results") : 0;
 }
 
 static void describe_batch(const job *j, dsv4_batch *batch) {
     batch->x = library_matrix(j->x);
-    batch->out.dtype = batch->x.dtype;
+    if (!batch->out.dtype) batch->out.dtype = batch->x.dtype;
     batch->tokens = j->rows * j->tokens;
     batch->entries = j->rows * j->entries;
     batch->segments = j->segments;
@@ -931,6 +972,20 @@ static const char *setting_text(const job *j, int setting, char *text, size_t si
     return text;
 }
 
+/* What is told of a job: the settings, then its rounding and its rows. */
+enum { TOLD_PRESET = TOLD, TOLD_ROWS, ALL_TOLD };
+
+static const char *told_key(int i) { return i < TOLD ? settings[i].key : i == TOLD_PRESET ? "preset" : "rows"; }
+
+static const char *told_text(const job *j, int i, char *text, size_t size) {
+    if (i < TOLD) return setting_text(j, i, text, size);
+    return i == TOLD_PRESET ? j->preset : dsv4_rows_name(j->config.rows);
+}
+
+static origin told_from(const job *j, int i) {
+    return i < TOLD ? j->from[i] : i == TOLD_PRESET ? j->preset_from : j->rows_from;
+}
+
 /* What is written, of all jobs together. */
 typedef struct harvest {
     st_tensor *results;
@@ -942,17 +997,17 @@ typedef struct harvest {
 
 /* The settings as metadata, so that the file says how it came about. */
 static void gather(harvest *h, const job *j) {
-    for (int i = 0; i <= TOLD; i++) {
+    for (int i = 0; i < ALL_TOLD; i++) {
         char *key = h->keys[h->metadata_count], *value = h->values[h->metadata_count];
         const char **pair = h->metadata[h->metadata_count++];
-        pair[0] = full_name(j, i < TOLD ? settings[i].key : "preset", key);
-        pair[1] = i < TOLD ? setting_text(j, i, value, sizeof *h->values) : j->preset;
+        pair[0] = full_name(j, told_key(i), key);
+        pair[1] = told_text(j, i, value, sizeof *h->values);
     }
     for (int i = 0; i < j->result_count; i++) h->results[h->result_count++] = j->results[i];
 }
 
 static int write_results(const run *r) {
-    const size_t count = (size_t)r->job_count, pairs = count * (TOLD + 1);
+    const size_t count = (size_t)r->job_count, pairs = count * ALL_TOLD;
     harvest h = {0};
     char message[1024] = "out of memory";
     h.results = (st_tensor *)calloc(count, sizeof r->jobs->results);
@@ -1037,7 +1092,10 @@ static void print_json_settings(const job *j) {
         printf("\"%s\": {\"value\": %s%s%s, \"from\": \"%s\"}, ", settings[i].key, quote, value, quote,
                origins[j->from[i]]);
     }
-    printf("\"preset\": {\"value\": \"%s\", \"from\": \"%s\"}", j->preset, origins[j->preset_from]);
+    for (int i = TOLD; i < ALL_TOLD; i++) {
+        printf("%s\"%s\": {\"value\": \"%s\", \"from\": \"%s\"}", i > TOLD ? ", " : "", told_key(i),
+               told_text(j, i, text, sizeof text), origins[told_from(j, i)]);
+    }
 }
 
 /* A line for each place that settings came from. */
@@ -1045,13 +1103,12 @@ static void settings_lines(const job *j, char *lines, size_t size) {
     size_t used = 0;
     for (int from = ORIGINS - 1; from >= 0; from--) {
         int said = 0;
-        for (int i = 0; i <= TOLD; i++) {
+        for (int i = 0; i < ALL_TOLD; i++) {
             char text[40];
-            if ((int)(i < TOLD ? j->from[i] : j->preset_from) != from) continue;
+            if ((int)told_from(j, i) != from) continue;
             if (!said++) used += (size_t)snprintf(lines + used, size - used, "settings, %s: ", origins[from]);
-            used += (size_t)snprintf(lines + used, size - used, "%s%s %s", said > 1 ? ", " : "",
-                                     i < TOLD ? settings[i].key : "preset",
-                                     i < TOLD ? setting_text(j, i, text, sizeof text) : j->preset);
+            used += (size_t)snprintf(lines + used, size - used, "%s%s %s", said > 1 ? ", " : "", told_key(i),
+                                     told_text(j, i, text, sizeof text));
         }
         if (said) used += (size_t)snprintf(lines + used, size - used, "\n");
     }
@@ -1059,6 +1116,11 @@ static void settings_lines(const job *j, char *lines, size_t size) {
 
 /* Bytes of a tensor in a file. */
 static double file_bytes(const st_tensor *t) { return (double)t->count * st__bits(t->type) / 8; }
+
+/* The first results: out, or rows and scales. */
+static double entry_bytes(const job *j) {
+    return file_bytes(&j->results[0]) + (j->o.packed ? file_bytes(&j->results[1]) : 0);
+}
 
 static void report_json(const job *j) {
     const double tokens = (double)j->rows * (double)j->tokens;
@@ -1072,7 +1134,7 @@ static void report_json(const job *j) {
            "\"bytes_after\": %.0f, \"hidden_dim\": %" PRId64 ", \"head_dim\": %" PRId64 ", \"ratio\": %" PRId64
            ", \"overlap\": %s, \"preset\": \"%s\", \"dtype\": \"%s\", \"pack_seconds\": %.6f, \"seconds\": %.6f, "
            "\"tokens_per_s\": %.1f, \"isa\": \"%s\", \"threads\": %d, \"settings\": {",
-           j->rows, tokens, j->rows * j->entries, file_bytes(j->x), file_bytes(j->results), j->config.hidden_dim,
+           j->rows, tokens, j->rows * j->entries, file_bytes(j->x), entry_bytes(j), j->config.hidden_dim,
            j->config.head_dim, j->config.ratio, j->config.overlap ? "true" : "false", j->preset,
            j->x->dtype == ST_BF16 ? "BF16" : "F32", j->pack_seconds, j->seconds,
            j->seconds > 0 ? tokens / j->seconds : 0, j->isa, j->run->threads->workers + 1);
@@ -1081,8 +1143,7 @@ static void report_json(const job *j) {
 }
 
 static void report_text(const job *j) {
-    const double before = file_bytes(j->x), after = file_bytes(j->results),
-                 tokens = (double)j->rows * (double)j->tokens;
+    const double before = file_bytes(j->x), after = entry_bytes(j), tokens = (double)j->rows * (double)j->tokens;
     const int threads = j->run->threads->workers + 1;
     if (j->o.all) printf("%s:\n", *j->at.prefix ? j->at.prefix : "no prefix");
     printf("%" PRId64 " x %" PRId64 " tokens -> %" PRId64 " x %" PRId64 " entries of %" PRId64 " numbers%s\n", j->rows,

@@ -257,6 +257,13 @@ typedef enum dsv4_rows {
 /* The format's name, e.g. "fp8-keys", or NULL. */
 DSV4_API const char *dsv4_rows_name(dsv4_rows rows);
 
+/* In which order the terms of dot products of bf16 with bf16 are added. The two kinds of CPU that have an instruction
+ * for these add differently: each order gives the same bits on every CPU, and is the fastest one on its own kind. */
+typedef enum dsv4_sums {
+    DSV4_SUMS_PAIRS = 0, /* as AVX512-BF16's VDPBF16PS: AMD's, and wherever there is no such instruction */
+    DSV4_SUMS_TILES = 1  /* as AMX's TDPBF16PS: Intel's Xeons */
+} dsv4_sums;
+
 /* What a compressor is. A field of 0 takes the default that its comment names; the first three have none. */
 typedef struct dsv4_config {
     int64_t hidden_dim;    /* H, width of a hidden state, >= 1 */
@@ -268,6 +275,7 @@ typedef struct dsv4_config {
     int no_gate;           /* 1: no gate projection; only where a window has one row (ratio 1, no overlap) */
     uint32_t rounding;     /* DSV4_ROUND_... bits or a DSV4_ROUNDING_... preset; 0: none */
     dsv4_rows rows;        /* what caches make of entries; 0: nothing. FP4 needs a head_dim that is a power of two */
+    dsv4_sums sums;        /* order of sums of bf16 products; 0: DSV4_SUMS_PAIRS */
     float eps;             /* RMSNorm's, > 0; 0: 1e-6 */
     float pad_gate;        /* score of the rows that window 0 lacks, < 0; 0: -INFINITY, which weighs exactly 0 */
     double rope_theta;     /* > 1; 0: 160000 */
@@ -817,6 +825,7 @@ extern "C" {
 enum {
     DSV4__PANEL = 32,       /* output columns of a packed weight panel, and channels of a group */
     DSV4__KBLOCK = 256,     /* terms of a dot product of bf16 that share an accumulator; part of the numeric contract */
+    DSV4__STEP = 32,        /* the same in the order TILES, half of them each; part of it too; divides the former */
     DSV4__FBLOCK = 128,     /* the same where an operand is fp32 */
     DSV4__ROWS_AT_ONCE = 4, /* of a long window from memory */
     DSV4__LANES = 16,       /* partial sums of a mean of squares; part of the numeric contract */
@@ -1470,13 +1479,17 @@ static float dsv4__hadamard_scale(int64_t dim) {
  * What kernels are given. Each job is one call's worth of work on arrays that the caller of the kernel owns.
  * ------------------------------------------------------------------------------------------------------------ */
 
+/* How a product adds its terms up: one after another where an operand is fp32; where both came as bf16, so that products
+ * are exact, as the configuration says: in pairs, the odd term first, or in steps of 32, even and odd terms apart. */
+typedef enum dsv4__order { DSV4__FUSED_TERMS, DSV4__PAIRS, DSV4__STEPS } dsv4__order;
+
 /* sum[rows, 32] (+)= x[rows, terms] w[terms, 32], one block of at most DSV4__KBLOCK terms, padded to pairs of terms. */
 typedef struct dsv4__product_job {
     const void *x; /* packed rows, DSV4__KBLOCK numbers each: fp32, or bf16 where `dot` */
     const void *w; /* fp32 [terms][32], or bf16 [terms / 2][32][2] */
     int w_bf16;
-    int swap; /* both operands came as bf16: the odd term of a pair is added first, products are exact */
-    int dot;  /* the kernel set multiplies bf16 pairs itself */
+    dsv4__order order;
+    int dot; /* the kernel set multiplies bf16 pairs itself */
     int64_t pairs, rows;
     float *sum;
     int64_t sum_stride;
@@ -1946,6 +1959,7 @@ DSV4__INLINE int DSV4__FN(word)(const void *pair) {
 #else
 #define DSV4__SMALL_ROWS 4
 #endif
+#define DSV4__STEP_ROWS (DSV4__TILE_ROWS / 2)
 
 /* How a register tile reads its operands. */
 enum DSV4__FN(mode) {
@@ -2061,6 +2075,58 @@ DSV4__INLINE void DSV4__FN(tile_blocks)(const dsv4__product_job *block, int64_t 
     DSV4__FN(tile)(&block[1], row, column, rows, mode, swap, (const char *)w + DSV4__FBLOCK * term_bytes);
 }
 
+/* One register tile of the order TILES: two chains for each sum, so half as many rows. The sums themselves stay in the
+ * first cache from step to step. */
+DSV4__INLINE void DSV4__FN(step_tile)(const dsv4__product_job *job, int64_t row, int64_t column, const int rows,
+                                      const int mode, const void *panel) {
+    const int64_t w_size = mode == DSV4__FN(direct) ? 2 : 4;
+    const float *x = (const float *)job->x + row * DSV4__KBLOCK;
+    const char *w = (const char *)panel + 4 * column;
+    float *sum = job->sum + row * job->sum_stride + column;
+    const dsv4__ahead ahead = dsv4__fetch_ahead(job, row, rows);
+    uintptr_t fetch = ahead.from;
+    if (job->sums_in_memory) DSV4__FN(fetch_sums)(sum, job->sum_stride, rows);
+    for (int64_t done = 0; done < job->pairs; done += DSV4__STEP / 2) {
+        DSV4__VF even[DSV4__STEP_ROWS][DSV4__TILE_VECTORS], odd[DSV4__STEP_ROWS][DSV4__TILE_VECTORS];
+        const int64_t end = dsv4__min(done + DSV4__STEP / 2, job->pairs);
+        DSV4__UNROLL
+        for (int r = 0; r < rows; r++) {
+            DSV4__UNROLL
+            for (int v = 0; v < DSV4__TILE_VECTORS; v++) even[r][v] = odd[r][v] = dsv4__v_zero();
+        }
+        for (int64_t k = done; k < end; k++, x += 2, w += 2 * DSV4__PANEL * w_size) {
+            if (k % 2 == 0)
+                for (int64_t line = 0; line < ahead.step; line += 64)
+                    DSV4__PREFETCH((const void *)(fetch + (uintptr_t)line));
+            fetch += (uintptr_t)(k % 2 * ahead.step);
+            DSV4__FN(term)(even, rows, mode, x, w, 0);
+            DSV4__FN(term)(odd, rows, mode, x + 1, mode == DSV4__FN(direct) ? w : w + DSV4__PANEL * w_size, 1);
+        }
+        DSV4__UNROLL
+        for (int r = 0; r < rows; r++) {
+            DSV4__UNROLL
+            for (int v = 0; v < DSV4__TILE_VECTORS; v++) {
+                float *to = sum + r * job->sum_stride + v * DSV4__VL;
+                const DSV4__VF step = dsv4__v_add(even[r][v], odd[r][v]);
+                dsv4__v_store(to, job->first && done == 0 ? step : dsv4__v_add(dsv4__v_load(to), step));
+            }
+        }
+    }
+}
+
+DSV4__INLINE void DSV4__FN(step_tiles)(const dsv4__product_job *job, const int mode, const void *w) {
+    const int64_t large = dsv4__large_tiles(job->rows, DSV4__STEP_ROWS, 2) * DSV4__STEP_ROWS;
+    for (int64_t column = 0; column < DSV4__PANEL; column += DSV4__TILE_VECTORS * DSV4__VL) {
+        int64_t row = 0;
+        for (; row < large; row += DSV4__STEP_ROWS) DSV4__FN(step_tile)(job, row, column, DSV4__STEP_ROWS, mode, w);
+#if DSV4__STEP_ROWS > 4
+        for (; job->rows - row >= 4; row += 4) DSV4__FN(step_tile)(job, row, column, 4, mode, w);
+#endif
+        for (; job->rows - row >= 2; row += 2) DSV4__FN(step_tile)(job, row, column, 2, mode, w);
+        for (; job->rows - row >= 1; row += 1) DSV4__FN(step_tile)(job, row, column, 1, mode, w);
+    }
+}
+
 /* All rows by all columns of a panel, the largest tiles first: the first one meets the weights as they come from
  * memory, and the more it has to do meanwhile the better. */
 DSV4__INLINE void DSV4__FN(tiles)(const dsv4__product_job *job, const int mode, const int swap, const void *w) {
@@ -2112,7 +2178,9 @@ static void DSV4__FN(product)(const dsv4__product_job *job) {
 #endif
 #if defined(DSV4__FUSED)
     if (job->w_bf16 && job->rows <= DSV4__SMALL_ROWS) {
-        if (job->swap)
+        if (job->order == DSV4__STEPS)
+            DSV4__FN(step_tiles)(job, DSV4__FN(direct), w);
+        else if (job->order == DSV4__PAIRS)
             DSV4__FN(tiles)(job, DSV4__FN(direct), 1, w);
         else
             DSV4__FN(fused)(job, DSV4__FN(direct), w);
@@ -2123,14 +2191,17 @@ static void DSV4__FN(product)(const dsv4__product_job *job) {
         DSV4__FN(widen_panel)((const dsv4_bf16 *)w, job->pairs, job->wide);
         w = job->wide;
     }
-    if (!job->swap)
-        DSV4__FN(fused)(job, DSV4__FN(chain), w);
-    else
 #if defined(DSV4__FUSED)
-        DSV4__FN(tiles)(job, DSV4__FN(chain), 1, w);
+    const int exact = DSV4__FN(chain);
 #else
-        DSV4__FN(tiles)(job, DSV4__FN(exact), 1, w);
+    const int exact = DSV4__FN(exact);
 #endif
+    if (job->order == DSV4__FUSED_TERMS)
+        DSV4__FN(fused)(job, DSV4__FN(chain), w);
+    else if (job->order == DSV4__PAIRS)
+        DSV4__FN(tiles)(job, exact, 1, w);
+    else
+        DSV4__FN(step_tiles)(job, exact, w);
 }
 
 /* e^x for x <= 0, within 2 ulp: x = n ln 2 + r, e^r = 1 + r + r^2 q(r). 0 where the result would be subnormal. What is
@@ -2675,6 +2746,7 @@ enum { DSV4__FN(has_dot) = 0, DSV4__FN(tile_rows) = DSV4__TILE_ROWS };
 #undef DSV4__DOT
 #undef DSV4__TILE_ROWS
 #undef DSV4__SMALL_ROWS
+#undef DSV4__STEP_ROWS
 #undef DSV4__POOL_VECTORS
 #undef DSV4__SPAN
 #undef DSV4__FOLD
@@ -3084,6 +3156,8 @@ DSV4_API dsv4_status dsv4_config_check(const dsv4_config *config, dsv4_error *er
     if (dsv4__format_of(&full)->hadamard && (full.head_dim & (full.head_dim - 1)) != 0)
         return dsv4__fail(error, DSV4_ERROR_CONFIG, "rows are FP4, but head_dim %lld is no power of two",
                           (long long)full.head_dim);
+    if (full.sums != DSV4_SUMS_PAIRS && full.sums != DSV4_SUMS_TILES)
+        return dsv4__fail(error, DSV4_ERROR_CONFIG, "sums is %d, neither PAIRS (0) nor TILES (1)", (int)full.sums);
     if (!(full.pad_gate < 0)) return dsv4__fail(error, DSV4_ERROR_CONFIG, "pad_gate is %g, not below 0", full.pad_gate);
     DSV4__TRY(dsv4__check_real(full.eps, 0, 1, "eps", error));
     DSV4__TRY(dsv4__check_real(full.rope_theta, 1, 1, "rope_theta", error));
@@ -3225,7 +3299,8 @@ static uint64_t dsv4__config_fingerprint(const dsv4_config *config) {
     for (size_t i = 0; i < sizeof numbers / sizeof numbers[0]; i++)
         hash = dsv4__hash_number(hash, (uint64_t)numbers[i]);
     for (size_t i = 0; i < sizeof reals / sizeof reals[0]; i++) hash = dsv4__hash_real(hash, reals[i]);
-    if (config->rows != DSV4_ROWS_PLAIN) hash = dsv4__hash_number(hash, (uint64_t)config->rows);
+    if (config->rows != DSV4_ROWS_PLAIN) hash = dsv4__hash_number(hash, (uint64_t)config->rows << 8); /* these came later */
+    if (config->sums != DSV4_SUMS_PAIRS) hash = dsv4__hash_number(hash, (uint64_t)config->sums);
     return hash;
 }
 
@@ -3393,6 +3468,7 @@ typedef struct dsv4__terms {
     dsv4_dtype dtype;
     int64_t stride; /* numbers from term to term */
     int64_t terms, columns;
+    int64_t lead, padded; /* terms of 0 before the first; all, with those behind the last */
 } dsv4__terms;
 
 /* A whole panel's pairs of two terms. Through an array of its own, so that compilers see that nothing overlaps. */
@@ -3412,10 +3488,16 @@ static void dsv4__fetch_term(const dsv4__terms *source, int64_t k) {
                 (uintptr_t)source->columns * number);
 }
 
-/* Two terms of a panel, rounded where they are fp32; `odd` NULL: 0. */
+/* The k-th of all terms; NULL: 0. */
+static const void *dsv4__term(const dsv4__terms *source, int64_t k) {
+    const int64_t i = k - source->lead;
+    return i < 0 || i >= source->terms ? NULL : dsv4__at(source->first, source->dtype, i * source->stride);
+}
+
+/* Two terms of a panel, rounded where they are fp32; NULL: 0. */
 static void dsv4__pack_pair(const dsv4__terms *source, const void *even, const void *odd, dsv4_bf16 *pairs) {
     const void *const terms[2] = {even, odd};
-    if (source->columns == DSV4__PANEL && source->dtype == DSV4_BF16 && odd != NULL) {
+    if (source->columns == DSV4__PANEL && source->dtype == DSV4_BF16 && even != NULL && odd != NULL) {
         dsv4__interleave(pairs, (const dsv4_bf16 *)even, (const dsv4_bf16 *)odd);
         return;
     }
@@ -3424,26 +3506,24 @@ static void dsv4__pack_pair(const dsv4__terms *source, const void *even, const v
             pairs[2 * i + k] = terms[k] == NULL ? 0 : dsv4_bf16_from_f32(dsv4__get(terms[k], source->dtype, i));
 }
 
-/* As a right operand: fp32 [terms][32], or bf16 [terms / 2][32][2]; made even, and 32 wide, with zeros. */
+/* As a right operand: fp32 [padded][32], or bf16 [padded / 2][32][2]; made 32 wide with zeros. */
 static void dsv4__pack_terms(const dsv4__terms *source, dsv4_dtype dtype, void *to) {
-    const int64_t padded = (source->terms + 1) / 2 * 2, n = source->columns;
-    if (padded > source->terms || n < DSV4__PANEL)
-        memset(to, 0, (size_t)(padded * DSV4__PANEL) * dsv4_dtype_size(dtype));
-    for (int64_t k = 0; k < source->terms && dtype == DSV4_F32; k++) {
-        const void *from = dsv4__at(source->first, source->dtype, k * source->stride);
+    const int64_t n = source->columns;
+    if (source->padded > source->terms || n < DSV4__PANEL)
+        memset(to, 0, (size_t)(source->padded * DSV4__PANEL) * dsv4_dtype_size(dtype));
+    for (int64_t k = source->lead; k < source->lead + source->terms && dtype == DSV4_F32; k++) {
+        const void *from = dsv4__term(source, k);
         float *row = (float *)to + k * DSV4__PANEL;
-        dsv4__fetch_term(source, k);
+        dsv4__fetch_term(source, k - source->lead);
         if (source->dtype == DSV4_F32)
             memcpy(row, from, (size_t)n * sizeof *row);
         else
             source->kernels->widen(row, (const dsv4_bf16 *)from, n);
     }
-    for (int64_t k = 0; k < source->terms && dtype == DSV4_BF16; k += 2) {
-        const void *even = dsv4__at(source->first, source->dtype, k * source->stride);
-        const void *odd = dsv4__at(source->first, source->dtype, (k + 1) * source->stride);
-        dsv4__fetch_term(source, k);
-        dsv4__fetch_term(source, k + 1);
-        dsv4__pack_pair(source, even, k + 1 < source->terms ? odd : NULL, (dsv4_bf16 *)to + k * DSV4__PANEL);
+    for (int64_t k = 0; k < source->padded && dtype == DSV4_BF16; k += 2) {
+        dsv4__fetch_term(source, k - source->lead);
+        dsv4__fetch_term(source, k - source->lead + 1);
+        dsv4__pack_pair(source, dsv4__term(source, k), dsv4__term(source, k + 1), (dsv4_bf16 *)to + k * DSV4__PANEL);
     }
 }
 
@@ -3452,6 +3532,8 @@ static void dsv4__pack_back_weights(const dsv4_compressor *c, const dsv4_const_m
     dsv4__terms source;
     source.kernels = c->kernels;
     source.terms = c->columns;
+    source.lead = 0;
+    source.padded = (c->columns + 1) / 2 * 2;
     for (int64_t h = 0; h < c->config.hidden_dim; h += DSV4__PANEL)
         for (int64_t m = 0; m < c->matrices; m++) {
             source.first = dsv4__in(matrices[m], 0, h);
@@ -3941,12 +4023,12 @@ typedef struct dsv4__part {
     const dsv4_segment *segment;
     const dsv4_segment_gradient *gradient; /* of the segment, or NULL */
     int64_t seen, closed;                  /* tokens before the segment; windows of the sequence closed by its end */
-    int64_t t, count, row; /* tokens [t, t + count); row of the chunk for the first; an odd count takes a row more */
+    int64_t t, count, row; /* tokens [t, t + count); row of the chunk for the first; more rows fill pairs or steps up */
 } dsv4__part;
 
 /* A part that is still to be added to the weights' gradients: a block of their sums. */
 typedef struct dsv4__token_block {
-    int64_t slab, row, count; /* tokens from `row` of the slab on */
+    int64_t slab, row, count; /* tokens from `row` of the slab on, padded */
 } dsv4__token_block;
 
 /* What dsv4_backward works in. */
@@ -4448,6 +4530,11 @@ static float *dsv4__group_sums(const dsv4__call *call, int64_t group) {
     return call->ws->sums + group * call->ws->block_rows * c->series * c->matrices * DSV4__PANEL;
 }
 
+/* The order of a product, by whether both operands came as bf16. */
+static dsv4__order dsv4__order_of(const dsv4_compressor *c, int bf16) {
+    return !bf16 ? DSV4__FUSED_TERMS : c->config.sums == DSV4_SUMS_TILES ? DSV4__STEPS : DSV4__PAIRS;
+}
+
 /* Adds one block of terms to the projections onto one group: sums [rows, panels, 32]. `after` is what the last panel's
  * weights are followed by. */
 static void dsv4__project_group(const dsv4__call *call, int64_t group, int64_t term, const void *after, float *wide) {
@@ -4465,7 +4552,7 @@ static void dsv4__project_group(const dsv4__call *call, int64_t group, int64_t t
     for (int64_t p = 0; p < panels; p++) {
         job.w = dsv4__panel(c, group, term, p);
         job.w_bf16 = c->w_bf16[p % c->matrices];
-        job.swap = job.w_bf16 && call->x_bf16;
+        job.order = dsv4__order_of(c, job.w_bf16 && call->x_bf16);
         job.sum = dsv4__group_sums(call, group) + p * DSV4__PANEL;
         job.next_bytes = job.pairs * 2 * DSV4__PANEL * (job.w_bf16 ? 2 : 4);
         job.next = p + 1 < panels ? (uintptr_t)job.w + (uintptr_t)job.next_bytes : (uintptr_t)after;
@@ -4899,7 +4986,8 @@ static dsv4_status dsv4__begin_call(const dsv4_compressor *c, const dsv4_batch *
     DSV4__TRY(dsv4__begin_segments(call, error));
     DSV4__TRY(dsv4__check_inputs(c, &call->batch, error));
     call->x_bf16 = batch->x.dtype == DSV4_BF16;
-    call->dot = c->kernels->dot && call->x_bf16 && c->w_bf16[0] && (c->config.no_gate || c->w_bf16[1]);
+    call->dot = c->kernels->dot && c->config.sums == DSV4_SUMS_PAIRS && call->x_bf16 && c->w_bf16[0] &&
+                (c->config.no_gate || c->w_bf16[1]);
     return DSV4_OK;
 }
 
@@ -4995,6 +5083,7 @@ typedef struct dsv4__back {
     const dsv4__training *room;
     int recompute;
     int round;           /* dkv and dgate are rounded to bf16: x and weights are */
+    int steps;           /* and sums over tokens go in steps of 32 of their sequence */
     int started;         /* some part has been added to the weights' gradients */
     int64_t parts, rows; /* of the chunk; rows padded to pairs */
     int64_t context, windows;
@@ -5010,6 +5099,14 @@ static int dsv4__wants_tokens(const dsv4_gradients *g) {
 
 static int64_t dsv4__padded(int64_t count) { return (count + 1) / 2 * 2; }
 
+/* Rows of 0 that a part from token t on has before its first row, and all of its rows: whole pairs, or whole steps. */
+static int64_t dsv4__part_lead(const dsv4__back *back, int64_t t) { return back->steps ? t % DSV4__STEP : 0; }
+
+static int64_t dsv4__part_rows(const dsv4__back *back, const dsv4__part *part) {
+    if (!back->steps) return dsv4__padded(part->count);
+    return dsv4__ceil_div(dsv4__part_lead(back, part->t) + part->count, DSV4__STEP) * DSV4__STEP;
+}
+
 /* Describes the part of the current segment that comes next. */
 static dsv4__part dsv4__part_ahead(const dsv4__back *back) {
     const dsv4_batch *batch = &back->call.batch;
@@ -5024,7 +5121,7 @@ static dsv4__part dsv4__part_ahead(const dsv4__back *back) {
     part.closed = (part.seen + used) / ratio;
     part.t = part.seen + back->done;
     part.count = dsv4__min(used - back->done, DSV4__KBLOCK - part.t % DSV4__KBLOCK);
-    part.row = back->rows;
+    part.row = back->rows + dsv4__part_lead(back, part.t);
     part.rows.segment = segment;
     part.rows.state = segment->state;
     part.rows.window = part.t / ratio;
@@ -5049,12 +5146,12 @@ static int dsv4__next_chunk(dsv4__back *back) {
         const dsv4_segment *segment = &back->call.batch.segments[back->segment];
         if (back->done < dsv4__tokens_used(&back->call.batch, segment, back->call.c->config.ratio)) {
             const dsv4__part part = dsv4__part_ahead(back);
-            if (back->parts > 0 && (back->rows + dsv4__padded(part.count) > DSV4__KBLOCK ||
+            if (back->parts > 0 && (back->rows + dsv4__part_rows(back, &part) > DSV4__KBLOCK ||
                                     back->context + part.rows.count > room->context_rows ||
                                     back->windows + part.rows.windows > room->windows))
                 break;
             room->parts[back->parts++] = part;
-            back->rows += dsv4__padded(part.count);
+            back->rows += dsv4__part_rows(back, &part);
             back->context += part.rows.count;
             back->windows += part.rows.windows;
             back->done += part.count;
@@ -5225,19 +5322,21 @@ static void dsv4__copy_or_clear(float *to, const float *from, size_t bytes) {
         memset(to, 0, bytes);
 }
 
-/* Rows of the part whose window closes after the segment get what the following part says, or 0; so does the row that
- * pads an odd part. */
+/* Rows of the part whose window closes after the segment get what the following part says, or 0; so do the rows around
+ * it that fill pairs or steps up. */
 static void dsv4__open_rows(const dsv4__back *back, const dsv4__part *part, const dsv4__source *source) {
     const dsv4_compressor *c = back->call.c;
     const dsv4_state *next = part->gradient != NULL ? part->gradient->next : NULL;
     const size_t bytes = (size_t)source->channels * sizeof(float);
     for (int64_t s = 0; s < c->series; s++) {
         const int64_t lag = c->series - 1 - s, first = (part->closed - lag) * c->config.ratio;
-        int64_t t = dsv4__min(dsv4__max(first, part->t), part->t + part->count);
-        for (; t < part->t + dsv4__padded(part->count); t++) {
+        const int64_t open = dsv4__min(dsv4__max(first, part->t), part->t + part->count);
+        const int64_t lead = part->t - dsv4__part_lead(back, part->t), end = lead + dsv4__part_rows(back, part);
+        for (int64_t t = lead < part->t ? lead : open; t < end; t = t + 1 == part->t ? open : t + 1) {
             const int64_t to =
                 (part->row + t - part->t) * back->room->d_stride + s * c->config.head_dim + source->channel;
-            const int known = next != NULL && t < part->t + part->count; /* never without a gate: ratio is 1 then */
+            const int known =
+                next != NULL && t >= part->t && t < part->t + part->count; /* never without a gate: ratio is 1 then */
             const float *from = known ? dsv4__state_row(next, s, t) + source->channel : NULL;
             dsv4__copy_or_clear(back->room->dkv + to, from, bytes);
             dsv4__copy_or_clear(back->room->dgate + to, known ? from + c->config.head_dim : NULL, bytes);
@@ -5436,7 +5535,9 @@ static void dsv4__pack_x_panel(const dsv4__back *back, int64_t i) {
         source.stride = batch->x.stride;
         source.terms = part->count;
         source.columns = dsv4__min(back->call.c->config.hidden_dim - i * DSV4__PANEL, DSV4__PANEL);
-        dsv4__pack_terms(&source, dtype, dsv4__x_panel(back, back->slabs, i, part->row));
+        source.lead = dsv4__part_lead(back, part->t);
+        source.padded = dsv4__part_rows(back, part);
+        dsv4__pack_terms(&source, dtype, dsv4__x_panel(back, back->slabs, i, part->row - source.lead));
     }
 }
 
@@ -5471,13 +5572,13 @@ static void dsv4__dw_tile(const dsv4__back *back, int64_t matrix, int64_t row, i
         const dsv4__token_block *block = &back->room->blocks[b];
         job->x = dsv4__at(dsv4__d_columns(back, block->slab, matrix), dtype, row * DSV4__KBLOCK + block->row);
         job->w = dsv4__x_panel(back, block->slab, i, block->row);
-        job->pairs = dsv4__padded(block->count) / 2;
+        job->pairs = block->count / 2;
         job->first = !back->started && b == 0 && !back->g.accumulate;
         job->sums_in_memory = !apart && b == 0;
         const dsv4__token_block *after = &back->room->blocks[(b + 1) % back->blocks];
         job->next = (uintptr_t)dsv4__x_panel(back, after->slab, i, after->row);
         if (b + 1 == back->blocks) job->next += DSV4__KBLOCK * DSV4__PANEL * dsv4_dtype_size(dtype);
-        job->next_bytes = dsv4__padded(after->count) * DSV4__PANEL * (job->w_bf16 ? 2 : 4);
+        job->next_bytes = after->count * DSV4__PANEL * (job->w_bf16 ? 2 : 4);
         back->call.c->kernels->product(job);
     }
     if (apart) dsv4__copy_rows(sums, stride, spare, DSV4__PANEL, job->rows, n);
@@ -5512,7 +5613,7 @@ static dsv4__hidden_share dsv4__hidden_share_of(const dsv4__back *back, int64_t 
     share.end = panels * (thread + 1) / threads;
     share.scratch = dsv4__scratch_of(back->call.ws, thread);
     share.job.dot = back->call.dot;
-    share.job.swap = back->round;
+    share.job.order = dsv4__order_of(back->call.c, back->round);
     share.job.wide = share.scratch.wide;
     return share;
 }
@@ -5547,10 +5648,11 @@ static void dsv4__add_weights(dsv4__back *back) {
 /* The chunk's tokens are laid by as one slab. */
 static void dsv4__lay_by(dsv4__back *back) {
     for (int64_t p = 0; p < back->parts; p++) {
+        const dsv4__part *part = &back->room->parts[p];
         dsv4__token_block *block = &back->room->blocks[back->blocks++];
         block->slab = back->slabs;
-        block->row = back->room->parts[p].row;
-        block->count = back->room->parts[p].count;
+        block->row = part->row - dsv4__part_lead(back, part->t);
+        block->count = dsv4__part_rows(back, part);
     }
     back->slabs++;
     if (back->slabs == DSV4__SLABS) dsv4__add_weights(back);
@@ -5729,6 +5831,7 @@ DSV4_API dsv4_status dsv4_backward(const dsv4_compressor *compressor, const dsv4
     back.room = &workspace->training;
     back.recompute = batch->kv == NULL;
     back.round = back.call.x_bf16 && c->w_bf16[0] && (c->config.no_gate || c->w_bf16[1]);
+    back.steps = back.round && c->config.sums == DSV4_SUMS_TILES;
     memset(&back.call.batch.stages, 0, sizeof back.call.batch.stages);
     if (back.recompute) {
         back.call.batch.kv = back.call.batch.stages.kv = back.room->kv;

@@ -103,7 +103,8 @@ static double limit_rate(bench *b, const bench_case *what, const bench_peak *pea
 
 /* Limit, case, limit, case, ...: medians of both. */
 static dsv4_status measure(bench *b, bench_work *work, bench_result *result) {
-    const bench_peak *peak = bench_peak_of_isa(result->isa, result->what->dtype);
+    const int pairs = result->what->dtype == DSV4_BF16 && result->what->sums == DSV4_SUMS_PAIRS;
+    const bench_peak *peak = bench_peak_of_isa(result->isa, pairs);
     double limits[ROUNDS + 1], seconds[ROUNDS];
     double start = bench_now();
     dsv4_status status = bench_run_once(work); /* warms up, and tells how many runs make a sample worth timing */

@@ -16,34 +16,35 @@ typedef struct bench_case {
     const char *name;
     dsv4_preset preset;
     dsv4_dtype dtype; /* of x, weights and entries */
+    dsv4_sums sums;
     bench_kind kind;
     int64_t count;
     int cold; /* limited by reading memory, not by multiplying */
     int more; /* --full also measures it on twice the threads, and a prefill with the other kernel sets */
 } bench_case;
 
-#define BENCH_BOTH(NAME, PRESET, DTYPE, MORE)                       \
-    {NAME "-prefill", PRESET, DTYPE, BENCH_PREFILL, 2048, 0, MORE}, \
-        {NAME "-backward", PRESET, DTYPE, BENCH_BACKWARD, 2048, 0, MORE},
+#define BENCH_BOTH(NAME, PRESET, DTYPE, SUMS, MORE)                       \
+    {NAME "-prefill", PRESET, DTYPE, SUMS, BENCH_PREFILL, 2048, 0, MORE}, \
+        {NAME "-backward", PRESET, DTYPE, SUMS, BENCH_BACKWARD, 2048, 0, MORE},
+#define BENCH_ALL_TYPES(NAME, PRESET, MORE)                             \
+    BENCH_BOTH(NAME "-bf16", PRESET, DSV4_BF16, DSV4_SUMS_PAIRS, MORE)  \
+    BENCH_BOTH(NAME "-tiles", PRESET, DSV4_BF16, DSV4_SUMS_TILES, MORE) \
+    BENCH_BOTH(NAME "-f32", PRESET, DSV4_F32, DSV4_SUMS_PAIRS, MORE)
+#define BENCH_DECODES(NAME, SUMS)                                                      \
+    {NAME "-decode-1", DSV4_V4_FLASH_CSA, DSV4_BF16, SUMS, BENCH_DECODE, 1, 1, 1},     \
+        {NAME "-decode-8", DSV4_V4_FLASH_CSA, DSV4_BF16, SUMS, BENCH_DECODE, 8, 1, 0}, \
+        {NAME "-decode-32", DSV4_V4_FLASH_CSA, DSV4_BF16, SUMS, BENCH_DECODE, 32, 0, 0},
 
+/* clang-format off: it knows neither lists of macros nor what they hold */
 static const bench_case bench_cases[] = {
-    BENCH_BOTH("csa-flash-bf16", DSV4_V4_FLASH_CSA, DSV4_BF16, 1) BENCH_BOTH(
-        "csa-flash-f32", DSV4_V4_FLASH_CSA, DSV4_F32, 1) BENCH_BOTH("hca-flash-bf16", DSV4_V4_FLASH_HCA, DSV4_BF16, 0)
-        BENCH_BOTH("hca-flash-f32", DSV4_V4_FLASH_HCA, DSV4_F32, 0)
-            BENCH_BOTH("indexer-flash-bf16", DSV4_V4_FLASH_INDEXER, DSV4_BF16, 0)
-                BENCH_BOTH("indexer-flash-f32", DSV4_V4_FLASH_INDEXER, DSV4_F32, 0)
-                    BENCH_BOTH("csa-pro-bf16", DSV4_V4_PRO_CSA, DSV4_BF16, 0) BENCH_BOTH("csa-pro-f32", DSV4_V4_PRO_CSA,
-                                                                                         DSV4_F32, 0)
-                        BENCH_BOTH("hca-pro-bf16", DSV4_V4_PRO_HCA, DSV4_BF16, 0)
-                            BENCH_BOTH("hca-pro-f32", DSV4_V4_PRO_HCA, DSV4_F32, 0)
-                                BENCH_BOTH("indexer-pro-bf16", DSV4_V4_PRO_INDEXER, DSV4_BF16, 0)
-                                    BENCH_BOTH("indexer-pro-f32", DSV4_V4_PRO_INDEXER, DSV4_F32, 0){
-                                        "csa-flash-bf16-decode-1", DSV4_V4_FLASH_CSA, DSV4_BF16, BENCH_DECODE, 1, 1, 1},
-    {"csa-flash-bf16-decode-8", DSV4_V4_FLASH_CSA, DSV4_BF16, BENCH_DECODE, 8, 1, 0},
-    {"csa-flash-bf16-decode-32", DSV4_V4_FLASH_CSA, DSV4_BF16, BENCH_DECODE, 32, 0, 0},
-    {"csa-flash-f32-pool", DSV4_V4_FLASH_CSA, DSV4_F32, BENCH_POOL, 2048, 1, 0},
-    {"hca-flash-f32-pool", DSV4_V4_FLASH_HCA, DSV4_F32, BENCH_POOL, 2048, 1, 0},
+    BENCH_ALL_TYPES("csa-flash", DSV4_V4_FLASH_CSA, 1) BENCH_ALL_TYPES("hca-flash", DSV4_V4_FLASH_HCA, 0)
+        BENCH_ALL_TYPES("indexer-flash", DSV4_V4_FLASH_INDEXER, 0) BENCH_ALL_TYPES("csa-pro", DSV4_V4_PRO_CSA, 0)
+            BENCH_ALL_TYPES("hca-pro", DSV4_V4_PRO_HCA, 0) BENCH_ALL_TYPES("indexer-pro", DSV4_V4_PRO_INDEXER, 0)
+                BENCH_DECODES("csa-flash-bf16", DSV4_SUMS_PAIRS) BENCH_DECODES("csa-flash-tiles", DSV4_SUMS_TILES){
+                    "csa-flash-f32-pool", DSV4_V4_FLASH_CSA, DSV4_F32, DSV4_SUMS_PAIRS, BENCH_POOL, 2048, 1, 0},
+    {"hca-flash-f32-pool", DSV4_V4_FLASH_HCA, DSV4_F32, DSV4_SUMS_PAIRS, BENCH_POOL, 2048, 1, 0},
 };
+/* clang-format on */
 enum { BENCH_CASES = sizeof bench_cases / sizeof bench_cases[0] };
 
 /* ============================================================================================================
@@ -238,6 +239,7 @@ static void bench_work_make(bench_work *work, const bench_case *what, const char
     work->cold = cold;
     work->layer_count = 1;
     work->config = dsv4_preset_config(what->preset);
+    work->config.sums = what->sums;
     if (what->dtype == DSV4_F32) work->config.rounding = DSV4_ROUNDING_NONE;
     bench_make_layers(work);
     bench_work_threads(work, NULL);

@@ -133,15 +133,14 @@ static const bench_peak *bench_peak_named(const char *name) {
     return &bench_peaks[0];
 }
 
-/* The instruction that a kernel set multiplies with. */
-static const bench_peak *bench_peak_of_isa(const char *isa, dsv4_dtype dtype) {
+/* The instruction that a kernel set multiplies with: `pairs` of bf16, where it can. */
+static const bench_peak *bench_peak_of_isa(const char *isa, int pairs) {
     static const char *const instructions[][2] = {{"avx2", "FMA 256-bit"},
                                                   {"avx512", "FMA 512-bit"},
                                                   {"neon", "FMA 128-bit"},
                                                   {"simde", "FMA 128-bit"},
                                                   {"scalar", "FMA scalar"}};
-    if (strcmp(isa, "avx512bf16") == 0)
-        return bench_peak_named(dtype == DSV4_BF16 ? "VDPBF16PS 512-bit" : "FMA 512-bit");
+    if (strcmp(isa, "avx512bf16") == 0) return bench_peak_named(pairs ? "VDPBF16PS 512-bit" : "FMA 512-bit");
     for (size_t i = 0; i < sizeof instructions / sizeof instructions[0]; i++)
         if (strcmp(isa, instructions[i][0]) == 0) return bench_peak_named(instructions[i][1]);
     return &bench_peaks[0];

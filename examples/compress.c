@@ -34,6 +34,9 @@ static const char usage[] =
     "  --preset NAME        where to round to bf16: none, deepseek, maxtext, transformers, transformers-5.8, vllm,\n"
     "                       nemo, megatron, or points such as projection+weight+pooled; default: deepseek for BF16 x,\n"
     "                       none for F32\n"
+    "  --sums ORDER         in which bf16 products are added: pairs, or tiles, made for Xeons with AMX; each gives "
+    "the\n"
+    "                       same bytes on every CPU (pairs)\n"
     "  --rows FORMAT        what caches make of entries: fp8, fp8-keys, fp4, fp4-e4m3; out is what is read back "
     "(plain)\n"
     "  --packed             write their bytes instead: rows and scales\n"
@@ -97,6 +100,9 @@ enum {
     SETTINGS
 };
 
+/* And those that are names, which are told behind them. */
+enum { PRESET, SUMS, ROWS, NAMED, ALL_TOLD = TOLD + NAMED };
+
 static const struct setting {
     const char *option, *key;
     int stored, whole;          /* stored: files may give it under its key */
@@ -118,7 +124,7 @@ static const struct setting {
 };
 
 typedef struct options {
-    const char *weights, *prefix, *input, *tensor, *output, *preset, *rows, *isa, *backward, *plot;
+    const char *weights, *prefix, *input, *tensor, *output, *preset, *sums, *rows, *isa, *backward, *plot;
     const char *settings[SETTINGS];
     int no_ape, drop_tail, stages, packed, all, list, json, list_isa, version, help;
 } options;
@@ -137,9 +143,9 @@ typedef struct option_place {
 #define OPTION(name, field) \
     { name, offsetof(options, field) }
 static const option_place text_options[] = {
-    OPTION("--weights", weights),   OPTION("--prefix", prefix), OPTION("--input", input), OPTION("--tensor", tensor),
-    OPTION("--output", output),     OPTION("--preset", preset), OPTION("--isa", isa),     OPTION("--plot", plot),
-    OPTION("--backward", backward), OPTION("--rows", rows),
+    OPTION("--weights", weights), OPTION("--prefix", prefix),     OPTION("--input", input), OPTION("--tensor", tensor),
+    OPTION("--output", output),   OPTION("--preset", preset),     OPTION("--sums", sums),   OPTION("--isa", isa),
+    OPTION("--plot", plot),       OPTION("--backward", backward), OPTION("--rows", rows),
 };
 static const option_place flags[] = {
     OPTION("--no-ape", no_ape),   OPTION("--drop-tail", drop_tail),
@@ -219,7 +225,7 @@ typedef struct job {
     struct run *run;
     checkpoint_compressor at;
     number values[SETTINGS];
-    origin from[SETTINGS], preset_from, rows_from;
+    origin from[SETTINGS], named_from[NAMED];
     char preset[DSV4_ROUNDING_TEXT_SIZE];
     st_tensor *param[DSV4_PARAM_COUNT];
     const st_tensor *x, *dout;
@@ -455,6 +461,12 @@ static int read_gate(job *j) {
 
 /* ---- Settings ---------------------------------------------------------------------------------------------- */
 
+/* All settings, those that are names behind the others: their keys. */
+static const char *told_key(int i) {
+    static const char *const names[NAMED] = {[PRESET] = "preset", [SUMS] = "sums", [ROWS] = "rows"};
+    return i < TOLD ? settings[i].key : names[i - TOLD];
+}
+
 /* What is said of setting `i`, by whoever has the last word; `where` is the line's beginning if it is wrong. */
 static const char *said_of(const job *j, int i, origin *from, char *where, size_t where_size) {
     const struct setting *s = &settings[i];
@@ -487,10 +499,10 @@ static int read_settings(job *j) {
 static int read_preset(job *j) {
     dsv4_error error = {DSV4_OK, ""};
     const char *wanted = j->o.preset, *path = shard_of(j, DSV4_WKV)->path;
-    j->preset_from = OPTION;
-    if (!wanted && (wanted = metadata(j, "preset"))) j->preset_from = METADATA;
+    j->named_from[PRESET] = OPTION;
+    if (!wanted && (wanted = metadata(j, "preset"))) j->named_from[PRESET] = METADATA;
     if (!wanted) {
-        j->preset_from = FROM_X;
+        j->named_from[PRESET] = FROM_X;
         wanted = j->x->dtype == ST_BF16 ? "deepseek" : "none";
     }
     if (dsv4_rounding_parse(wanted, &j->config.rounding, &error) == DSV4_OK &&
@@ -501,19 +513,36 @@ static int read_preset(job *j) {
                 error.text);
 }
 
+static const char *const sums_names[] = {[DSV4_SUMS_PAIRS] = "pairs", [DSV4_SUMS_TILES] = "tiles"};
+
+/* What is said of a choice that has a name, by the option or the file; `where` is the line's beginning if it is wrong. */
+static const char *said_name(job *j, int which, const char *option, const char *standard, char *where, size_t size) {
+    const char *key = told_key(TOLD + which), *text = option;
+    j->named_from[which] = OPTION;
+    snprintf(where, size, "--%s", key);
+    if (text) return text;
+    j->named_from[which] = METADATA;
+    snprintf(where, size, "%s: metadata '%s'", shard_of(j, DSV4_WKV)->path, key);
+    if ((text = metadata(j, key))) return text;
+    j->named_from[which] = STANDARD;
+    return standard;
+}
+
+static int read_sums(job *j) {
+    char where[512];
+    const char *wanted = said_name(j, SUMS, j->o.sums, sums_names[DSV4_SUMS_PAIRS], where, sizeof where);
+    j->config.sums = strcmp(wanted, sums_names[DSV4_SUMS_TILES]) == 0 ? DSV4_SUMS_TILES : DSV4_SUMS_PAIRS;
+    if (strcmp(wanted, sums_names[j->config.sums]) == 0) return 0;
+    return fail(TROUBLE, "%s: no order of sums '%.40s'; there are pairs and tiles", where, wanted);
+}
+
 static int read_rows(job *j) {
-    const char *wanted = j->o.rows;
-    j->rows_from = OPTION;
-    if (!wanted && (wanted = metadata(j, "rows"))) j->rows_from = METADATA;
-    if (!wanted) {
-        j->rows_from = STANDARD;
-        wanted = "plain";
-    }
+    char where[512];
+    const char *wanted = said_name(j, ROWS, j->o.rows, dsv4_rows_name(DSV4_ROWS_PLAIN), where, sizeof where);
     int rows = DSV4_ROWS_PLAIN;
     while (rows < DSV4_ROWS_COUNT && strcmp(wanted, dsv4_rows_name((dsv4_rows)rows)) != 0) rows++;
     if (rows == DSV4_ROWS_COUNT) {
-        return fail(TROUBLE, "%s%s: '%.40s' is none of plain, fp8, fp8-keys, fp4, fp4-e4m3",
-                    j->o.rows ? "--rows" : shard_of(j, DSV4_WKV)->path, j->o.rows ? "" : ": metadata 'rows'", wanted);
+        return fail(TROUBLE, "%s: '%.40s' is none of plain, fp8, fp8-keys, fp4, fp4-e4m3", where, wanted);
     }
     j->config.rows = (dsv4_rows)rows;
     if (j->o.packed && rows == DSV4_ROWS_PLAIN) {
@@ -609,6 +638,7 @@ static int load(job *j) {
     if (!status) status = read_input(j);
     if (!status) status = read_gradient(j);
     if (!status) status = read_preset(j);
+    if (!status) status = read_sums(j);
     if (!status) status = read_rows(j);
     return status;
 }
@@ -972,19 +1002,14 @@ static const char *setting_text(const job *j, int setting, char *text, size_t si
     return text;
 }
 
-/* What is told of a job: the settings, then its rounding and its rows. */
-enum { TOLD_PRESET = TOLD, TOLD_ROWS, ALL_TOLD };
-
-static const char *told_key(int i) { return i < TOLD ? settings[i].key : i == TOLD_PRESET ? "preset" : "rows"; }
-
+/* Its text and origin. */
 static const char *told_text(const job *j, int i, char *text, size_t size) {
     if (i < TOLD) return setting_text(j, i, text, size);
-    return i == TOLD_PRESET ? j->preset : dsv4_rows_name(j->config.rows);
+    if (i == TOLD + PRESET) return j->preset;
+    return i == TOLD + SUMS ? sums_names[j->config.sums] : dsv4_rows_name(j->config.rows);
 }
 
-static origin told_from(const job *j, int i) {
-    return i < TOLD ? j->from[i] : i == TOLD_PRESET ? j->preset_from : j->rows_from;
-}
+static origin told_from(const job *j, int i) { return i < TOLD ? j->from[i] : j->named_from[i - TOLD]; }
 
 /* What is written, of all jobs together. */
 typedef struct harvest {
@@ -1087,14 +1112,10 @@ static void print_json_string(const char *text) {
 /* "ratio": {"value": 4, "from": "ape"}, ...; infinite values as text. */
 static void print_json_settings(const job *j) {
     char text[40];
-    for (int i = 0; i < TOLD; i++) {
-        const char *value = setting_text(j, i, text, sizeof text), *quote = strchr(value, 'i') ? "\"" : "";
-        printf("\"%s\": {\"value\": %s%s%s, \"from\": \"%s\"}, ", settings[i].key, quote, value, quote,
-               origins[j->from[i]]);
-    }
-    for (int i = TOLD; i < ALL_TOLD; i++) {
-        printf("%s\"%s\": {\"value\": \"%s\", \"from\": \"%s\"}", i > TOLD ? ", " : "", told_key(i),
-               told_text(j, i, text, sizeof text), origins[told_from(j, i)]);
+    for (int i = 0; i < ALL_TOLD; i++) {
+        const char *value = told_text(j, i, text, sizeof text), *quote = i >= TOLD || strchr(value, 'i') ? "\"" : "";
+        printf("%s\"%s\": {\"value\": %s%s%s, \"from\": \"%s\"}", i ? ", " : "", told_key(i), quote, value, quote,
+               origins[told_from(j, i)]);
     }
 }
 
@@ -1150,8 +1171,8 @@ static void report_text(const job *j) {
            j->tokens, j->rows, j->entries, j->config.head_dim, j->x->dtype == ST_BF16 ? " in bf16" : "");
     printf("%.0f bytes of hidden states -> %.0f bytes of entries", before, after);
     printf(after > 0 ? ", %.0f times fewer\n" : "\n", before / after);
-    printf("ratio %" PRId64 "%s, rounding as in preset %s\n", j->config.ratio,
-           j->config.overlap ? ", overlapping windows" : "", j->preset);
+    printf("ratio %" PRId64 "%s, rounding as in preset %s, sums of %s\n", j->config.ratio,
+           j->config.overlap ? ", overlapping windows" : "", j->preset, sums_names[j->config.sums]);
     printf("%.3f s (%.0f tokens/s), and %.3f s to pack the weights; kernels %s, %d thread%s\n", j->seconds,
            j->seconds > 0 ? tokens / j->seconds : 0, j->pack_seconds, j->isa, threads, threads > 1 ? "s" : "");
 }

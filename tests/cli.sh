@@ -13,7 +13,7 @@ ways='1 0
 2 64'
 
 same_bytes() { # same_bytes FILE OPTIONS...: over every kernel set and way
-    golden=$1 name=$tmp/$(basename "$1" .safetensors)
+    golden=$1 name=$tmp/$(basename "$1" .safetensors).$#
     shift
     "$compress" --weights "$golden" --input "$golden" --output "$name.ref" --isa scalar --threads 1 "$@" || return 1
     for isa in $isas; do
@@ -37,6 +37,9 @@ for golden in tests/golden/*.safetensors; do
     */rows_*) spawn "$golden: the same bytes, read back and packed" same_rows "$golden" ;;
     */grad_*) spawn "$golden: the same gradients from every kernel set, any threads" same_gradients "$golden" ;;
     *) spawn "$golden: the same bytes from every kernel set, any threads, any chunks" same_bytes "$golden" --stages ;;
+    esac
+    case $golden in
+    *_deepseek.* | */v41_*) spawn "$golden: the same bytes in the order of tiles" same_bytes "$golden" --stages --sums tiles ;;
     esac
 done
 wait
@@ -118,6 +121,8 @@ done <<END
 --start 1.5 1
 --start .0 1
 --preset best 1
+--sums tile 1
+--sums Pairs 1
 END
 try 'a kernel set of no machine' refuses 1 pdp11 --weights $good --input $good --isa pdp11
 try 'a ratio other than the ape has' refuses 1 ratio --weights $good --input $good --ratio 5
@@ -404,7 +409,8 @@ done <<'END'
 ^settings, metadata: eps 0.001, rope_theta 20000$|
 ^settings, config.json: rope_dim 16, yarn_factor 1$|
 ^settings, ape: ratio 4$|
-^settings, standard: start 0, .*pad_gate -inf, rows plain$|
+^settings, standard: start 0, .*pad_gate -inf, sums pairs, rows plain$|
+^settings, option: sums tiles$|--sums tiles
 ^settings, dtype of x: preset none$|
 "ratio": {"value": 4, "from": "ape"}|--json
 "rope_theta": {"value": 20000, "from": "metadata"}|--json
@@ -412,6 +418,8 @@ done <<'END'
 "start": {"value": 8, "from": "option"}|--json --start 8
 "pad_gate": {"value": "-inf", "from": "standard"}|--json
 "preset": {"value": "deepseek", "from": "option"}|--json --preset deepseek
+"sums": {"value": "pairs", "from": "standard"}|--json
+"sums": {"value": "tiles", "from": "option"}|--json --sums tiles
 END
 
 # ---- --list and --all -------------------------------------------------------------------------------------------

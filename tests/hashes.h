@@ -7,7 +7,7 @@
 
 #include "shapes.h"
 
-enum { HASH_LINES = 500 };
+enum { HASH_LINES = 700 };
 
 typedef struct hash_line {
     char name[96];
@@ -135,7 +135,7 @@ SUPPORT void hash_saved(const shape *of, const char *isa, hash_list *list) {
 SUPPORT void hash_rows(dsv4_rows rows, uint32_t rounding, const char *isa, hash_list *list) {
     enum { ENTRIES = 30 };
     static const shape of = {"rows",    48,      256, 4, 64, 1, 0, 0, 0, {DSV4_BF16, DSV4_BF16, DSV4_F32, DSV4_BF16},
-                             DSV4_BF16, DSV4_F32};
+                             DSV4_BF16, DSV4_F32, DSV4_SUMS_PAIRS};
     model m = hash_model(&of, rounding);
     m.config.rows = rows;
     sequence s = shape_sequence(&of, 4 * ENTRIES, 97);

@@ -11,38 +11,52 @@ typedef struct shape {
     int hidden_dim, head_dim, ratio, rope_dim, overlap, no_ape, no_gate;
     uint32_t rounding;
     dsv4_dtype param[DSV4_PARAM_COUNT], x, out;
+    dsv4_sums sums;
 } shape;
 
 #define F DSV4_F32
 #define B DSV4_BF16
+#define P DSV4_SUMS_PAIRS
+#define T DSV4_SUMS_TILES
 static const shape shapes[] = {
-    /* name                H   D   m  R  overlap, no_ape, no_gate  rounding                  wkv gate ape norm  x  out */
-    {"csa_bf16",           64, 40, 4, 16, 1, 0, 0, DSV4_ROUNDING_DEEPSEEK,     {B, B, F, B}, B, B},
-    {"csa_f32",            48, 24, 4, 8,  1, 0, 0, DSV4_ROUNDING_NONE,         {F, F, F, F}, F, F},
-    {"csa_odd",            37, 23, 4, 6,  1, 0, 0, DSV4_ROUNDING_MAXTEXT,      {B, F, B, F}, F, B},
-    {"csa_two_blocks",     515, 17, 4, 2, 1, 0, 0, DSV4_ROUNDING_NONE,         {B, B, B, B}, B, F},
-    {"overlap_ratio_1",    33, 12, 1, 4,  1, 0, 0, DSV4_ROUNDING_TRANSFORMERS, {F, B, F, B}, B, B},
-    {"overlap_ratio_3",    16, 35, 3, 34, 1, 1, 0, DSV4_ROUNDING_NONE,         {B, B, F, F}, F, F},
-    {"overlap_ratio_9",    20, 5,  9, 4,  1, 0, 0, DSV4_ROUNDING_DEEPSEEK,     {F, F, B, B}, B, F},
-    {"hca_bf16",           64, 33, 16, 32, 0, 0, 0, DSV4_ROUNDING_TRANSFORMERS, {B, B, F, B}, B, B},
-    {"hca_f32",            300, 16, 8, 0, 0, 0, 0, DSV4_ROUNDING_NONE,         {F, F, F, F}, F, F},
-    {"hca_mixed",          29, 31, 5, 10, 0, 0, 0, DSV4_ROUND_WEIGHT,          {F, B, B, F}, F, B},
-    {"v41_ratio_2",        40, 32, 2, 16, 0, 1, 0, DSV4_ROUNDING_DEEPSEEK,     {B, B, B, B}, B, B},
-    {"v41_ratio_1",        40, 32, 1, 16, 0, 1, 1, DSV4_ROUNDING_DEEPSEEK,     {B, B, B, B}, B, B},
-    {"ratio_1_gated",      19, 7,  1, 2,  0, 0, 0, DSV4_ROUNDING_MAXTEXT,      {F, F, F, F}, F, F},
-    {"one_number",         1,  1,  2, 0,  1, 0, 0, DSV4_ROUNDING_NONE,         {F, F, F, F}, F, F},
+    /* name                H   D   m  R  overlap, no_ape, no_gate  rounding                  wkv gate ape norm  x  out sums */
+    {"csa_bf16",           64, 40, 4, 16, 1, 0, 0, DSV4_ROUNDING_DEEPSEEK,     {B, B, F, B}, B, B, P},
+    {"csa_f32",            48, 24, 4, 8,  1, 0, 0, DSV4_ROUNDING_NONE,         {F, F, F, F}, F, F, P},
+    {"csa_odd",            37, 23, 4, 6,  1, 0, 0, DSV4_ROUNDING_MAXTEXT,      {B, F, B, F}, F, B, P},
+    {"csa_two_blocks",     515, 17, 4, 2, 1, 0, 0, DSV4_ROUNDING_NONE,         {B, B, B, B}, B, F, P},
+    {"overlap_ratio_1",    33, 12, 1, 4,  1, 0, 0, DSV4_ROUNDING_TRANSFORMERS, {F, B, F, B}, B, B, P},
+    {"overlap_ratio_3",    16, 35, 3, 34, 1, 1, 0, DSV4_ROUNDING_NONE,         {B, B, F, F}, F, F, P},
+    {"overlap_ratio_9",    20, 5,  9, 4,  1, 0, 0, DSV4_ROUNDING_DEEPSEEK,     {F, F, B, B}, B, F, P},
+    {"hca_bf16",           64, 33, 16, 32, 0, 0, 0, DSV4_ROUNDING_TRANSFORMERS, {B, B, F, B}, B, B, P},
+    {"hca_f32",            300, 16, 8, 0, 0, 0, 0, DSV4_ROUNDING_NONE,         {F, F, F, F}, F, F, P},
+    {"hca_mixed",          29, 31, 5, 10, 0, 0, 0, DSV4_ROUND_WEIGHT,          {F, B, B, F}, F, B, P},
+    {"v41_ratio_2",        40, 32, 2, 16, 0, 1, 0, DSV4_ROUNDING_DEEPSEEK,     {B, B, B, B}, B, B, P},
+    {"v41_ratio_1",        40, 32, 1, 16, 0, 1, 1, DSV4_ROUNDING_DEEPSEEK,     {B, B, B, B}, B, B, P},
+    {"ratio_1_gated",      19, 7,  1, 2,  0, 0, 0, DSV4_ROUNDING_MAXTEXT,      {F, F, F, F}, F, F, P},
+    {"one_number",         1,  1,  2, 0,  1, 0, 0, DSV4_ROUNDING_NONE,         {F, F, F, F}, F, F, P},
+    {"csa_tiles",          64, 40, 4, 16, 1, 0, 0, DSV4_ROUNDING_DEEPSEEK,     {B, B, F, B}, B, B, T},
+    {"hca_tiles",          77, 33, 7, 32, 0, 0, 0, DSV4_ROUNDING_NONE,         {B, B, F, F}, B, F, T},
+    {"tiles_two_blocks",   517, 17, 3, 2, 1, 0, 0, DSV4_ROUNDING_MAXTEXT,      {F, B, B, B}, B, B, T},
+    {"tiles_ratio_1",      33, 49, 1, 16, 0, 1, 1, DSV4_ROUNDING_DEEPSEEK,     {B, B, B, B}, B, B, T},
+    {"tiles_mixed",        45, 20, 5, 4,  1, 0, 0, DSV4_ROUNDING_TRANSFORMERS, {B, F, F, F}, B, F, T},
+    {"tiles_f32",          48, 24, 4, 8,  1, 0, 0, DSV4_ROUNDING_NONE,         {F, F, F, F}, F, F, T},
 };
 
 /* For sequences of many hundred tokens: more than what is worked on at a time, windows longer than that among them. */
 static const shape long_shapes[] = {
-    {"csa_long",           258, 130, 4, 64, 1, 0, 0, DSV4_ROUNDING_DEEPSEEK,   {B, B, F, B}, B, B},
-    {"csa_long_f32",       130, 65, 4, 16, 1, 0, 0, DSV4_ROUNDING_NONE,        {F, F, F, F}, F, F},
-    {"hca_ratio_128",      64, 70, 128, 8, 0, 0, 0, DSV4_ROUNDING_MAXTEXT,     {B, B, F, B}, B, B},
-    {"overlap_ratio_300",  31, 34, 300, 8, 1, 0, 0, DSV4_ROUNDING_NONE,        {F, B, F, B}, F, F},
-    {"ratio_1_long",       40, 33, 1, 16, 0, 1, 1, DSV4_ROUNDING_DEEPSEEK,     {B, B, B, B}, B, B},
+    {"csa_long",           258, 130, 4, 64, 1, 0, 0, DSV4_ROUNDING_DEEPSEEK,   {B, B, F, B}, B, B, P},
+    {"csa_long_f32",       130, 65, 4, 16, 1, 0, 0, DSV4_ROUNDING_NONE,        {F, F, F, F}, F, F, P},
+    {"hca_ratio_128",      64, 70, 128, 8, 0, 0, 0, DSV4_ROUNDING_MAXTEXT,     {B, B, F, B}, B, B, P},
+    {"overlap_ratio_300",  31, 34, 300, 8, 1, 0, 0, DSV4_ROUNDING_NONE,        {F, B, F, B}, F, F, P},
+    {"ratio_1_long",       40, 33, 1, 16, 0, 1, 1, DSV4_ROUNDING_DEEPSEEK,     {B, B, B, B}, B, B, P},
+    {"csa_tiles_long",     290, 130, 4, 64, 1, 0, 0, DSV4_ROUNDING_DEEPSEEK,   {B, B, F, B}, B, B, T},
+    {"hca_tiles_long",     63, 35, 128, 8, 0, 0, 0, DSV4_ROUNDING_NONE,        {B, B, F, B}, B, F, T},
+    {"ratio_1_tiles_long", 2100, 9, 1, 4, 0, 1, 1, DSV4_ROUNDING_DEEPSEEK,     {B, B, B, B}, B, B, T},
 };
 #undef F
 #undef B
+#undef P
+#undef T
 enum { SHAPE_COUNT = sizeof shapes / sizeof *shapes, LONG_SHAPE_COUNT = sizeof long_shapes / sizeof *long_shapes };
 
 /* Windows of a long shape's sequence. */
@@ -58,6 +72,7 @@ SUPPORT dsv4_config shape_config(const shape *s) {
     c.no_ape = s->no_ape;
     c.no_gate = s->no_gate;
     c.rounding = s->rounding;
+    c.sums = s->sums;
     c.yarn_factor = s->overlap ? 16 : 0;
     return c;
 }

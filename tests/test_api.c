@@ -314,6 +314,8 @@ TEST a_name_that_does_not_fit_is_refused(void) {
     X(positive_pad_gate, c->pad_gate = 1, "pad_gate 1")                    \
     X(pad_gate_just_above_nought, c->pad_gate = 0.5f, "pad_gate 0.5")      \
     X(nan_pad_gate, c->pad_gate = NAN, "pad_gate nan")                     \
+    X(unknown_sums, c->sums = (dsv4_sums)2, "sums 2 PAIRS TILES")          \
+    X(negative_sums, c->sums = (dsv4_sums)-1, "sums -1")                   \
     X(theta_one, c->rope_theta = 1, "rope_theta 1")                        \
     X(negative_theta, c->rope_theta = -5, "rope_theta -5")                 \
     X(theta_beyond_range, c->rope_theta = 2e30, "rope_theta 2e+30")        \
@@ -378,6 +380,7 @@ TEST a_bad_configuration_is_refused_everywhere(const struct bad_config *bad) {
     X(smallest_eps, c->eps = FLT_MIN)                                                             \
     X(pad_just_below_nought, c->pad_gate = -FLT_MIN)                                              \
     X(infinite_pad, c->pad_gate = -INFINITY)                                                      \
+    X(sums_of_tiles, c->sums = DSV4_SUMS_TILES)                                                   \
     X(rope_over_all, c->rope_dim = c->head_dim)                                                   \
     X(all_rounding, c->rounding = 2047)                                                           \
     X(largest_ratio, c->ratio = INT32_MAX)                                                        \

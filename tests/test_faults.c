@@ -298,12 +298,12 @@ TEST special_inputs_give_one_gradient(const shape *of) {
 /* ---- Sizes, backward ----------------------------------------------------------------------------------------- */
 
 static const shape odd_shapes[] = {
-    {"ratio_4096", 1, 1, 4096, 0, 0, 0, 0, 0, {DSV4_F32, DSV4_F32, DSV4_F32, DSV4_F32}, DSV4_F32, DSV4_F32},
+    {"ratio_4096", 1, 1, 4096, 0, 0, 0, 0, 0, {DSV4_F32, DSV4_F32, DSV4_F32, DSV4_F32}, DSV4_F32, DSV4_F32, DSV4_SUMS_PAIRS},
     {"overlap_4096", 2, 3, 4096, 2, 1, 0, 0, DSV4_ROUNDING_MAXTEXT, {DSV4_BF16, DSV4_F32, DSV4_F32, DSV4_F32}, DSV4_F32,
-     DSV4_BF16},
-    {"head_dim_1", 5, 1, 4, 0, 1, 0, 0, 0, {DSV4_F32, DSV4_F32, DSV4_F32, DSV4_F32}, DSV4_BF16, DSV4_F32},
-    {"hidden_dim_1", 1, 40, 1, 2, 1, 0, 0, 0, {DSV4_BF16, DSV4_BF16, DSV4_BF16, DSV4_BF16}, DSV4_BF16, DSV4_BF16},
-    {"tall", 9001, 2, 3, 2, 0, 0, 0, 0, {DSV4_F32, DSV4_F32, DSV4_F32, DSV4_F32}, DSV4_F32, DSV4_F32},
+     DSV4_BF16, DSV4_SUMS_PAIRS},
+    {"head_dim_1", 5, 1, 4, 0, 1, 0, 0, 0, {DSV4_F32, DSV4_F32, DSV4_F32, DSV4_F32}, DSV4_BF16, DSV4_F32, DSV4_SUMS_PAIRS},
+    {"hidden_dim_1", 1, 40, 1, 2, 1, 0, 0, 0, {DSV4_BF16, DSV4_BF16, DSV4_BF16, DSV4_BF16}, DSV4_BF16, DSV4_BF16, DSV4_SUMS_PAIRS},
+    {"tall", 9001, 2, 3, 2, 0, 0, 0, 0, {DSV4_F32, DSV4_F32, DSV4_F32, DSV4_F32}, DSV4_F32, DSV4_F32, DSV4_SUMS_PAIRS},
 };
 enum { ODD_SHAPE_COUNT = sizeof odd_shapes / sizeof *odd_shapes };
 

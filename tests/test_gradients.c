@@ -85,6 +85,7 @@ static lesson random_lesson(uint64_t seed) {
     const int64_t tokens = c.ratio * (2 + dice_below(&d, 4)) + dice_below(&d, c.ratio);
     sequence s = sequence_new(&c, x, tokens, seed + 1);
     s.position = dice_below(&d, 100000);
+    c.sums = dice_below(&d, 2) ? DSV4_SUMS_TILES : DSV4_SUMS_PAIRS;
     return lesson_new(model_new(&c, type, seed + 2), s, dice_below(&d, 2) ? DSV4_BF16 : DSV4_F32, seed + 3);
 }
 

@@ -42,6 +42,7 @@ static trial random_trial(uint64_t seed, uint32_t rounding) {
     t.x = dice_below(&d, 2) ? DSV4_BF16 : DSV4_F32;
     t.tokens = c->ratio * (1 + dice_below(&d, 5));
     t.position = one_of(&d, positions, 6);
+    c->sums = dice_below(&d, 2) ? DSV4_SUMS_TILES : DSV4_SUMS_PAIRS;
     return t;
 }
 
@@ -49,9 +50,9 @@ static const char *describe(const trial *t) {
     static char text[256];
     const dsv4_config *c = &t->config;
     snprintf(text, sizeof text,
-             "H %d D %d m %d R %d overlap %d no_ape %d no_gate %d rounding %#x yarn %g tokens %d at %d x %s w %s %s %s %s",
+             "H %d D %d m %d R %d overlap %d no_ape %d no_gate %d rounding %#x sums %d yarn %g tokens %d at %d x %s w %s %s %s %s",
              (int)c->hidden_dim, (int)c->head_dim, (int)c->ratio, (int)c->rope_dim, c->overlap, c->no_ape, c->no_gate,
-             (unsigned)c->rounding, c->yarn_factor, (int)t->tokens, (int)t->position, dtype_name(t->x),
+             (unsigned)c->rounding, (int)c->sums, c->yarn_factor, (int)t->tokens, (int)t->position, dtype_name(t->x),
              dtype_name(t->params[0]), dtype_name(t->params[1]), dtype_name(t->params[2]), dtype_name(t->params[3]));
     return text;
 }

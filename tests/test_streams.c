@@ -521,6 +521,7 @@ static dsv4_config other_config(int field) {
     case 10: c.yarn_factor = 4; break;
     case 11: c.yarn_orig_ctx = 4096; break;
     case 12: c.yarn_beta_fast = 16; break;
+    case 13: c.sums = DSV4_SUMS_TILES; break;
     default: c.yarn_beta_slow = 2; break;
     }
     return c;
@@ -841,7 +842,7 @@ SUITE(streams) {
     FOR_EVERY_SHAPE(forged_bytes_are_rejected_and_the_state_unchanged, &shapes[i]);
     FOR_EVERY_SHAPE(saved_positions_beyond_the_last_are_rejected, &shapes[i]);
     RUN_TEST(saved_bytes_need_no_alignment);
-    for (int field = 0; field < 14; field++) RUN_TESTp(a_state_of_another_configuration_is_rejected_everywhere, field);
+    for (int field = 0; field < 15; field++) RUN_TESTp(a_state_of_another_configuration_is_rejected_everywhere, field);
     RUN_TEST(a_state_moves_between_compressors_of_one_configuration);
     FOR_EVERY_SHAPE(sequences_that_share_calls_do_not_mix, &shapes[i]);
     FOR_EVERY_SHAPE(hundreds_of_windows_close_in_one_call, &shapes[i]);

@@ -42,6 +42,7 @@ static dsv4_config choose_config(choices *c) {
     config.rounding = roundings[choose(c, ROUNDING_COUNT - 1)].bits;
     config.pad_gate = pads[choose(c, 3)];
     config.yarn_factor = choose(c, 1) ? 16 : 0;
+    config.sums = choose(c, 1) ? DSV4_SUMS_TILES : DSV4_SUMS_PAIRS;
     return config;
 }
 

@@ -1479,8 +1479,9 @@ static float dsv4__hadamard_scale(int64_t dim) {
  * What kernels are given. Each job is one call's worth of work on arrays that the caller of the kernel owns.
  * ------------------------------------------------------------------------------------------------------------ */
 
-/* How a product adds its terms up: one after another where an operand is fp32; where both came as bf16, so that products
- * are exact, as the configuration says: in pairs, the odd term first, or in steps of 32, even and odd terms apart. */
+/* How a product adds its terms up: one after another where an operand is fp32; where both came as bf16, so that
+ * products are exact, as the configuration says: in pairs, the odd term first, or in steps of 32, even and odd terms
+ * apart. */
 typedef enum dsv4__order { DSV4__FUSED_TERMS, DSV4__PAIRS, DSV4__STEPS } dsv4__order;
 
 /* sum[rows, 32] (+)= x[rows, terms] w[terms, 32], one block of at most DSV4__KBLOCK terms, padded to pairs of terms. */
@@ -3299,7 +3300,8 @@ static uint64_t dsv4__config_fingerprint(const dsv4_config *config) {
     for (size_t i = 0; i < sizeof numbers / sizeof numbers[0]; i++)
         hash = dsv4__hash_number(hash, (uint64_t)numbers[i]);
     for (size_t i = 0; i < sizeof reals / sizeof reals[0]; i++) hash = dsv4__hash_real(hash, reals[i]);
-    if (config->rows != DSV4_ROWS_PLAIN) hash = dsv4__hash_number(hash, (uint64_t)config->rows << 8); /* these came later */
+    /* These came later. */
+    if (config->rows != DSV4_ROWS_PLAIN) hash = dsv4__hash_number(hash, (uint64_t)config->rows << 8);
     if (config->sums != DSV4_SUMS_PAIRS) hash = dsv4__hash_number(hash, (uint64_t)config->sums);
     return hash;
 }

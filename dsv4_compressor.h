@@ -48,9 +48,10 @@
  *     out = latent, its last R channels turned by RoPE (interleaved pairs) at the position of the window's first token
  *
  * CONTENTS.  1 this page.  2 API: a status, b numbers, c configuration, d memory and threads, e compressor, f state,
- *     g the operation, h gradients.  3 implementation: a compiler and options, b checks and memory, c bf16, d scalar
- *     mathematics and the kernels' jobs, e vector layer, f kernels, g dispatch, h presets and checks, i packing,
- *     j streams, k workspace, l the operation, m gradients.  4 licence (MIT). */
+ *     g the operation, h gradients.  3 implementation, which begins with a map: a compiler and options, b checks and
+ *     memory, c numbers, d scalar mathematics, e rows of caches, f the kernels' jobs, g vector layer, h kernels,
+ *     i kernel sets, j presets and checks, k the compressor, l streams, m workspace, n the operation, o gradients.
+ *     4 licence (MIT). */
 
 #ifndef DSV4_COMPRESSOR_H
 #define DSV4_COMPRESSOR_H
@@ -451,10 +452,10 @@ DSV4_API void dsv4_workspace_destroy(dsv4_workspace *workspace); /* NULL is fine
  * ============================================================================================================ */
 
 /* What windows yet to close will need of the tokens seen: three numbers a channel for each open window (one; with
- * overlap two), however many tokens it has had, and the projected rows of the last `depth` tokens, so that up to
- * that many can be taken back. Where rows are needed one by one, by rounded softmax weights (DSV4_ROUND_WEIGHT,
- * _PRODUCT) and by a compressor for training, it keeps the open windows' rows as well; states of the two kinds are
- * not each other's. */
+ * overlap two), however many tokens it has had, and the projected rows of the last `depth` tokens, so that up to that
+ * many can be taken back. The open windows' rows are kept instead where they are needed one by one, by rounded softmax
+ * weights (DSV4_ROUND_WEIGHT, _PRODUCT) and by a compressor for training, and where they are fewer numbers (V4.1's
+ * windows of two); states of the two kinds are not each other's. */
 typedef struct dsv4_state dsv4_state;
 
 DSV4_CHECKED DSV4_API dsv4_status dsv4_state_size(const dsv4_compressor *compressor, int64_t depth, size_t *bytes,
@@ -485,7 +486,7 @@ DSV4_CHECKED DSV4_API dsv4_status dsv4_state_copy(dsv4_state *destination, const
  * DSV4_ERROR_DEPTH beyond dsv4_state_reach. */
 DSV4_CHECKED DSV4_API dsv4_status dsv4_state_roll_back(dsv4_state *state, int64_t tokens, dsv4_error *error);
 
-/* Bytes that save will write now: a header, the live rows as little-endian fp32, a checksum. */
+/* Bytes that save will write now: a header, what is folded and the live rows as little-endian fp32, a checksum. */
 DSV4_API size_t dsv4_state_save_size(const dsv4_state *state);
 
 /* DSV4_ERROR_BUFFER where `size` bytes do not hold it; *written (may be NULL) is the number of bytes used. */
@@ -623,6 +624,44 @@ DSV4_CHECKED DSV4_API dsv4_status dsv4_backward(const dsv4_compressor *compresso
  * 3. Implementation
  * ============================================================================================================ */
 #if defined(DSV4_COMPRESSOR_IMPLEMENTATION) && !defined(DSV4__IMPLEMENTED) && !defined(DSV4__STAMP)
+
+/* ============================================================================================================
+ * 3. The implementation: a map
+ *
+ * THE LOOPS of dsv4_compress, outermost first, and where each is:
+ *     block     up to 224 tokens of any segments, cut into pieces, whose projections fit the second cache     (3n)
+ *       terms     as many of hidden_dim as let their part of x fit there too: x is packed (pack_task)         (3n)
+ *         group     32 channels of every series; groups are shared out among threads (project_task)           (3n)
+ *           KBLOCK    256 terms: those of a panel fit the first cache                                          (3n)
+ *             panel     32 columns of kv or gate                                                               (3n)
+ *               tile      up to 14 x 32 sums in registers, over all terms of the KBLOCK                        (3h)
+ *       group     windows that close are pooled, open ones folded into their states (pool_task)               (3n, 3h)
+ *       entry     norm, RoPE, row format, store (finish_task)                                                  (3n, 3h)
+ * dsv4_backward goes through chunks of 256 tokens instead: recompute, entries, windows, products               (3o)
+ *
+ * PACKED OPERANDS of a product: sum[rows, 32] += x[rows, terms] w[terms, 32], at most 256 terms at a time.
+ *     left    [blocks of 256 terms][rows][256]     one row's terms side by side: fp32, or bf16 for the bf16 product
+ *     right   a panel: fp32 [terms][32], or bf16 [terms / 2][32][2], the two terms of a pair side by side:
+ *                 w(0,0) w(1,0) | w(0,1) w(1,1) | ... | w(0,31) w(1,31)     w(term, column)
+ *                 w(2,0) w(3,0) | w(2,1) w(3,1) | ...
+ *     sums    [groups][rows of the block][panels of a group][32]
+ *     A compressor's panels: [groups][blocks of terms][series x (kv, gate)][terms of the block][32]            (3k)
+ *
+ * WORDS
+ *     segment   the caller's tokens of one sequence            series   Ca and Cb of overlapping windows, or one
+ *     piece     its part in a block                            group    32 channels of every series
+ *     part      its part in a chunk of the backward pass       panel    32 columns of a packed right operand
+ *     run       rows of a window that lie evenly in memory     job      what a kernel is given
+ *     fold      what three numbers a channel hold of a window  set      the kernels of one instruction set
+ *     ring      rows that a state may have to take back        stamp    this file read once for a set
+ *
+ * TO ADD
+ *     a kernel set       a block in 3g, a stamp behind 3h, a row in 3i; then check-cross or a CPU that runs it
+ *     a rounding point   DSV4_ROUNDING_POINTS (2c), the kernel that rounds there (3h), tests/oracle.h, tests/pytorch
+ *     a row format       DSV4_ROW_FORMATS (2c), dsv4__row_formats (3e), store and unpack (3h), tests/oracle_rows.h
+ *     a stage            dsv4_stages (2g), check_outputs and its task (3n), tests/support.h
+ *     a gradient         dsv4_gradients (2h), 3o, tests/oracle_backward.h
+ * ============================================================================================================ */
 
 /* ------------------------------------------------------------------------------------------------------------
  * 3a. Compiler, CPU, options
@@ -1018,7 +1057,7 @@ DSV4_API dsv4_allocator dsv4_arena_allocator(dsv4_arena *arena) {
 }
 
 /* ------------------------------------------------------------------------------------------------------------
- * 3c. bf16 and fp32
+ * 3c. Numbers: bf16, E4M3 and E2M1 beside fp32, matrices
  * ------------------------------------------------------------------------------------------------------------ */
 
 DSV4__INLINE uint32_t dsv4__bits(float value) {
@@ -1406,7 +1445,7 @@ static void dsv4__rope_row(const dsv4_config *config, const float *inv_freq, int
 }
 
 /* ------------------------------------------------------------------------------------------------------------
- * Rows as caches hold them
+ * 3e. Rows as caches hold them
  * ------------------------------------------------------------------------------------------------------------ */
 
 typedef struct dsv4__row_format {
@@ -1476,7 +1515,7 @@ static float dsv4__hadamard_scale(int64_t dim) {
 }
 
 /* ------------------------------------------------------------------------------------------------------------
- * What kernels are given. Each job is one call's worth of work on arrays that the caller of the kernel owns.
+ * 3f. What kernels are given. Each job is one call's worth of work on arrays that the caller of the kernel owns.
  * ------------------------------------------------------------------------------------------------------------ */
 
 /* How a product adds its terms up: one after another where an operand is fp32; where both came as bf16, so that
@@ -1633,7 +1672,7 @@ typedef struct dsv4__kernels {
 
 #ifdef DSV4__STAMP
 /* ------------------------------------------------------------------------------------------------------------
- * 3e. Vector layer: one block an instruction set, the same names in each. This part and the next are read once for each
+ * 3g. Vector layer: one block an instruction set, the same names in each. This part and the next are read once for each
  * kernel set, by this file including itself.
  *
  *   DSV4__SET        name of the set             DSV4__VF           a vector of DSV4__VL floats
@@ -1933,7 +1972,7 @@ static inline void DSV4__FN(store_n)(float *p, DSV4__VF v, int64_t n) {
 #endif
 
 /* ------------------------------------------------------------------------------------------------------------
- * 3f. Kernels, over the vector layer alone
+ * 3h. Kernels, over the vector layer alone
  * ------------------------------------------------------------------------------------------------------------ */
 
 DSV4__INLINE DSV4__VF DSV4__FN(load_some)(const float *p, int64_t n) {
@@ -2818,7 +2857,7 @@ enum { DSV4__FN(has_dot) = 0, DSV4__FN(tile_rows) = DSV4__TILE_ROWS };
 #endif
 
 /* ------------------------------------------------------------------------------------------------------------
- * 3g. Dispatch: which kernel sets this CPU can run
+ * 3i. Kernel sets: which of them this CPU can run
  * ------------------------------------------------------------------------------------------------------------ */
 
 /* What a kernel set needs of the CPU; each bit stands for all that the set is made of. */
@@ -2979,7 +3018,7 @@ DSV4_API uint8_t dsv4_e2m1_from_f32(float value) {
 DSV4_API float dsv4_e2m1_to_f32(uint8_t code) { return dsv4__small_value(&dsv4__e2m1, code & 15u); }
 
 /* ------------------------------------------------------------------------------------------------------------
- * 3h. Presets, checks and initial values of a configuration
+ * 3j. Presets, checks and initial values of a configuration
  * ------------------------------------------------------------------------------------------------------------ */
 
 DSV4_API dsv4_config dsv4_preset_config(dsv4_preset preset) {
@@ -3240,7 +3279,7 @@ DSV4_API dsv4_status dsv4_rope_frequencies(const dsv4_config *config, float *inv
 }
 
 /* ------------------------------------------------------------------------------------------------------------
- * 3i. The compressor: weights packed in panels
+ * 3k. The compressor: weights packed in panels
  *
  * A group is 32 channels of every series: the columns that pooling needs together. Its panels are, for each series,
  * kv's 32 columns and gate's. Memory runs group, block of 256 terms, panel, pair of terms, column, term of the pair:
@@ -3591,13 +3630,17 @@ DSV4_API const char *dsv4_compressor_isa(const dsv4_compressor *compressor) {
     return compressor != NULL ? compressor->kernels->name : NULL;
 }
 
-/* ------------------------------------------------------------------------------------------------------------ 3j.
- * Streams  A state stands at `floor`, the furthest that a roll-back can go, with what has been folded of the windows
- * open there: the one that token `floor` falls in and, with overlap, the next. The rows of the tokens since, at most
- * `depth`, wait in one ring per series, at their token's index modulo the ring's capacity, so that a roll-back only
- * has to move `tokens` back. They hold scores, ape included, where compressors have gates: what folds them need not
- * know the compressor.  A state that keeps rows has no folds, but rings that reach back to the first row of the
- * first open window: gates as projected, for the backward pass.
+/* ------------------------------------------------------------------------------------------------------------
+ * 3l. Streams
+ *
+ * A state stands at `floor`, the furthest that a roll-back can go, with what has been folded of the windows open there:
+ * the one that token `floor` falls in and, with overlap, the next. The rows of the tokens since, at most `depth`, wait
+ * in one ring per series, at their token's index modulo the ring's capacity, so that a roll-back only has to move
+ * `tokens` back. They hold scores, ape included, where compressors have gates: what folds them need not know the
+ * compressor.
+ *
+ * A state that keeps rows has no folds, but rings that reach back to the first row of the first open window: gates as
+ * projected, for the backward pass.
  * ------------------------------------------------------------------------------------------------------------ */
 
 struct dsv4_state {
@@ -3983,7 +4026,7 @@ DSV4_API dsv4_status dsv4_state_restore(dsv4_state *state, const void *bytes, si
 }
 
 /* ------------------------------------------------------------------------------------------------------------
- * 3k. Workspace
+ * 3m. Workspace
  *
  * Tokens are worked on in blocks of up to 224 rows, whose projections onto all groups stay in the second cache. Some
  * blocks of terms are outermost: their part of x is packed and, while it too is in that cache, all weights for these
@@ -4220,7 +4263,7 @@ static dsv4__scratch dsv4__scratch_of(const dsv4_workspace *ws, int64_t thread) 
 }
 
 /* ------------------------------------------------------------------------------------------------------------
- * 3l. The operation
+ * 3n. The operation
  * ------------------------------------------------------------------------------------------------------------ */
 
 DSV4_API int64_t dsv4_visible_entries(int64_t t, int64_t ratio) {
@@ -5065,7 +5108,7 @@ DSV4_API dsv4_status dsv4_unpack(const dsv4_config *config, int64_t count, dsv4_
 }
 
 /* ------------------------------------------------------------------------------------------------------------
- * 3m. Gradients
+ * 3o. Gradients
  *
  * Tokens are worked on in chunks of up to 256, made of parts: the tokens of one segment in one block of 256 of its
  * sequence, so that a part's sums are whole blocks of the numeric contract. What a part needs is a function of the

@@ -1117,11 +1117,13 @@ typedef struct dsv4__small {
     int has_nan;       /* and whether it is one */
     float least;       /* normal number */
     float greatest;
+    float
+        power; /* of two: exponent fields of fp32 that end in those of codes stand for numbers so many times smaller */
     float magic; /* 1.5 * 2^(23 - mantissa): times a power of two 2^e, the unit in the last place is that of 2^e here */
 } dsv4__small;
 
-static const dsv4__small dsv4__e4m3 = {3, 120, 0x7f, 1, 0.015625f, 448.0f, 1572864.0f};
-static const dsv4__small dsv4__e2m1 = {1, 126, 0x7, 0, 1.0f, 6.0f, 6291456.0f};
+static const dsv4__small dsv4__e4m3 = {3, 120, 0x7f, 1, 0.015625f, 448.0f, 256.0f, 1572864.0f};
+static const dsv4__small dsv4__e2m1 = {1, 126, 0x7, 0, 1.0f, 6.0f, 4.0f, 6291456.0f};
 
 /* The code of a number that the format has. Subnormals, made normal by adding the least normal number, differ from
  * it in their mantissa alone. */
@@ -1141,48 +1143,6 @@ DSV4__INLINE float dsv4__small_value(const dsv4__small *f, uint32_t code) {
     return dsv4__from_bits(dsv4__bits((float)(normal - (low ? f->least : 0.0f))) | sign | nan);
 }
 
-/* The codes of 16 numbers at a time, and of what is left: a byte each, or two in one. Arrays of constant length, as
- * above. */
-DSV4__INLINE void dsv4__put_bytes(unsigned char *to, const float *from, int64_t count) {
-    for (; count >= 16; count -= 16, from += 16, to += 16) {
-        unsigned char codes[16];
-        for (int i = 0; i < 16; i++) codes[i] = (unsigned char)dsv4__small_code(&dsv4__e4m3, from[i]);
-        memcpy(to, codes, sizeof codes);
-    }
-    for (int64_t i = 0; i < count; i++) to[i] = (unsigned char)dsv4__small_code(&dsv4__e4m3, from[i]);
-}
-
-DSV4__INLINE void dsv4__put_pairs(unsigned char *to, const float *from, int64_t count) {
-    for (; count >= 16; count -= 16, from += 16, to += 8) {
-        uint32_t codes[16];
-        for (int i = 0; i < 16; i++) codes[i] = dsv4__small_code(&dsv4__e2m1, from[i]);
-        for (int i = 0; i < 8; i++) to[i] = (unsigned char)(codes[2 * i] | codes[2 * i + 1] << 4);
-    }
-    for (int64_t i = 0; i < count; i += 2)
-        to[i / 2] =
-            (unsigned char)(dsv4__small_code(&dsv4__e2m1, from[i]) | dsv4__small_code(&dsv4__e2m1, from[i + 1]) << 4);
-}
-
-/* And back. */
-DSV4__INLINE void dsv4__get_bytes(float *to, const unsigned char *from, int64_t count) {
-    for (; count >= 16; count -= 16, from += 16, to += 16) {
-        unsigned char codes[16];
-        memcpy(codes, from, sizeof codes);
-        for (int i = 0; i < 16; i++) to[i] = dsv4__small_value(&dsv4__e4m3, codes[i]);
-    }
-    for (int64_t i = 0; i < count; i++) to[i] = dsv4__small_value(&dsv4__e4m3, from[i]);
-}
-
-DSV4__INLINE void dsv4__get_pairs(float *to, const unsigned char *from, int64_t count) {
-    for (; count >= 16; count -= 16, from += 8, to += 16) {
-        uint32_t codes[16];
-        for (int i = 0; i < 16; i++) codes[i] = (uint32_t)from[i / 2] >> (4 * (i % 2)) & 15u;
-        for (int i = 0; i < 16; i++) to[i] = dsv4__small_value(&dsv4__e2m1, codes[i]);
-    }
-    for (int64_t i = 0; i < count; i++)
-        to[i] = dsv4__small_value(&dsv4__e2m1, (uint32_t)from[i / 2] >> (4 * (i % 2)) & 15u);
-}
-
 /* bf16 at any address, the low byte first. */
 DSV4__INLINE void dsv4__put_halves(unsigned char *to, const float *from, int64_t count) {
     for (int64_t i = 0; i < count; i++) {
@@ -1190,6 +1150,10 @@ DSV4__INLINE void dsv4__put_halves(unsigned char *to, const float *from, int64_t
         to[2 * i] = (unsigned char)(half & 0xff);
         to[2 * i + 1] = (unsigned char)(half >> 8);
     }
+}
+
+DSV4__INLINE void dsv4__get_bf16(dsv4_bf16 *to, const unsigned char *from, int64_t count) {
+    for (int64_t i = 0; i < count; i++) to[i] = (dsv4_bf16)(from[2 * i] | from[2 * i + 1] << 8);
 }
 
 DSV4__INLINE void dsv4__get_halves(float *to, const unsigned char *from, int64_t count) {
@@ -1686,9 +1650,11 @@ typedef struct dsv4__kernels {
  *   v_above(a, b, x, y)                          x in lanes where a > b, else y
  *   v_unequal(a, b, v)                           0 in lanes where a = b, else v
  *   v_power(t)                                   2^n, t = n + DSV4__MAGIC
- *   v_masked(v, bits) v_or(a, b)                 of the lanes' bits
+ *   v_masked(v, bits) v_or(a, b)                 of the lanes' bits; v_left(v, n), v_right(v, n) move them
+ *   v_bytes(p) v_put_bytes(p, v)                 VL bytes from and to memory, as the lanes' low bits
  *   v_round(v)                                   to bf16, nearest even, NaN quiet
  *   v_widen(p) v_narrow(p, v)                    VL bf16 from / to memory; v_narrow rounds
+ *   v_cut(p, v)                                  as v_narrow, of numbers that are bf16 already
  *   v_even(p) v_odd(p)                           of VL pairs of bf16, widened
  *   v_pair(p) v_dot(sum, x, w)                   with DSV4__DOT: a pair of bf16 in all lanes; sum + odd + even product
  * ------------------------------------------------------------------------------------------------------------ */
@@ -1715,6 +1681,11 @@ typedef struct dsv4__kernels {
 #define dsv4__v_above(a, b, x, y)  ((a) > (b) ? (x) : (y))
 #define dsv4__v_unequal(a, b, v)   ((a) == (b) ? 0.0f : (v))
 #define dsv4__v_masked(v, m)       dsv4__from_bits(dsv4__bits(v) & (m))
+#define dsv4__v_left(v, n)         dsv4__from_bits(dsv4__bits(v) << (n))
+#define dsv4__v_right(v, n)        dsv4__from_bits(dsv4__bits(v) >> (n))
+#define dsv4__v_bytes(p)           dsv4__from_bits(*(p))
+#define dsv4__v_put_bytes(p, v)    (*(p) = (unsigned char)dsv4__bits(v))
+#define dsv4__v_cut(p, v)          (*(p) = (dsv4_bf16)(dsv4__bits(v) >> 16))
 #define dsv4__v_or(a, b)           dsv4__from_bits(dsv4__bits(a) | dsv4__bits(b))
 #define dsv4__v_power(t)           dsv4__from_bits((dsv4__bits(t) << 23) + 0x3f800000u)
 #define dsv4__v_round(v)           dsv4_bf16_to_f32(dsv4_bf16_from_f32(v))
@@ -1748,7 +1719,15 @@ DSV4__BEGIN_TARGET("avx2,fma")
 #define dsv4__v_above(a, b, x, y)  _mm256_blendv_ps(y, x, _mm256_cmp_ps(a, b, _CMP_GT_OQ))
 #define dsv4__v_unequal(a, b, v)   _mm256_and_ps(_mm256_cmp_ps(a, b, _CMP_NEQ_UQ), v)
 #define dsv4__v_masked(v, m)       _mm256_and_ps(v, _mm256_castsi256_ps(_mm256_set1_epi32((int)(m))))
-#define dsv4__v_or(a, b)           _mm256_or_ps(a, b)
+#define dsv4__v_left(v, n)         _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(v), n))
+#define dsv4__v_right(v, n)        _mm256_castsi256_ps(_mm256_srli_epi32(_mm256_castps_si256(v), n))
+#define dsv4__v_bytes(p)           DSV4__FN(bytes)(p)
+#define dsv4__v_put_bytes(p, v)    DSV4__FN(put_bytes)(p, v)
+#define dsv4__v_cut(p, v)                                                                                    \
+    _mm_storeu_si128((__m128i *)(void *)(p),                                                                 \
+                     _mm_packus_epi32(_mm256_castsi256_si128(_mm256_srli_epi32(_mm256_castps_si256(v), 16)), \
+                                      _mm256_extracti128_si256(_mm256_srli_epi32(_mm256_castps_si256(v), 16), 1)))
+#define dsv4__v_or(a, b) _mm256_or_ps(a, b)
 #define dsv4__v_power(t) \
     _mm256_castsi256_ps(_mm256_add_epi32(_mm256_slli_epi32(_mm256_castps_si256(t), 23), _mm256_set1_epi32(0x3f800000)))
 #define dsv4__v_round(v) _mm256_castsi256_ps(_mm256_slli_epi32(DSV4__FN(upper)(v), 16))
@@ -1764,6 +1743,16 @@ DSV4__BEGIN_TARGET("avx2,fma")
 #define dsv4__v_odd(p)   \
     _mm256_castsi256_ps( \
         _mm256_and_si256(_mm256_loadu_si256((const __m256i *)(const void *)(p)), _mm256_set1_epi32((int)0xffff0000u)))
+
+static inline __m256 DSV4__FN(bytes)(const unsigned char *p) {
+    return _mm256_castsi256_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)(const void *)p)));
+}
+
+static inline void DSV4__FN(put_bytes)(unsigned char *p, __m256 v) {
+    const __m256i lanes = _mm256_castps_si256(v);
+    const __m128i words = _mm_packus_epi32(_mm256_castsi256_si128(lanes), _mm256_extracti128_si256(lanes, 1));
+    _mm_storel_epi64((__m128i *)(void *)p, _mm_packus_epi16(words, words));
+}
 
 static inline __m256i DSV4__FN(mask)(int64_t n) {
     return _mm256_cmpgt_epi32(_mm256_set1_epi32((int)n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
@@ -1814,7 +1803,13 @@ DSV4__BEGIN_TARGET("avx512bf16," DSV4__AVX512)
 #define dsv4__v_above(a, b, x, y)  _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_GT_OQ), y, x)
 #define dsv4__v_unequal(a, b, v)   _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(a, b, _CMP_NEQ_UQ), v)
 #define dsv4__v_masked(v, m)       _mm512_and_ps(v, _mm512_castsi512_ps(_mm512_set1_epi32((int)(m))))
-#define dsv4__v_or(a, b)           _mm512_or_ps(a, b)
+#define dsv4__v_left(v, n)         _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(v), n))
+#define dsv4__v_right(v, n)        _mm512_castsi512_ps(_mm512_srli_epi32(_mm512_castps_si512(v), n))
+#define dsv4__v_bytes(p)           DSV4__FN(bytes)(p)
+#define dsv4__v_put_bytes(p, v)    DSV4__FN(put_bytes)(p, v)
+#define dsv4__v_cut(p, v) \
+    _mm256_storeu_si256((__m256i *)(void *)(p), _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_castps_si512(v), 16)))
+#define dsv4__v_or(a, b) _mm512_or_ps(a, b)
 #define dsv4__v_power(t) \
     _mm512_castsi512_ps(_mm512_add_epi32(_mm512_slli_epi32(_mm512_castps_si512(t), 23), _mm512_set1_epi32(0x3f800000)))
 #define dsv4__v_round(v) _mm512_castsi512_ps(_mm512_slli_epi32(DSV4__FN(upper)(v), 16))
@@ -1825,6 +1820,14 @@ DSV4__BEGIN_TARGET("avx512bf16," DSV4__AVX512)
 #define dsv4__v_even(p)      _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_loadu_si512((const void *)(p)), 16))
 #define dsv4__v_odd(p) \
     _mm512_castsi512_ps(_mm512_and_si512(_mm512_loadu_si512((const void *)(p)), _mm512_set1_epi32((int)0xffff0000u)))
+
+static inline __m512 DSV4__FN(bytes)(const unsigned char *p) {
+    return _mm512_castsi512_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(const void *)p)));
+}
+
+static inline void DSV4__FN(put_bytes)(unsigned char *p, __m512 v) {
+    _mm_storeu_si128((__m128i *)(void *)p, _mm512_cvtepi32_epi8(_mm512_castps_si512(v)));
+}
 
 static inline __m512i DSV4__FN(upper)(__m512 v) {
     const __m512i bits = _mm512_castps_si512(v), up = _mm512_srli_epi32(bits, 16);
@@ -1856,6 +1859,11 @@ static inline __m512i DSV4__FN(upper)(__m512 v) {
 #define dsv4__v_above(a, b, x, y)  vbslq_f32(vcgtq_f32(a, b), x, y)
 #define dsv4__v_unequal(a, b, v)   vreinterpretq_f32_u32(vbicq_u32(vreinterpretq_u32_f32(v), vceqq_f32(a, b)))
 #define dsv4__v_masked(v, m)       vreinterpretq_f32_u32(vandq_u32(vreinterpretq_u32_f32(v), vdupq_n_u32(m)))
+#define dsv4__v_left(v, n)         vreinterpretq_f32_u32(vshlq_n_u32(vreinterpretq_u32_f32(v), n))
+#define dsv4__v_right(v, n)        vreinterpretq_f32_u32(vshrq_n_u32(vreinterpretq_u32_f32(v), n))
+#define dsv4__v_bytes(p)           DSV4__FN(bytes)(p)
+#define dsv4__v_put_bytes(p, v)    DSV4__FN(put_bytes)(p, v)
+#define dsv4__v_cut(p, v)          vst1_u16(p, vshrn_n_u32(vreinterpretq_u32_f32(v), 16))
 #define dsv4__v_or(a, b)           vreinterpretq_f32_u32(vorrq_u32(vreinterpretq_u32_f32(a), vreinterpretq_u32_f32(b)))
 #define dsv4__v_power(t) \
     vreinterpretq_f32_u32(vaddq_u32(vshlq_n_u32(vreinterpretq_u32_f32(t), 23), vdupq_n_u32(0x3f800000u)))
@@ -1865,6 +1873,19 @@ static inline __m512i DSV4__FN(upper)(__m512 v) {
 #define dsv4__v_even(p)      vreinterpretq_f32_u32(vshlq_n_u32(vreinterpretq_u32_u16(vld1q_u16(p)), 16))
 #define dsv4__v_high(p)      vandq_u16(vld1q_u16(p), vreinterpretq_u16_u32(vdupq_n_u32(~0xffffu)))
 #define dsv4__v_odd(p)       vreinterpretq_f32_u16(dsv4__v_high(p))
+
+static inline float32x4_t DSV4__FN(bytes)(const unsigned char *p) {
+    uint32_t word;
+    memcpy(&word, p, sizeof word);
+    const uint16x8_t halves = vmovl_u8(vreinterpret_u8_u32(vdup_n_u32(word)));
+    return vreinterpretq_f32_u32(vmovl_u16(vget_low_u16(halves)));
+}
+
+static inline void DSV4__FN(put_bytes)(unsigned char *p, float32x4_t v) {
+    const uint16x4_t halves = vmovn_u32(vreinterpretq_u32_f32(v));
+    const uint32_t word = vget_lane_u32(vreinterpret_u32_u8(vmovn_u16(vcombine_u16(halves, halves))), 0);
+    memcpy(p, &word, sizeof word);
+}
 
 static inline uint32x4_t DSV4__FN(upper)(float32x4_t v) {
     const uint32x4_t bits = vreinterpretq_u32_f32(v), up = vshrq_n_u32(bits, 16);
@@ -1917,7 +1938,15 @@ DSV4__BEGIN_TARGET("avx2,fma,prefer-vector-width=128")
 #define dsv4__v_above(a, b, x, y)  dsv4__v_mm(blendv_ps)(y, x, dsv4__v_mm(cmpgt_ps)(a, b))
 #define dsv4__v_unequal(a, b, v)   dsv4__v_mm(and_ps)(dsv4__v_mm(cmpneq_ps)(a, b), v)
 #define dsv4__v_masked(v, m)       dsv4__v_mm(and_ps)(v, dsv4__v_mm(castsi128_ps)(dsv4__v_mm(set1_epi32)((int32_t)(m))))
-#define dsv4__v_or(a, b)           dsv4__v_mm(or_ps)(a, b)
+#define dsv4__v_left(v, n)         dsv4__v_mm(castsi128_ps)(dsv4__v_mm(slli_epi32)(dsv4__v_mm(castps_si128)(v), n))
+#define dsv4__v_right(v, n)        dsv4__v_mm(castsi128_ps)(dsv4__v_mm(srli_epi32)(dsv4__v_mm(castps_si128)(v), n))
+#define dsv4__v_bytes(p)           DSV4__FN(bytes)(p)
+#define dsv4__v_put_bytes(p, v)    DSV4__FN(put_bytes)(p, v)
+#define dsv4__v_cut(p, v)                                                                                      \
+    dsv4__v_mm(storel_epi64)((DSV4__VI *)(void *)(p),                                                          \
+                             dsv4__v_mm(packus_epi32)(dsv4__v_mm(srli_epi32)(dsv4__v_mm(castps_si128)(v), 16), \
+                                                      dsv4__v_mm(setzero_si128)()))
+#define dsv4__v_or(a, b) dsv4__v_mm(or_ps)(a, b)
 #define dsv4__v_power(t)                                                                                    \
     dsv4__v_mm(castsi128_ps)(dsv4__v_mm(add_epi32)(dsv4__v_mm(slli_epi32)(dsv4__v_mm(castps_si128)(t), 23), \
                                                    dsv4__v_mm(set1_epi32)(0x3f800000)))
@@ -1933,6 +1962,18 @@ DSV4__BEGIN_TARGET("avx2,fma,prefer-vector-width=128")
 #define dsv4__v_odd(p)                                                                                           \
     dsv4__v_mm(castsi128_ps)(dsv4__v_mm(and_si128)(dsv4__v_mm(loadu_si128)((const DSV4__VI *)(const void *)(p)), \
                                                    dsv4__v_mm(set1_epi32)((int32_t)0xffff0000u)))
+
+static inline DSV4__VF DSV4__FN(bytes)(const unsigned char *p) {
+    int32_t word;
+    memcpy(&word, p, sizeof word);
+    return dsv4__v_mm(castsi128_ps)(dsv4__v_mm(cvtepu8_epi32)(dsv4__v_mm(cvtsi32_si128)(word)));
+}
+
+static inline void DSV4__FN(put_bytes)(unsigned char *p, DSV4__VF v) {
+    const DSV4__VI lanes = dsv4__v_mm(castps_si128)(v), words = dsv4__v_mm(packus_epi32)(lanes, lanes);
+    const int32_t word = dsv4__v_mm(cvtsi128_si32)(dsv4__v_mm(packus_epi16)(words, words));
+    memcpy(p, &word, sizeof word);
+}
 
 static inline DSV4__VI DSV4__FN(upper)(DSV4__VF v) {
     const DSV4__VI bits = dsv4__v_mm(castps_si128)(v), up = dsv4__v_mm(srli_epi32)(bits, 16);
@@ -2610,6 +2651,41 @@ DSV4__INLINE DSV4__VF DSV4__FN(nearest)(const dsv4__small *f, DSV4__VF x) {
     return dsv4__v_or(dsv4__v_sub(dsv4__v_add(most, big), big), dsv4__v_masked(x, 0x80000000u));
 }
 
+/* The number that a code stands for, of which fp32 has exponent and mantissa already, the exponent too small by
+ * `power`. With an exponent field of 0 codes have no leading 1. */
+DSV4__INLINE DSV4__VF DSV4__FN(decoded)(const dsv4__small *f, DSV4__VF bits, DSV4__VF sign) {
+    const DSV4__VF x = dsv4__v_mul(bits, dsv4__v_set(f->power)), least = dsv4__v_set(f->least);
+    const DSV4__VF twice = dsv4__v_madd(x, dsv4__v_set(2.0f), dsv4__v_set(-f->least)); /* exact */
+    DSV4__VF value = dsv4__v_above(least, x, twice, x);
+    if (f->has_nan) value = dsv4__v_above(value, dsv4__v_set(f->greatest), dsv4__v_set(NAN), value);
+    return dsv4__v_or(value, sign);
+}
+
+DSV4__INLINE DSV4__VF DSV4__FN(from_codes)(int wide, DSV4__VF code) {
+    return wide ? DSV4__FN(decoded)(&dsv4__e4m3,
+                                    dsv4__v_or(dsv4__v_masked(dsv4__v_left(code, 20), 0x07f00000u),
+                                               dsv4__v_set(0.000030517578125f)), /* exponent field 112 */
+                                    dsv4__v_masked(dsv4__v_left(code, 24), 0x80000000u))
+                : DSV4__FN(decoded)(&dsv4__e2m1,
+                                    dsv4__v_or(dsv4__v_masked(dsv4__v_left(code, 22), 0x01c00000u),
+                                               dsv4__v_set(0.125f)), /* exponent field 124 */
+                                    dsv4__v_masked(dsv4__v_left(code, 28), 0x80000000u));
+}
+
+/* And back, exponent and mantissa of a number that the format has, or that follows its greatest. */
+DSV4__INLINE DSV4__VF DSV4__FN(encoded)(const dsv4__small *f, DSV4__VF value) {
+    const DSV4__VF x = dsv4__v_masked(value, 0x7fffffffu), least = dsv4__v_set(f->least), half = dsv4__v_set(0.5f);
+    const DSV4__VF normal = dsv4__v_above(least, x, dsv4__v_mul(dsv4__v_add(x, least), half), x);
+    return dsv4__v_mul(normal, dsv4__v_set(1.0f / f->power));
+}
+
+DSV4__INLINE DSV4__VF DSV4__FN(to_codes)(int wide, DSV4__VF value) {
+    return wide ? dsv4__v_or(dsv4__v_masked(dsv4__v_right(DSV4__FN(encoded)(&dsv4__e4m3, value), 20), 0x7fu),
+                             dsv4__v_masked(dsv4__v_right(value, 24), 0x80u))
+                : dsv4__v_or(dsv4__v_masked(dsv4__v_right(DSV4__FN(encoded)(&dsv4__e2m1, value), 22), 0x7u),
+                             dsv4__v_masked(dsv4__v_right(value, 28), 0x8u));
+}
+
 /* The scale of a block: NaN where any of its numbers is NaN or infinite, since 0 times those is NaN. */
 DSV4__INLINE float DSV4__FN(block_scale)(const dsv4__row_format *format, const float *row, int64_t count) {
     DSV4__VF top = dsv4__v_set(format->least), bad = dsv4__v_zero();
@@ -2631,16 +2707,18 @@ DSV4__INLINE float DSV4__FN(block_scale)(const dsv4__row_format *format, const f
     return dsv4__scalar_nearest(&dsv4__e4m3, (float)(amax / 6));
 }
 
-/* A block of a row to numbers of the code, or, `back`, to what is read back from them. */
+/* A block of a row to numbers of the code, or, `back`, to what is read back from them. Where it cannot be read back the
+ * codes are those of NaN, or of the greatest number. */
 DSV4__INLINE float DSV4__FN(code_block)(const dsv4__row_format *format, const dsv4__small *f, float *row, int64_t count,
                                         int back) {
     const float scale = DSV4__FN(block_scale)(format, row, count);
     const DSV4__VF all = dsv4__v_set(scale), read = dsv4__v_set(back ? scale : 1.0f);
+    const DSV4__VF no_number = dsv4__v_set(back ? NAN : f->has_nan ? 480.0f : f->greatest);
     const int bad = !(scale < INFINITY);
     for (int64_t i = 0; i < count; i += DSV4__VL) {
         const int64_t n = dsv4__min(count - i, DSV4__VL);
         const DSV4__VF y = dsv4__v_div(DSV4__FN(load_some)(row + i, n), all);
-        DSV4__FN(store_some)(row + i, bad ? dsv4__v_set(NAN) : dsv4__v_mul(DSV4__FN(nearest)(f, y), read), n);
+        DSV4__FN(store_some)(row + i, bad ? no_number : dsv4__v_mul(DSV4__FN(nearest)(f, y), read), n);
     }
     return scale;
 }
@@ -2668,57 +2746,92 @@ static void DSV4__FN(hadamard)(float *row, int64_t dim) {
     }
 }
 
+/* Up to 128 numbers of the code to bytes, one each or two in one. */
+DSV4__INLINE void DSV4__FN(put_codes)(int wide, unsigned char *to, const float *from, int64_t count) {
+    unsigned char codes[128];
+    int64_t i = 0;
+    for (; i + DSV4__VL <= count; i += DSV4__VL)
+        dsv4__v_put_bytes(wide ? to + i : codes + i, DSV4__FN(to_codes)(wide, dsv4__v_load(from + i)));
+    if (i < count) dsv4__v_put_bytes(codes + i, DSV4__FN(to_codes)(wide, DSV4__FN(load_some)(from + i, count - i)));
+    if (wide) memcpy(to + i, codes + i, (size_t)(count - i));
+    for (i = 0; i < count && !wide; i += 2) to[i / 2] = (unsigned char)(codes[i] | codes[i + 1] << 4);
+}
+
+/* And back, times the block's scale: scales of eight bits make bf16 numbers, others are rounded as they are stored. */
+DSV4__INLINE void DSV4__FN(get_codes)(int wide, const dsv4__unpack_job *job, int64_t c, int64_t count, float scale) {
+    const int exact = dsv4__format_of(job->config)->scale_bytes == 1;
+    const int narrow = job->dtype == DSV4_BF16, rounded = !narrow && (job->config->rounding & DSV4_ROUND_ROW) != 0;
+    const unsigned char *from = job->row + (wide ? c : c / 2);
+    const DSV4__VF all = dsv4__v_set(scale);
+    float *numbers = (float *)job->to + c;
+    dsv4_bf16 *halves = (dsv4_bf16 *)job->to + c;
+    unsigned char codes[128 + DSV4__VL] = {0};
+    int64_t i = 0;
+    for (; wide && i + DSV4__VL <= count; i += DSV4__VL) {
+        const DSV4__VF value = dsv4__v_mul(DSV4__FN(from_codes)(1, dsv4__v_bytes(from + i)), all);
+        if (narrow && exact)
+            dsv4__v_cut(halves + i, value);
+        else if (narrow)
+            dsv4__v_narrow(halves + i, value);
+        else
+            dsv4__v_store(numbers + i, rounded ? dsv4__v_round(value) : value);
+    }
+    if (i == count) return;
+    for (int64_t k = i; k < count; k++) codes[k] = wide ? from[k] : (unsigned char)(from[k / 2] >> (4 * (k % 2)) & 15);
+    for (; i < count; i += DSV4__VL) {
+        const int64_t n = dsv4__min(count - i, DSV4__VL);
+        const DSV4__VF value = dsv4__v_mul(DSV4__FN(from_codes)(wide, dsv4__v_bytes(codes + i)), all);
+        float values[DSV4__VL];
+        dsv4__v_store(values, rounded ? dsv4__v_round(value) : value);
+        DSV4__FN(put_row)(narrow ? (void *)(halves + i) : (void *)(numbers + i), job->dtype, values, n);
+    }
+}
+
 /* The entry after RoPE to where it goes, by way of its row format. */
 static void DSV4__FN(store)(const dsv4__finish_job *job) {
     const dsv4__row_format *format = dsv4__format_of(job->config);
     const int64_t dim = job->config->head_dim, coded = dsv4__coded(job->config), block = format->block;
     const int rounded = (job->config->rounding & DSV4_ROUND_ROW) != 0, packed = job->out_dtype == DSV4_PACKED;
+    const int wide = format->code == &dsv4__e4m3;
     unsigned char *bytes = (unsigned char *)job->out, *scales = job->scales;
     if (rounded) DSV4__FN(round)(job->row, dim);
     if (format->hadamard) DSV4__FN(hadamard)(job->row, dim);
     if (format->hadamard && rounded) DSV4__FN(round)(job->row, dim);
     for (int64_t c = 0; c < coded; c += block) {
-        float scale;
-        if (format->code == &dsv4__e4m3)
-            scale = DSV4__FN(code_block)(format, &dsv4__e4m3, job->row + c, dsv4__min(coded - c, block), !packed);
+        const int64_t count = dsv4__min(coded - c, block);
+        const float scale = wide ? DSV4__FN(code_block)(format, &dsv4__e4m3, job->row + c, count, !packed)
+                                 : DSV4__FN(code_block)(format, &dsv4__e2m1, job->row + c, count, !packed);
+        if (!packed) continue;
+        dsv4__put_scale(format, scales + c / block * format->scale_bytes, scale);
+        if (wide)
+            DSV4__FN(put_codes)(1, bytes + c, job->row + c, count);
         else
-            scale = DSV4__FN(code_block)(format, &dsv4__e2m1, job->row + c, dsv4__min(coded - c, block), !packed);
-        if (packed) dsv4__put_scale(format, scales + c / block * format->scale_bytes, scale);
+            DSV4__FN(put_codes)(0, bytes + c / 2, job->row + c, count);
     }
-    if (!packed) {
-        if (rounded) DSV4__FN(round)(job->row, coded);
-        DSV4__FN(put_row)(job->out, job->out_dtype, job->row, dim);
-    } else if (format->code == &dsv4__e4m3) {
-        dsv4__put_bytes(bytes, job->row, coded);
-        dsv4__put_halves(bytes + coded, job->row + coded, dim - coded);
-    } else {
-        dsv4__put_pairs(bytes, job->row, dim);
+    if (packed) {
+        dsv4__put_halves(bytes + coded, job->row + coded, dim - coded); /* where there are any, codes are bytes */
+        return;
     }
+    if (rounded) DSV4__FN(round)(job->row, coded);
+    DSV4__FN(put_row)(job->out, job->out_dtype, job->row, dim);
 }
 
-/* And back: 128 channels at a time, through numbers of the code. */
+/* And back, a block at a time. */
 static void DSV4__FN(unpack)(const dsv4__unpack_job *job) {
     const dsv4__row_format *format = dsv4__format_of(job->config);
     const int64_t dim = job->config->head_dim, coded = dsv4__coded(job->config), block = format->block;
-    const int wide = format->code == &dsv4__e4m3, rounded = (job->config->rounding & DSV4_ROUND_ROW) != 0;
-    float values[128];
-    for (int64_t c = 0, n; c < dim; c += n) {
-        n = dsv4__min(c < coded ? dsv4__min(coded - c, block) : dim - c, 128);
-        if (c >= coded) {
-            dsv4__get_halves(values, job->row + coded + 2 * (c - coded), n);
-        } else {
-            const DSV4__VF scale = dsv4__v_set(dsv4__get_scale(format, job->scales + c / block * format->scale_bytes));
-            if (wide)
-                dsv4__get_bytes(values, job->row + c, n);
-            else
-                dsv4__get_pairs(values, job->row + c / 2, n);
-            for (int64_t i = 0; i < n; i += DSV4__VL) {
-                const DSV4__VF value = dsv4__v_mul(DSV4__FN(load_some)(values + i, n - i), scale);
-                DSV4__FN(store_some)(values + i, rounded ? dsv4__v_round(value) : value, n - i);
-            }
-        }
-        DSV4__FN(put_row)(dsv4__at_mutable(job->to, job->dtype, c), job->dtype, values, n);
+    for (int64_t c = 0; c < coded; c += block) {
+        const int64_t count = dsv4__min(coded - c, block);
+        const float scale = dsv4__get_scale(format, job->scales + c / block * format->scale_bytes);
+        if (format->code == &dsv4__e4m3)
+            DSV4__FN(get_codes)(1, job, c, count, scale);
+        else
+            DSV4__FN(get_codes)(0, job, c, count, scale);
     }
+    if (job->dtype == DSV4_BF16)
+        dsv4__get_bf16((dsv4_bf16 *)job->to + coded, job->row + coded, dim - coded);
+    else
+        dsv4__get_halves((float *)job->to + coded, job->row + coded, dim - coded);
 }
 
 /* RMSNorm, norm's scale, RoPE, store. */
@@ -2812,6 +2925,11 @@ enum { DSV4__FN(has_dot) = 0, DSV4__FN(tile_rows) = DSV4__TILE_ROWS };
 #undef dsv4__v_power
 #undef dsv4__v_masked
 #undef dsv4__v_or
+#undef dsv4__v_cut
+#undef dsv4__v_left
+#undef dsv4__v_right
+#undef dsv4__v_bytes
+#undef dsv4__v_put_bytes
 #undef dsv4__v_round
 #undef dsv4__v_widen
 #undef dsv4__v_narrow

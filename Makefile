@@ -27,7 +27,7 @@ OPENMP   := $(shell echo 'int main(void) { return 0; }' | $(CC) -fopenmp -x c - 
 SKIPPED  := $(if $(MPICC),,examples/mpi.c) $(if $(OPENMP),,examples/openmp.c)
 EXAMPLES := $(patsubst examples/%.c,$(BUILD)/%,$(filter-out $(SKIPPED),$(wildcard examples/*.c)))
 TESTS    := $(patsubst tests/%.c,$(BUILD)/tests/%,$(wildcard tests/test_*.c))
-SCRIPTS  := bits headers cli examples corpus
+SCRIPTS  := bits headers cli examples corpus python
 # The longest first: what is left at the end keeps every core busy.
 LOGS      = $(SCRIPTS:%=$(BUILD)/tests/%.sh.log) $(TESTS:%=%.log)
 
@@ -133,7 +133,7 @@ tests: $(TESTS)
 
 # A test's output and exit status; tests/summary.sh adds them up.
 log = @$1 >$@ 2>&1; echo "exit status $$?" >>$@
-$(BUILD)/tests/cli.sh.log: $(BUILD)/tests/compress
+$(BUILD)/tests/cli.sh.log $(BUILD)/tests/python.sh.log: $(BUILD)/tests/compress
 $(BUILD)/tests/examples.sh.log $(BUILD)/tests/corpus.sh.log: $(BUILD)/dsv4.o
 $(BUILD)/tests/%.sh.log: tests/%.sh FORCE | $(BUILD)/flags
 	$(call log,sh $<)

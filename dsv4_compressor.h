@@ -50,9 +50,10 @@
  *     out = latent, its last R channels turned by RoPE (interleaved pairs) at the position of the window's first token
  *
  * CONTENTS.  1 this page.  2 API: a status, b numbers, c configuration, d memory and threads, e compressor, f state,
- *     g the operation, h gradients.  3 implementation: a compiler and options, b checks and memory, c bf16, d scalar
- *     mathematics and the kernels' jobs, e vector layer, f kernels, g dispatch, h presets and checks, i packing,
- *     j streams, k workspace, l the operation, m gradients.  4 licence (MIT). */
+ *     g the operation, h gradients.  3 implementation, which begins with a map: a compiler and options, b checks and
+ *     memory, c numbers, d scalar mathematics, e rows of caches, f the kernels' jobs, g vector layer, h kernels,
+ *     i kernel sets, j presets and checks, k the compressor, l streams, m workspace, n the operation, o gradients.
+ *     4 licence (MIT). */
 
 #ifndef DSV4_COMPRESSOR_H
 #define DSV4_COMPRESSOR_H
@@ -130,8 +131,9 @@ DSV4_API const char *dsv4_status_text(dsv4_status status);
  * 2b. Numbers: bf16 and fp32, and matrices of them
  * ============================================================================================================ */
 
-/* 0 is none of them: a type that was not given is an error wherever the numbers beside it are used. */
-typedef enum dsv4_dtype { DSV4_F32 = 1, DSV4_BF16 = 2 } dsv4_dtype;
+/* 0 is none of them: a type that was not given is an error wherever the numbers beside it are used. DSV4_PACKED is for
+ * entries alone: bytes as caches keep them, see dsv4_rows. */
+typedef enum dsv4_dtype { DSV4_F32 = 1, DSV4_BF16 = 2, DSV4_PACKED = 3 } dsv4_dtype;
 
 /* The caller's rows of numbers: the first kind is read, the second written. How many and how wide they are stands where
  * a matrix is asked for. */
@@ -150,7 +152,7 @@ typedef struct dsv4_matrix {
 /* A bf16 number by its bits: the upper half of an IEEE binary32. */
 typedef uint16_t dsv4_bf16;
 
-/* Bytes of one number: 4 or 2; 0 for any other value. */
+/* Bytes of one number: 4 or 2; 1 for DSV4_PACKED; 0 for any other value. */
 DSV4_API size_t dsv4_dtype_size(dsv4_dtype dtype);
 
 /* Round to nearest, ties to even. NaN stays a (quiet) NaN; infinities and signed zeros survive; what lies beyond the
@@ -164,6 +166,15 @@ DSV4_API float dsv4_bf16_to_f32(dsv4_bf16 value);
  * may be NULL only where count is 0. */
 DSV4_API void dsv4_bf16_from_f32_array(dsv4_bf16 *destination, const float *source, size_t count);
 DSV4_API void dsv4_bf16_to_f32_array(float *destination, const dsv4_bf16 *source, size_t count);
+
+/* Eight bits of E4M3, the finite kind (no infinity; S.1111.111 is NaN; the largest is 448), and four of E2M1 (no NaN;
+ * the largest is 6), which stand in the low bits. Rounded to nearest, ties to even; subnormals and the sign of 0 are
+ * kept; infinities and all that is beyond the largest become the largest. NaN stays NaN in E4M3 and becomes 6 in E2M1,
+ * as GPUs have it. Back is exact. (OCP 8-bit Floating Point and Microscaling Formats specifications.) */
+DSV4_API uint8_t dsv4_e4m3_from_f32(float value);
+DSV4_API float dsv4_e4m3_to_f32(uint8_t code);
+DSV4_API uint8_t dsv4_e2m1_from_f32(float value);
+DSV4_API float dsv4_e2m1_to_f32(uint8_t code);
 
 /* ============================================================================================================
  * 2c. Configuration, and the parameters it asks for
@@ -182,7 +193,7 @@ DSV4_API void dsv4_bf16_to_f32_array(float *destination, const dsv4_bf16 *source
     X(DSV4_ROUND_SCALED, "scaled", 1 << 6)         /* and after it */                                      \
     X(DSV4_ROUND_TRIG, "trig", 1 << 7)             /* cos and sin */                                       \
     X(DSV4_ROUND_ROTATED, "rotated", 1 << 9)       /* in RoPE each product, then their sum */              \
-    X(DSV4_ROUND_ROW, "row", 1 << 10)              /* the entry after RoPE, whatever the type of out */
+    X(DSV4_ROUND_ROW, "row", 1 << 10)              /* the entry after RoPE, after Hadamard and as read back */
 
 /* The pipelines that these points were read from, as sums of them. References change: a preset keeps its meaning, a
  * pipeline that moves gets a new one. */
@@ -219,6 +230,36 @@ DSV4_CHECKED DSV4_API dsv4_status dsv4_rounding_name(uint32_t rounding, char *te
  * those that there are. */
 DSV4_CHECKED DSV4_API dsv4_status dsv4_rounding_parse(const char *text, uint32_t *rounding, dsv4_error *error);
 
+/* What caches make of an entry: blocks of channels as codes that share a scale. `out` holds what is read back from
+ * them, code * scale, or, as DSV4_PACKED, the codes themselves. Bytes of a row and of its scales: dsv4_row_sizes.
+ *
+ *             channels          block  code  scale of a block                            a row / its scales
+ *   FP8       all but RoPE's    64     E4M3  2^ceil(log2(amax / 448)), amax >= 1e-4      D - R codes, R bf16 / UE8M0
+ *   FP8_KEYS  all               128    E4M3  the same                                    D codes / fp32
+ *   FP4       all, turned by H  32     E2M1  2^ceil(log2(amax / 6)), amax >= 6 * 2^-126  D / 2 pairs / UE8M0
+ *   FP4_E4M3  all               16     E2M1  E4M3 nearest to amax / 6, amax >= 6 * 2^-9  D / 2 pairs / E4M3
+ *
+ * amax is a block's greatest magnitude; the row's end may cut a block short. The code is that of y / scale. A block
+ * with a NaN or an infinity reads back as NaN, its neighbours as if it were not there. UE8M0: exponent + 127. A pair
+ * has the even channel in its low four bits. bf16 and fp32 are little-endian. H: the Walsh-Hadamard transform in
+ * natural order, times D^-1/2. (DeepSeek-V4's and V4.1's inference code; FP8_KEYS: vLLM, SGLang.) */
+#define DSV4_ROW_FORMATS(X)           \
+    X(DSV4_ROWS_PLAIN, "plain")       \
+    X(DSV4_ROWS_FP8, "fp8")           \
+    X(DSV4_ROWS_FP8_KEYS, "fp8-keys") \
+    X(DSV4_ROWS_FP4, "fp4")           \
+    X(DSV4_ROWS_FP4_E4M3, "fp4-e4m3")
+
+typedef enum dsv4_rows {
+#define DSV4_ROWS_VALUE(name, text) name,
+    DSV4_ROW_FORMATS(DSV4_ROWS_VALUE)
+#undef DSV4_ROWS_VALUE
+        DSV4_ROWS_COUNT
+} dsv4_rows;
+
+/* The format's name, e.g. "fp8-keys", or NULL. */
+DSV4_API const char *dsv4_rows_name(dsv4_rows rows);
+
 /* In which order the terms of dot products of bf16 with bf16 are added. The two kinds of CPU that have an instruction
  * for these add differently: each order gives the same bits on every CPU, and is the fastest one on its own kind. */
 typedef enum dsv4_sums {
@@ -236,6 +277,7 @@ typedef struct dsv4_config {
     int no_ape;            /* 1: no position bias (DeepSeek-V4.1) */
     int no_gate;           /* 1: no gate projection; only where a window has one row (ratio 1, no overlap) */
     uint32_t rounding;     /* DSV4_ROUND_... bits or a DSV4_ROUNDING_... preset; 0: none */
+    dsv4_rows rows;        /* what caches make of entries; 0: nothing. FP4 needs a head_dim that is a power of two */
     dsv4_sums sums;        /* order of sums of bf16 products; 0: DSV4_SUMS_PAIRS */
     float eps;             /* RMSNorm's, > 0; 0: 1e-6 */
     float pad_gate;        /* score of the rows that window 0 lacks, < 0; 0: -INFINITY, which weighs exactly 0 */
@@ -271,8 +313,17 @@ DSV4_API dsv4_config dsv4_preset_config(dsv4_preset preset);
 /* The preset's name, e.g. "v4-flash-csa", or NULL. */
 DSV4_API const char *dsv4_preset_name(dsv4_preset preset);
 
+/* config.rows as the published model's inference code keeps its entries: FP8, FP4 for indexers, FP4_E4M3 for V4.1.
+ * The presets leave rows PLAIN: a model is trained on, and compared by, entries as they are. */
+DSV4_API dsv4_rows dsv4_preset_rows(dsv4_preset preset);
+
 /* Whether `config` describes a compressor; if not, DSV4_ERROR_CONFIG (or _NULL) and a message. */
 DSV4_CHECKED DSV4_API dsv4_status dsv4_config_check(const dsv4_config *config, dsv4_error *error);
+
+/* Bytes that DSV4_PACKED takes of `out` and of `scales` for each entry. DSV4_ERROR_CONFIG where rows are PLAIN, or
+ * pairs of an odd head_dim. */
+DSV4_CHECKED DSV4_API dsv4_status dsv4_row_sizes(const dsv4_config *config, size_t *row, size_t *scales,
+                                                 dsv4_error *error);
 
 typedef enum dsv4_param { DSV4_WKV = 0, DSV4_WGATE, DSV4_APE, DSV4_NORM, DSV4_PARAM_COUNT } dsv4_param;
 
@@ -403,10 +454,10 @@ DSV4_API void dsv4_workspace_destroy(dsv4_workspace *workspace); /* NULL is fine
  * ============================================================================================================ */
 
 /* What windows yet to close will need of the tokens seen: three numbers a channel for each open window (one; with
- * overlap two), however many tokens it has had, and the projected rows of the last `depth` tokens, so that up to
- * that many can be taken back. Where rows are needed one by one, by rounded softmax weights (DSV4_ROUND_WEIGHT,
- * _PRODUCT) and by a compressor for training, it keeps the open windows' rows as well; states of the two kinds are
- * not each other's. */
+ * overlap two), however many tokens it has had, and the projected rows of the last `depth` tokens, so that up to that
+ * many can be taken back. The open windows' rows are kept instead where they are needed one by one, by rounded softmax
+ * weights (DSV4_ROUND_WEIGHT, _PRODUCT) and by a compressor for training, and where they are fewer numbers (V4.1's
+ * windows of two); states of the two kinds are not each other's. */
 typedef struct dsv4_state dsv4_state;
 
 DSV4_CHECKED DSV4_API dsv4_status dsv4_state_size(const dsv4_compressor *compressor, int64_t depth, size_t *bytes,
@@ -437,7 +488,7 @@ DSV4_CHECKED DSV4_API dsv4_status dsv4_state_copy(dsv4_state *destination, const
  * DSV4_ERROR_DEPTH beyond dsv4_state_reach. */
 DSV4_CHECKED DSV4_API dsv4_status dsv4_state_roll_back(dsv4_state *state, int64_t tokens, dsv4_error *error);
 
-/* Bytes that save will write now: a header, the live rows as little-endian fp32, a checksum. */
+/* Bytes that save will write now: a header, what is folded and the live rows as little-endian fp32, a checksum. */
 DSV4_API size_t dsv4_state_save_size(const dsv4_state *state);
 
 /* DSV4_ERROR_BUFFER where `size` bytes do not hold it; *written (may be NULL) is the number of bytes used. */
@@ -472,7 +523,7 @@ typedef struct dsv4_stages {
     float *weights;   /* [entries, coff * ratio, D]: softmax weights by window row. Of windows that were open before the
                          call they need a state deep enough to have their rows; DSV4_ERROR_STATE says how deep */
     float *pooled;    /* [entries, D] */
-    void *latent;     /* [entries, D] in out.dtype: the entry before RoPE, DeepSeek-V4.1's indexer key */
+    void *latent; /* [entries, D] in out.dtype, bf16 where that is PACKED: the entry before RoPE, V4.1's indexer key */
 } dsv4_stages;
 
 /* One call. Pointers need the alignment of their numbers, no more. Inputs and outputs must not overlap, nor the entries
@@ -481,8 +532,12 @@ typedef struct dsv4_batch {
     dsv4_const_matrix x;    /* [tokens, hidden_dim]; or NULL data, with kv and gate given */
     int64_t tokens;         /* rows of x (or of kv and gate) */
     const float *kv, *gate; /* projections from elsewhere, [tokens, coff * D], instead of x (gate NULL with no_gate) */
-    dsv4_matrix out;        /* [entries, head_dim] */
+    dsv4_matrix out;        /* [entries, head_dim]; PACKED: [entries, bytes of a row], its stride in bytes */
+    dsv4_matrix scales;     /* with out PACKED: [entries, bytes of a row's scales], PACKED too; else not looked at */
     int64_t entries;        /* rows of out */
+    const int64_t *entry_rows; /* the row of each entry of the call, in the order of segments, instead of segment.entry:
+                                  in out, scales, dout and the stages by entry. No two are the same; what has a negative
+                                  one is not stored. NULL: a segment's entries follow one another */
     const dsv4_segment *segments; /* NULL, with segment_count 0: all tokens are one whole sequence, */
     int64_t segment_count;        /* from position 0 and with entries from row 0 on */
     int drop_tail; /* 1: tokens of a stateless segment after its last whole window are ignored; 0: an error */
@@ -493,6 +548,21 @@ typedef struct dsv4_batch {
  * _BOUNDS, _STATE, _NULL, _ALIGNMENT, _ARGUMENT, _OVERFLOW as their texts say; nothing is written then. */
 DSV4_CHECKED DSV4_API dsv4_status dsv4_compress(const dsv4_compressor *compressor, const dsv4_batch *batch,
                                                 dsv4_workspace *workspace, dsv4_error *error);
+
+/* Rows that exist already into config.rows: what dsv4_compress does after RoPE. plain, out and scales have `count`
+ * rows, of the shapes that batches have. Nothing may overlap. */
+typedef struct dsv4_quantised {
+    int64_t count;
+    dsv4_matrix out, scales;
+} dsv4_quantised;
+DSV4_CHECKED DSV4_API dsv4_status dsv4_quantise(const dsv4_compressor *compressor, dsv4_const_matrix plain,
+                                                const dsv4_quantised *rows, dsv4_workspace *workspace,
+                                                dsv4_error *error);
+
+/* PACKED rows back to numbers [count, head_dim] in bf16 or fp32: what dsv4_compress gives as such, and a value for any
+ * other bytes. The rounding point `row` rounds here too. */
+DSV4_CHECKED DSV4_API dsv4_status dsv4_unpack(const dsv4_config *config, int64_t count, dsv4_const_matrix rows,
+                                              dsv4_const_matrix scales, dsv4_matrix numbers, dsv4_error *error);
 
 /* Entries that a segment of `count` tokens gives, after what `state` (may be NULL) has seen. The tail is not counted.
  * 0 where ratio < 1 or count < 0. */
@@ -556,6 +626,45 @@ DSV4_CHECKED DSV4_API dsv4_status dsv4_backward(const dsv4_compressor *compresso
  * 3. Implementation
  * ============================================================================================================ */
 #if defined(DSV4_COMPRESSOR_IMPLEMENTATION) && !defined(DSV4__IMPLEMENTED) && !defined(DSV4__STAMP)
+
+/* ============================================================================================================
+ * 3. The implementation: a map
+ *
+ * THE LOOPS of dsv4_compress, outermost first, and where each is:
+ *     block     up to 224 tokens of any segments, cut into pieces, whose projections fit the second cache     (3n)
+ *       terms     as many of hidden_dim as let their part of x fit there too: x is packed (pack_task)         (3n)
+ *         group     32 channels of every series; groups are shared out among threads (project_task)           (3n)
+ *           KBLOCK    256 terms: those of a panel fit the first cache                                          (3n)
+ *             panel     32 columns of kv or gate                                                               (3n)
+ *               tile      up to 14 x 32 sums in registers, over all terms of the KBLOCK                        (3h)
+ *     (On AMX, in the order TILES: 2,048 terms at a time instead of 256, by 32 x 32 sums in tile registers.)
+ *       group     windows that close are pooled, open ones folded into their states (pool_task)               (3n, 3h)
+ *       entry     norm, RoPE, row format, store (finish_task)                                                  (3n, 3h)
+ * dsv4_backward goes through chunks of 256 tokens instead: recompute, entries, windows, products               (3o)
+ *
+ * PACKED OPERANDS of a product: sum[rows, 32] += x[rows, terms] w[terms, 32], at most 256 terms at a time.
+ *     left    [blocks of 256 terms][rows][256]     one row's terms side by side: fp32, or bf16 for the bf16 product
+ *     right   a panel: fp32 [terms][32], or bf16 [terms / 2][32][2], the two terms of a pair side by side:
+ *                 w(0,0) w(1,0) | w(0,1) w(1,1) | ... | w(0,31) w(1,31)     w(term, column)
+ *                 w(2,0) w(3,0) | w(2,1) w(3,1) | ...
+ *     sums    [groups][rows of the block][panels of a group][32]
+ *     A compressor's panels: [groups][blocks of terms][series x (kv, gate)][terms of the block][32]            (3k)
+ *
+ * WORDS
+ *     segment   the caller's tokens of one sequence            series   Ca and Cb of overlapping windows, or one
+ *     piece     its part in a block                            group    32 channels of every series
+ *     part      its part in a chunk of the backward pass       panel    32 columns of a packed right operand
+ *     run       rows of a window that lie evenly in memory     job      what a kernel is given
+ *     fold      what three numbers a channel hold of a window  set      the kernels of one instruction set
+ *     ring      rows that a state may have to take back        stamp    this file read once for a set
+ *
+ * TO ADD
+ *     a kernel set       a block in 3g, a stamp behind 3h, a row in 3i; then check-cross or a CPU that runs it
+ *     a rounding point   DSV4_ROUNDING_POINTS (2c), the kernel that rounds there (3h), tests/oracle.h, tests/pytorch
+ *     a row format       DSV4_ROW_FORMATS (2c), dsv4__row_formats (3e), store and unpack (3h), tests/oracle_rows.h
+ *     a stage            dsv4_stages (2g), check_outputs and its task (3n), tests/support.h
+ *     a gradient         dsv4_gradients (2h), 3o, tests/oracle_backward.h
+ * ============================================================================================================ */
 
 /* ------------------------------------------------------------------------------------------------------------
  * 3a. Compiler, CPU, options
@@ -832,7 +941,7 @@ static dsv4_status dsv4__need_aligned(const void *pointer, size_t alignment, con
 
 static dsv4_status dsv4__need_array(const void *pointer, dsv4_dtype dtype, const char *name, dsv4_error *error) {
     if ((int)dtype == 0) return dsv4__fail(error, DSV4_ERROR_ARGUMENT, "dtype of %s is not given", name);
-    if (dsv4_dtype_size(dtype) == 0)
+    if (dtype != DSV4_F32 && dtype != DSV4_BF16)
         return dsv4__fail(error, DSV4_ERROR_ARGUMENT, "dtype of %s is %d, neither F32 nor BF16", name, (int)dtype);
     return dsv4__need_aligned(pointer, dsv4_dtype_size(dtype), name, error);
 }
@@ -965,7 +1074,7 @@ DSV4_API dsv4_allocator dsv4_arena_allocator(dsv4_arena *arena) {
 }
 
 /* ------------------------------------------------------------------------------------------------------------
- * 3c. bf16 and fp32
+ * 3c. Numbers: bf16, E4M3 and E2M1 beside fp32, matrices
  * ------------------------------------------------------------------------------------------------------------ */
 
 DSV4__INLINE uint32_t dsv4__bits(float value) {
@@ -980,7 +1089,9 @@ DSV4__INLINE float dsv4__from_bits(uint32_t bits) {
     return value;
 }
 
-DSV4_API size_t dsv4_dtype_size(dsv4_dtype dtype) { return dtype == DSV4_F32 ? 4 : dtype == DSV4_BF16 ? 2 : 0; }
+DSV4_API size_t dsv4_dtype_size(dsv4_dtype dtype) {
+    return dtype == DSV4_F32 ? 4 : dtype == DSV4_BF16 ? 2 : dtype == DSV4_PACKED ? 1 : 0;
+}
 
 /* Adding just under half a step, and the last kept bit to break ties, carries into the upper half where it must. */
 DSV4__INLINE uint32_t dsv4__rounded_bits(uint32_t bits) {
@@ -1013,6 +1124,58 @@ DSV4__INLINE void dsv4__narrow(dsv4_bf16 *to, const float *from, int64_t count) 
         memcpy(to, rounded, sizeof rounded);
     }
     for (int64_t i = 0; i < count; i++) to[i] = dsv4_bf16_from_f32(from[i]);
+}
+
+/* A floating-point format of few bits. */
+typedef struct dsv4__small {
+    uint32_t mantissa; /* its bits */
+    uint32_t bias;     /* fp32's exponent field at exponent field 0 */
+    uint32_t nan;      /* what NaN becomes; without its sign, all bits but that */
+    int has_nan;       /* and whether it is one */
+    float least;       /* normal number */
+    float greatest;
+    float
+        power; /* of two: exponent fields of fp32 that end in those of codes stand for numbers so many times smaller */
+    float magic; /* 1.5 * 2^(23 - mantissa): times a power of two 2^e, the unit in the last place is that of 2^e here */
+} dsv4__small;
+
+static const dsv4__small dsv4__e4m3 = {3, 120, 0x7f, 1, 0.015625f, 448.0f, 256.0f, 1572864.0f};
+static const dsv4__small dsv4__e2m1 = {1, 126, 0x7, 0, 1.0f, 6.0f, 4.0f, 6291456.0f};
+
+/* The code of a number that the format has. Subnormals, made normal by adding the least normal number, differ from
+ * it in their mantissa alone. */
+DSV4__INLINE uint32_t dsv4__small_code(const dsv4__small *f, float value) {
+    const uint32_t bits = dsv4__bits(value), sign = bits >> 31, magnitude = bits & 0x7fffffffu;
+    const uint32_t low = dsv4__from_bits(magnitude) < f->least;
+    const uint32_t normal = dsv4__bits(dsv4__from_bits(magnitude) + (low ? f->least : 0.0f));
+    const uint32_t code = (normal >> (23 - f->mantissa)) - ((f->bias + low) << f->mantissa);
+    return magnitude > 0x7f800000u ? f->nan : code | sign * (f->nan + 1);
+}
+
+DSV4__INLINE float dsv4__small_value(const dsv4__small *f, uint32_t code) {
+    const uint32_t magnitude = code & f->nan, low = magnitude >> f->mantissa == 0;
+    const float normal = dsv4__from_bits((magnitude << (23 - f->mantissa)) + ((f->bias + low) << 23));
+    const uint32_t sign = (uint32_t)((code & (f->nan + 1)) != 0) << 31;
+    const uint32_t nan = f->has_nan && magnitude == f->nan ? 0x7fc00000u : 0;
+    return dsv4__from_bits(dsv4__bits((float)(normal - (low ? f->least : 0.0f))) | sign | nan);
+}
+
+/* bf16 at any address, the low byte first. */
+DSV4__INLINE void dsv4__put_halves(unsigned char *to, const float *from, int64_t count) {
+    for (int64_t i = 0; i < count; i++) {
+        const dsv4_bf16 half = dsv4_bf16_from_f32(from[i]);
+        to[2 * i] = (unsigned char)(half & 0xff);
+        to[2 * i + 1] = (unsigned char)(half >> 8);
+    }
+}
+
+DSV4__INLINE void dsv4__get_bf16(dsv4_bf16 *to, const unsigned char *from, int64_t count) {
+    for (int64_t i = 0; i < count; i++) to[i] = (dsv4_bf16)(from[2 * i] | from[2 * i + 1] << 8);
+}
+
+DSV4__INLINE void dsv4__get_halves(float *to, const unsigned char *from, int64_t count) {
+    for (int64_t i = 0; i < count; i++)
+        to[i] = dsv4__from_bits((uint32_t)from[2 * i] << 16 | (uint32_t)from[2 * i + 1] << 24);
 }
 
 /* Number i of an array of either type. */
@@ -1263,16 +1426,87 @@ static void dsv4__rope_row(const dsv4_config *config, const float *inv_freq, int
 }
 
 /* ------------------------------------------------------------------------------------------------------------
- * What kernels are given. Each job is one call's worth of work on arrays that the caller of the kernel owns.
+ * 3e. Rows as caches hold them
  * ------------------------------------------------------------------------------------------------------------ */
 
-/* How a product adds its terms up: one after another where an operand is fp32; where both came as bf16, so that products
- * are exact, as the configuration says: in pairs, the odd term first, or in steps of 32, even and odd terms apart. */
+typedef struct dsv4__row_format {
+    const dsv4__small *code; /* NULL: rows stay as they are */
+    int64_t block;           /* channels that share a scale */
+    int64_t scale_bytes;     /* 4: fp32; 1: E4M3, or a power of two by its exponent */
+    float least;             /* what a block's greatest magnitude is at least taken for */
+    float inverse;           /* of the code's greatest number; 0: scales are E4M3, not powers of two */
+    int keeps_rope;          /* RoPE's channels stay bf16 */
+    int hadamard;
+} dsv4__row_format;
+
+static const dsv4__row_format dsv4__row_formats[DSV4_ROWS_COUNT] = {
+    {NULL, 1, 0, 0, 0, 0, 0},
+    {&dsv4__e4m3, 64, 1, 1e-4f, 1.0f / 448, 1, 0},
+    {&dsv4__e4m3, 128, 4, 1e-4f, 1.0f / 448, 0, 0},
+    {&dsv4__e2m1, 32, 1, 6.0f * FLT_MIN, 1.0f / 6, 0, 1},
+    {&dsv4__e2m1, 16, 1, 6.0f / 512, 0, 0, 0},
+};
+
+static const dsv4__row_format *dsv4__format_of(const dsv4_config *config) { return &dsv4__row_formats[config->rows]; }
+
+/* How many channels, from the first on, become codes. */
+static int64_t dsv4__coded(const dsv4_config *config) {
+    const dsv4__row_format *format = dsv4__format_of(config);
+    if (format->code == NULL) return 0;
+    return config->head_dim - (format->keeps_rope ? config->rope_dim : 0);
+}
+
+static int64_t dsv4__row_bytes(const dsv4_config *config) {
+    const int64_t coded = dsv4__coded(config);
+    return (dsv4__format_of(config)->code == &dsv4__e4m3 ? coded : coded / 2) + 2 * (config->head_dim - coded);
+}
+
+static int64_t dsv4__scale_bytes(const dsv4_config *config) {
+    const dsv4__row_format *format = dsv4__format_of(config);
+    return dsv4__ceil_div(dsv4__coded(config), format->block) * format->scale_bytes;
+}
+
+/* The least power of two that is not below a positive normal number: its exponent, plus 1 where a mantissa carries. */
+DSV4__INLINE float dsv4__power_above(float value) {
+    return dsv4__from_bits(((dsv4__bits(value) + 0x7fffffu) >> 23) << 23);
+}
+
+DSV4__INLINE void dsv4__put_scale(const dsv4__row_format *format, unsigned char *to, float scale) {
+    const uint32_t bits = dsv4__bits(scale);
+    if (format->scale_bytes == 4)
+        for (int i = 0; i < 4; i++) to[i] = (unsigned char)(bits >> (8 * i) & 0xff);
+    else
+        *to = (unsigned char)(format->inverse > 0 ? bits >> 23 : dsv4__small_code(&dsv4__e4m3, scale));
+}
+
+/* Any bytes: UE8M0's 0 is 2^-127, its 255 NaN. */
+DSV4__INLINE float dsv4__get_scale(const dsv4__row_format *format, const unsigned char *from) {
+    if (format->scale_bytes == 4)
+        return dsv4__from_bits((uint32_t)from[0] | (uint32_t)from[1] << 8 | (uint32_t)from[2] << 16 |
+                               (uint32_t)from[3] << 24);
+    if (format->inverse == 0) return dsv4__small_value(&dsv4__e4m3, *from);
+    return dsv4__from_bits(*from == 0 ? 0x400000u : *from == 255 ? 0x7fc00000u : (uint32_t)*from << 23);
+}
+
+/* D^-1/2 of a power of two. */
+static float dsv4__hadamard_scale(int64_t dim) {
+    float scale = 1;
+    for (; dim > 1; dim /= 4) scale *= dim == 2 ? 0.707106781f : 0.5f;
+    return scale;
+}
+
+/* ------------------------------------------------------------------------------------------------------------
+ * 3f. What kernels are given. Each job is one call's worth of work on arrays that the caller of the kernel owns.
+ * ------------------------------------------------------------------------------------------------------------ */
+
+/* How a product adds its terms up: one after another where an operand is fp32; where both came as bf16, so that
+ * products are exact, as the configuration says: in pairs, the odd term first, or in steps of 32, even and odd terms
+ * apart. */
 typedef enum dsv4__order { DSV4__FUSED_TERMS, DSV4__PAIRS, DSV4__STEPS } dsv4__order;
 
 /* sum[rows, 32] (+)= x[rows, terms] w[terms, 32], one block of at most DSV4__KBLOCK terms, padded to pairs of terms. On
- * tiles: as many blocks as DSV4__SPAN holds, padded to steps; beyond 16 rows there is room, in x and in sum, for rows up
- * to a multiple of 16. */
+ * tiles: as many blocks as DSV4__SPAN holds, padded to steps; beyond 16 rows there is room, in x and in sum, for rows
+ * up to a multiple of 16. */
 typedef struct dsv4__product_job {
     const void *x; /* packed rows, DSV4__KBLOCK numbers each: fp32, or bf16 where `dot` */
     const void *w; /* fp32 [terms][32], or bf16 [terms / 2][32][2] */
@@ -1381,8 +1615,17 @@ typedef struct dsv4__finish_job {
     float *pooled, *row, *swapped;
     float *dpooled; /* [head_dim], on the way back */
     void *out, *latent;
-    dsv4_dtype out_dtype;
+    unsigned char *scales; /* where out_dtype is PACKED */
+    dsv4_dtype out_dtype, latent_dtype;
 } dsv4__finish_job;
+
+/* One packed row to numbers. */
+typedef struct dsv4__unpack_job {
+    const dsv4_config *config;
+    const unsigned char *row, *scales;
+    void *to;
+    dsv4_dtype dtype;
+} dsv4__unpack_job;
 
 /* A kernel set. */
 typedef struct dsv4__kernels {
@@ -1395,6 +1638,8 @@ typedef struct dsv4__kernels {
     void (*pool_back)(const dsv4__pool_job *);
     void (*finish)(const dsv4__finish_job *);
     void (*finish_back)(const dsv4__finish_job *);
+    void (*store)(const dsv4__finish_job *);
+    void (*unpack)(const dsv4__unpack_job *);
     void (*add)(float *, const float *, const float *, int64_t);
     void (*round_array)(float *, int64_t);
     void (*widen)(float *, const dsv4_bf16 *, int64_t);
@@ -1416,7 +1661,7 @@ typedef struct dsv4__kernels {
 
 #if defined(DSV4__STAMP) && DSV4__STAMP < 8
 /* ------------------------------------------------------------------------------------------------------------
- * 3e. Vector layer: one block an instruction set, the same names in each. This part and the next are read once for each
+ * 3g. Vector layer: one block an instruction set, the same names in each. This part and the next are read once for each
  * kernel set, by this file including itself.
  *
  *   DSV4__SET        name of the set             DSV4__VF           a vector of DSV4__VL floats
@@ -1430,8 +1675,11 @@ typedef struct dsv4__kernels {
  *   v_above(a, b, x, y)                          x in lanes where a > b, else y
  *   v_unequal(a, b, v)                           0 in lanes where a = b, else v
  *   v_power(t)                                   2^n, t = n + DSV4__MAGIC
+ *   v_masked(v, bits) v_or(a, b)                 of the lanes' bits; v_left(v, n), v_right(v, n) move them
+ *   v_bytes(p) v_put_bytes(p, v)                 VL bytes from and to memory, as the lanes' low bits
  *   v_round(v)                                   to bf16, nearest even, NaN quiet
  *   v_widen(p) v_narrow(p, v)                    VL bf16 from / to memory; v_narrow rounds
+ *   v_cut(p, v)                                  as v_narrow, of numbers that are bf16 already
  *   v_even(p) v_odd(p)                           of VL pairs of bf16, widened
  *   v_pair(p) v_dot(sum, x, w)                   with DSV4__DOT: a pair of bf16 in all lanes; sum + odd + even product
  * ------------------------------------------------------------------------------------------------------------ */
@@ -1457,6 +1705,13 @@ typedef struct dsv4__kernels {
 #define dsv4__v_below(x, limit, v) ((x) < (limit) ? 0.0f : (v))
 #define dsv4__v_above(a, b, x, y)  ((a) > (b) ? (x) : (y))
 #define dsv4__v_unequal(a, b, v)   ((a) == (b) ? 0.0f : (v))
+#define dsv4__v_masked(v, m)       dsv4__from_bits(dsv4__bits(v) & (m))
+#define dsv4__v_left(v, n)         dsv4__from_bits(dsv4__bits(v) << (n))
+#define dsv4__v_right(v, n)        dsv4__from_bits(dsv4__bits(v) >> (n))
+#define dsv4__v_bytes(p)           dsv4__from_bits(*(p))
+#define dsv4__v_put_bytes(p, v)    (*(p) = (unsigned char)dsv4__bits(v))
+#define dsv4__v_cut(p, v)          (*(p) = (dsv4_bf16)(dsv4__bits(v) >> 16))
+#define dsv4__v_or(a, b)           dsv4__from_bits(dsv4__bits(a) | dsv4__bits(b))
 #define dsv4__v_power(t)           dsv4__from_bits((dsv4__bits(t) << 23) + 0x3f800000u)
 #define dsv4__v_round(v)           dsv4_bf16_to_f32(dsv4_bf16_from_f32(v))
 #define dsv4__v_widen(p)           dsv4_bf16_to_f32(*(p))
@@ -1488,6 +1743,16 @@ DSV4__BEGIN_TARGET("avx2,fma")
 #define dsv4__v_below(x, limit, v) _mm256_andnot_ps(_mm256_cmp_ps(x, limit, _CMP_LT_OQ), v)
 #define dsv4__v_above(a, b, x, y)  _mm256_blendv_ps(y, x, _mm256_cmp_ps(a, b, _CMP_GT_OQ))
 #define dsv4__v_unequal(a, b, v)   _mm256_and_ps(_mm256_cmp_ps(a, b, _CMP_NEQ_UQ), v)
+#define dsv4__v_masked(v, m)       _mm256_and_ps(v, _mm256_castsi256_ps(_mm256_set1_epi32((int)(m))))
+#define dsv4__v_left(v, n)         _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(v), n))
+#define dsv4__v_right(v, n)        _mm256_castsi256_ps(_mm256_srli_epi32(_mm256_castps_si256(v), n))
+#define dsv4__v_bytes(p)           DSV4__FN(bytes)(p)
+#define dsv4__v_put_bytes(p, v)    DSV4__FN(put_bytes)(p, v)
+#define dsv4__v_cut(p, v)                                                                                    \
+    _mm_storeu_si128((__m128i *)(void *)(p),                                                                 \
+                     _mm_packus_epi32(_mm256_castsi256_si128(_mm256_srli_epi32(_mm256_castps_si256(v), 16)), \
+                                      _mm256_extracti128_si256(_mm256_srli_epi32(_mm256_castps_si256(v), 16), 1)))
+#define dsv4__v_or(a, b) _mm256_or_ps(a, b)
 #define dsv4__v_power(t) \
     _mm256_castsi256_ps(_mm256_add_epi32(_mm256_slli_epi32(_mm256_castps_si256(t), 23), _mm256_set1_epi32(0x3f800000)))
 #define dsv4__v_round(v) _mm256_castsi256_ps(_mm256_slli_epi32(DSV4__FN(upper)(v), 16))
@@ -1503,6 +1768,16 @@ DSV4__BEGIN_TARGET("avx2,fma")
 #define dsv4__v_odd(p)   \
     _mm256_castsi256_ps( \
         _mm256_and_si256(_mm256_loadu_si256((const __m256i *)(const void *)(p)), _mm256_set1_epi32((int)0xffff0000u)))
+
+static inline __m256 DSV4__FN(bytes)(const unsigned char *p) {
+    return _mm256_castsi256_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)(const void *)p)));
+}
+
+static inline void DSV4__FN(put_bytes)(unsigned char *p, __m256 v) {
+    const __m256i lanes = _mm256_castps_si256(v);
+    const __m128i words = _mm_packus_epi32(_mm256_castsi256_si128(lanes), _mm256_extracti128_si256(lanes, 1));
+    _mm_storel_epi64((__m128i *)(void *)p, _mm_packus_epi16(words, words));
+}
 
 static inline __m256i DSV4__FN(mask)(int64_t n) {
     return _mm256_cmpgt_epi32(_mm256_set1_epi32((int)n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
@@ -1552,6 +1827,14 @@ DSV4__BEGIN_TARGET("avx512bf16," DSV4__AVX512)
 #define dsv4__v_below(x, limit, v) _mm512_maskz_mov_ps((__mmask16)~_mm512_cmp_ps_mask(x, limit, _CMP_LT_OQ), v)
 #define dsv4__v_above(a, b, x, y)  _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_GT_OQ), y, x)
 #define dsv4__v_unequal(a, b, v)   _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(a, b, _CMP_NEQ_UQ), v)
+#define dsv4__v_masked(v, m)       _mm512_and_ps(v, _mm512_castsi512_ps(_mm512_set1_epi32((int)(m))))
+#define dsv4__v_left(v, n)         _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(v), n))
+#define dsv4__v_right(v, n)        _mm512_castsi512_ps(_mm512_srli_epi32(_mm512_castps_si512(v), n))
+#define dsv4__v_bytes(p)           DSV4__FN(bytes)(p)
+#define dsv4__v_put_bytes(p, v)    DSV4__FN(put_bytes)(p, v)
+#define dsv4__v_cut(p, v) \
+    _mm256_storeu_si256((__m256i *)(void *)(p), _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_castps_si512(v), 16)))
+#define dsv4__v_or(a, b) _mm512_or_ps(a, b)
 #define dsv4__v_power(t) \
     _mm512_castsi512_ps(_mm512_add_epi32(_mm512_slli_epi32(_mm512_castps_si512(t), 23), _mm512_set1_epi32(0x3f800000)))
 #define dsv4__v_round(v) _mm512_castsi512_ps(_mm512_slli_epi32(DSV4__FN(upper)(v), 16))
@@ -1562,6 +1845,14 @@ DSV4__BEGIN_TARGET("avx512bf16," DSV4__AVX512)
 #define dsv4__v_even(p)      _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_loadu_si512((const void *)(p)), 16))
 #define dsv4__v_odd(p) \
     _mm512_castsi512_ps(_mm512_and_si512(_mm512_loadu_si512((const void *)(p)), _mm512_set1_epi32((int)0xffff0000u)))
+
+static inline __m512 DSV4__FN(bytes)(const unsigned char *p) {
+    return _mm512_castsi512_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(const void *)p)));
+}
+
+static inline void DSV4__FN(put_bytes)(unsigned char *p, __m512 v) {
+    _mm_storeu_si128((__m128i *)(void *)p, _mm512_cvtepi32_epi8(_mm512_castps_si512(v)));
+}
 
 static inline __m512i DSV4__FN(upper)(__m512 v) {
     const __m512i bits = _mm512_castps_si512(v), up = _mm512_srli_epi32(bits, 16);
@@ -1592,6 +1883,13 @@ static inline __m512i DSV4__FN(upper)(__m512 v) {
 #define dsv4__v_below(x, limit, v) vreinterpretq_f32_u32(vbicq_u32(vreinterpretq_u32_f32(v), vcltq_f32(x, limit)))
 #define dsv4__v_above(a, b, x, y)  vbslq_f32(vcgtq_f32(a, b), x, y)
 #define dsv4__v_unequal(a, b, v)   vreinterpretq_f32_u32(vbicq_u32(vreinterpretq_u32_f32(v), vceqq_f32(a, b)))
+#define dsv4__v_masked(v, m)       vreinterpretq_f32_u32(vandq_u32(vreinterpretq_u32_f32(v), vdupq_n_u32(m)))
+#define dsv4__v_left(v, n)         vreinterpretq_f32_u32(vshlq_n_u32(vreinterpretq_u32_f32(v), n))
+#define dsv4__v_right(v, n)        vreinterpretq_f32_u32(vshrq_n_u32(vreinterpretq_u32_f32(v), n))
+#define dsv4__v_bytes(p)           DSV4__FN(bytes)(p)
+#define dsv4__v_put_bytes(p, v)    DSV4__FN(put_bytes)(p, v)
+#define dsv4__v_cut(p, v)          vst1_u16(p, vshrn_n_u32(vreinterpretq_u32_f32(v), 16))
+#define dsv4__v_or(a, b)           vreinterpretq_f32_u32(vorrq_u32(vreinterpretq_u32_f32(a), vreinterpretq_u32_f32(b)))
 #define dsv4__v_power(t) \
     vreinterpretq_f32_u32(vaddq_u32(vshlq_n_u32(vreinterpretq_u32_f32(t), 23), vdupq_n_u32(0x3f800000u)))
 #define dsv4__v_round(v)     vreinterpretq_f32_u32(vshlq_n_u32(DSV4__FN(upper)(v), 16))
@@ -1600,6 +1898,19 @@ static inline __m512i DSV4__FN(upper)(__m512 v) {
 #define dsv4__v_even(p)      vreinterpretq_f32_u32(vshlq_n_u32(vreinterpretq_u32_u16(vld1q_u16(p)), 16))
 #define dsv4__v_high(p)      vandq_u16(vld1q_u16(p), vreinterpretq_u16_u32(vdupq_n_u32(~0xffffu)))
 #define dsv4__v_odd(p)       vreinterpretq_f32_u16(dsv4__v_high(p))
+
+static inline float32x4_t DSV4__FN(bytes)(const unsigned char *p) {
+    uint32_t word;
+    memcpy(&word, p, sizeof word);
+    const uint16x8_t halves = vmovl_u8(vreinterpret_u8_u32(vdup_n_u32(word)));
+    return vreinterpretq_f32_u32(vmovl_u16(vget_low_u16(halves)));
+}
+
+static inline void DSV4__FN(put_bytes)(unsigned char *p, float32x4_t v) {
+    const uint16x4_t halves = vmovn_u32(vreinterpretq_u32_f32(v));
+    const uint32_t word = vget_lane_u32(vreinterpret_u32_u8(vmovn_u16(vcombine_u16(halves, halves))), 0);
+    memcpy(p, &word, sizeof word);
+}
 
 static inline uint32x4_t DSV4__FN(upper)(float32x4_t v) {
     const uint32x4_t bits = vreinterpretq_u32_f32(v), up = vshrq_n_u32(bits, 16);
@@ -1651,6 +1962,16 @@ DSV4__BEGIN_TARGET("avx2,fma,prefer-vector-width=128")
 #define dsv4__v_below(x, limit, v) dsv4__v_mm(andnot_ps)(dsv4__v_mm(cmplt_ps)(x, limit), v)
 #define dsv4__v_above(a, b, x, y)  dsv4__v_mm(blendv_ps)(y, x, dsv4__v_mm(cmpgt_ps)(a, b))
 #define dsv4__v_unequal(a, b, v)   dsv4__v_mm(and_ps)(dsv4__v_mm(cmpneq_ps)(a, b), v)
+#define dsv4__v_masked(v, m)       dsv4__v_mm(and_ps)(v, dsv4__v_mm(castsi128_ps)(dsv4__v_mm(set1_epi32)((int32_t)(m))))
+#define dsv4__v_left(v, n)         dsv4__v_mm(castsi128_ps)(dsv4__v_mm(slli_epi32)(dsv4__v_mm(castps_si128)(v), n))
+#define dsv4__v_right(v, n)        dsv4__v_mm(castsi128_ps)(dsv4__v_mm(srli_epi32)(dsv4__v_mm(castps_si128)(v), n))
+#define dsv4__v_bytes(p)           DSV4__FN(bytes)(p)
+#define dsv4__v_put_bytes(p, v)    DSV4__FN(put_bytes)(p, v)
+#define dsv4__v_cut(p, v)                                                                                      \
+    dsv4__v_mm(storel_epi64)((DSV4__VI *)(void *)(p),                                                          \
+                             dsv4__v_mm(packus_epi32)(dsv4__v_mm(srli_epi32)(dsv4__v_mm(castps_si128)(v), 16), \
+                                                      dsv4__v_mm(setzero_si128)()))
+#define dsv4__v_or(a, b) dsv4__v_mm(or_ps)(a, b)
 #define dsv4__v_power(t)                                                                                    \
     dsv4__v_mm(castsi128_ps)(dsv4__v_mm(add_epi32)(dsv4__v_mm(slli_epi32)(dsv4__v_mm(castps_si128)(t), 23), \
                                                    dsv4__v_mm(set1_epi32)(0x3f800000)))
@@ -1666,6 +1987,18 @@ DSV4__BEGIN_TARGET("avx2,fma,prefer-vector-width=128")
 #define dsv4__v_odd(p)                                                                                           \
     dsv4__v_mm(castsi128_ps)(dsv4__v_mm(and_si128)(dsv4__v_mm(loadu_si128)((const DSV4__VI *)(const void *)(p)), \
                                                    dsv4__v_mm(set1_epi32)((int32_t)0xffff0000u)))
+
+static inline DSV4__VF DSV4__FN(bytes)(const unsigned char *p) {
+    int32_t word;
+    memcpy(&word, p, sizeof word);
+    return dsv4__v_mm(castsi128_ps)(dsv4__v_mm(cvtepu8_epi32)(dsv4__v_mm(cvtsi32_si128)(word)));
+}
+
+static inline void DSV4__FN(put_bytes)(unsigned char *p, DSV4__VF v) {
+    const DSV4__VI lanes = dsv4__v_mm(castps_si128)(v), words = dsv4__v_mm(packus_epi32)(lanes, lanes);
+    const int32_t word = dsv4__v_mm(cvtsi128_si32)(dsv4__v_mm(packus_epi16)(words, words));
+    memcpy(p, &word, sizeof word);
+}
 
 static inline DSV4__VI DSV4__FN(upper)(DSV4__VF v) {
     const DSV4__VI bits = dsv4__v_mm(castps_si128)(v), up = dsv4__v_mm(srli_epi32)(bits, 16);
@@ -1705,7 +2038,7 @@ static inline void DSV4__FN(store_n)(float *p, DSV4__VF v, int64_t n) {
 #endif
 
 /* ------------------------------------------------------------------------------------------------------------
- * 3f. Kernels, over the vector layer alone
+ * 3h. Kernels, over the vector layer alone
  * ------------------------------------------------------------------------------------------------------------ */
 
 DSV4__INLINE DSV4__VF DSV4__FN(load_some)(const float *p, int64_t n) {
@@ -2333,16 +2666,208 @@ static void DSV4__FN(rotate)(const dsv4__finish_job *job, int rounded) {
     }
 }
 
+/* The nearest number of a small format, ties to even: among the multiples of a step that the exponent of |x| names, or
+ * that of the least normal number. */
+DSV4__INLINE DSV4__VF DSV4__FN(nearest)(const dsv4__small *f, DSV4__VF x) {
+    const DSV4__VF magnitude = dsv4__v_masked(x, 0x7fffffffu), limit = dsv4__v_set(f->greatest);
+    const DSV4__VF most = dsv4__v_above(magnitude, limit, limit, magnitude);
+    const DSV4__VF power = dsv4__v_max(dsv4__v_masked(most, 0x7f800000u), dsv4__v_set(f->least));
+    const DSV4__VF big = dsv4__v_mul(power, dsv4__v_set(f->magic));
+    return dsv4__v_or(dsv4__v_sub(dsv4__v_add(most, big), big), dsv4__v_masked(x, 0x80000000u));
+}
+
+/* The number that a code stands for, of which fp32 has exponent and mantissa already, the exponent too small by
+ * `power`. With an exponent field of 0 codes have no leading 1. */
+DSV4__INLINE DSV4__VF DSV4__FN(decoded)(const dsv4__small *f, DSV4__VF bits, DSV4__VF sign) {
+    const DSV4__VF x = dsv4__v_mul(bits, dsv4__v_set(f->power)), least = dsv4__v_set(f->least);
+    const DSV4__VF twice = dsv4__v_madd(x, dsv4__v_set(2.0f), dsv4__v_set(-f->least)); /* exact */
+    DSV4__VF value = dsv4__v_above(least, x, twice, x);
+    if (f->has_nan) value = dsv4__v_above(value, dsv4__v_set(f->greatest), dsv4__v_set(NAN), value);
+    return dsv4__v_or(value, sign);
+}
+
+DSV4__INLINE DSV4__VF DSV4__FN(from_codes)(int wide, DSV4__VF code) {
+    return wide ? DSV4__FN(decoded)(&dsv4__e4m3,
+                                    dsv4__v_or(dsv4__v_masked(dsv4__v_left(code, 20), 0x07f00000u),
+                                               dsv4__v_set(0.000030517578125f)), /* exponent field 112 */
+                                    dsv4__v_masked(dsv4__v_left(code, 24), 0x80000000u))
+                : DSV4__FN(decoded)(&dsv4__e2m1,
+                                    dsv4__v_or(dsv4__v_masked(dsv4__v_left(code, 22), 0x01c00000u),
+                                               dsv4__v_set(0.125f)), /* exponent field 124 */
+                                    dsv4__v_masked(dsv4__v_left(code, 28), 0x80000000u));
+}
+
+/* And back, exponent and mantissa of a number that the format has, or that follows its greatest. */
+DSV4__INLINE DSV4__VF DSV4__FN(encoded)(const dsv4__small *f, DSV4__VF value) {
+    const DSV4__VF x = dsv4__v_masked(value, 0x7fffffffu), least = dsv4__v_set(f->least), half = dsv4__v_set(0.5f);
+    const DSV4__VF normal = dsv4__v_above(least, x, dsv4__v_mul(dsv4__v_add(x, least), half), x);
+    return dsv4__v_mul(normal, dsv4__v_set(1.0f / f->power));
+}
+
+DSV4__INLINE DSV4__VF DSV4__FN(to_codes)(int wide, DSV4__VF value) {
+    return wide ? dsv4__v_or(dsv4__v_masked(dsv4__v_right(DSV4__FN(encoded)(&dsv4__e4m3, value), 20), 0x7fu),
+                             dsv4__v_masked(dsv4__v_right(value, 24), 0x80u))
+                : dsv4__v_or(dsv4__v_masked(dsv4__v_right(DSV4__FN(encoded)(&dsv4__e2m1, value), 22), 0x7u),
+                             dsv4__v_masked(dsv4__v_right(value, 28), 0x8u));
+}
+
+/* The scale of a block: NaN where any of its numbers is NaN or infinite, since 0 times those is NaN. */
+DSV4__INLINE float DSV4__FN(block_scale)(const dsv4__row_format *format, const float *row, int64_t count) {
+    DSV4__VF top = dsv4__v_set(format->least), bad = dsv4__v_zero();
+    float tops[DSV4__VL], bads[DSV4__VL];
+    for (int64_t i = 0; i < count; i += DSV4__VL) {
+        const DSV4__VF x = dsv4__v_masked(DSV4__FN(load_some)(row + i, dsv4__min(count - i, DSV4__VL)), 0x7fffffffu);
+        top = dsv4__v_max(x, top);
+        bad = dsv4__v_fma(x, dsv4__v_zero(), bad);
+    }
+    dsv4__v_store(tops, top);
+    dsv4__v_store(bads, bad);
+    float amax = tops[0], sum = bads[0];
+    for (int i = 1; i < DSV4__VL; i++) {
+        amax = tops[i] > amax ? tops[i] : amax;
+        sum = sum + bads[i];
+    }
+    if (!(sum < 1)) return NAN;
+    if (format->inverse > 0) return dsv4__power_above((float)(amax * format->inverse));
+    return dsv4__scalar_nearest(&dsv4__e4m3, (float)(amax / 6));
+}
+
+/* A block of a row to numbers of the code, or, `back`, to what is read back from them. Where it cannot be read back the
+ * codes are those of NaN, or of the greatest number. */
+DSV4__INLINE float DSV4__FN(code_block)(const dsv4__row_format *format, const dsv4__small *f, float *row, int64_t count,
+                                        int back) {
+    const float scale = DSV4__FN(block_scale)(format, row, count);
+    const DSV4__VF all = dsv4__v_set(scale), read = dsv4__v_set(back ? scale : 1.0f);
+    const DSV4__VF no_number = dsv4__v_set(back ? NAN : f->has_nan ? 480.0f : f->greatest);
+    const int bad = !(scale < INFINITY);
+    for (int64_t i = 0; i < count; i += DSV4__VL) {
+        const int64_t n = dsv4__min(count - i, DSV4__VL);
+        const DSV4__VF y = dsv4__v_div(DSV4__FN(load_some)(row + i, n), all);
+        DSV4__FN(store_some)(row + i, bad ? no_number : dsv4__v_mul(DSV4__FN(nearest)(f, y), read), n);
+    }
+    return scale;
+}
+
+/* H of a row whose length is a power of two: sums and differences of numbers 1, 2, 4 ... apart, then the scale. */
+static void DSV4__FN(hadamard)(float *row, int64_t dim) {
+    const DSV4__VF scale = dsv4__v_set(dsv4__hadamard_scale(dim));
+    for (int64_t step = 1; step < dim; step *= 2)
+        for (float *a = row; a < row + dim; a += 2 * step)
+            if (step >= DSV4__VL)
+                for (int64_t i = 0; i < step; i += DSV4__VL) {
+                    const DSV4__VF x = dsv4__v_load(a + i), y = dsv4__v_load(a + step + i);
+                    dsv4__v_store(a + i, dsv4__v_add(x, y));
+                    dsv4__v_store(a + step + i, dsv4__v_sub(x, y));
+                }
+            else
+                for (int64_t i = 0; i < step; i++) {
+                    const float x = a[i], y = a[i + step];
+                    a[i] = x + y;
+                    a[i + step] = x - y;
+                }
+    for (int64_t i = 0; i < dim; i += DSV4__VL) {
+        const int64_t n = dsv4__min(dim - i, DSV4__VL);
+        DSV4__FN(store_some)(row + i, dsv4__v_mul(DSV4__FN(load_some)(row + i, n), scale), n);
+    }
+}
+
+/* Up to 128 numbers of the code to bytes, one each or two in one. */
+DSV4__INLINE void DSV4__FN(put_codes)(int wide, unsigned char *to, const float *from, int64_t count) {
+    unsigned char codes[128];
+    int64_t i = 0;
+    for (; i + DSV4__VL <= count; i += DSV4__VL)
+        dsv4__v_put_bytes(wide ? to + i : codes + i, DSV4__FN(to_codes)(wide, dsv4__v_load(from + i)));
+    if (i < count) dsv4__v_put_bytes(codes + i, DSV4__FN(to_codes)(wide, DSV4__FN(load_some)(from + i, count - i)));
+    if (wide) memcpy(to + i, codes + i, (size_t)(count - i));
+    for (i = 0; i < count && !wide; i += 2) to[i / 2] = (unsigned char)(codes[i] | codes[i + 1] << 4);
+}
+
+/* And back, times the block's scale: scales of eight bits make bf16 numbers, others are rounded as they are stored. */
+DSV4__INLINE void DSV4__FN(get_codes)(int wide, const dsv4__unpack_job *job, int64_t c, int64_t count, float scale) {
+    const int exact = dsv4__format_of(job->config)->scale_bytes == 1;
+    const int narrow = job->dtype == DSV4_BF16, rounded = !narrow && (job->config->rounding & DSV4_ROUND_ROW) != 0;
+    const unsigned char *from = job->row + (wide ? c : c / 2);
+    const DSV4__VF all = dsv4__v_set(scale);
+    float *numbers = (float *)job->to + c;
+    dsv4_bf16 *halves = (dsv4_bf16 *)job->to + c;
+    unsigned char codes[128 + DSV4__VL] = {0};
+    int64_t i = 0;
+    for (; wide && i + DSV4__VL <= count; i += DSV4__VL) {
+        const DSV4__VF value = dsv4__v_mul(DSV4__FN(from_codes)(1, dsv4__v_bytes(from + i)), all);
+        if (narrow && exact)
+            dsv4__v_cut(halves + i, value);
+        else if (narrow)
+            dsv4__v_narrow(halves + i, value);
+        else
+            dsv4__v_store(numbers + i, rounded ? dsv4__v_round(value) : value);
+    }
+    if (i == count) return;
+    for (int64_t k = i; k < count; k++) codes[k] = wide ? from[k] : (unsigned char)(from[k / 2] >> (4 * (k % 2)) & 15);
+    for (; i < count; i += DSV4__VL) {
+        const int64_t n = dsv4__min(count - i, DSV4__VL);
+        const DSV4__VF value = dsv4__v_mul(DSV4__FN(from_codes)(wide, dsv4__v_bytes(codes + i)), all);
+        float values[DSV4__VL];
+        dsv4__v_store(values, rounded ? dsv4__v_round(value) : value);
+        DSV4__FN(put_row)(narrow ? (void *)(halves + i) : (void *)(numbers + i), job->dtype, values, n);
+    }
+}
+
+/* The entry after RoPE to where it goes, by way of its row format. */
+static void DSV4__FN(store)(const dsv4__finish_job *job) {
+    const dsv4__row_format *format = dsv4__format_of(job->config);
+    const int64_t dim = job->config->head_dim, coded = dsv4__coded(job->config), block = format->block;
+    const int rounded = (job->config->rounding & DSV4_ROUND_ROW) != 0, packed = job->out_dtype == DSV4_PACKED;
+    const int wide = format->code == &dsv4__e4m3;
+    unsigned char *bytes = (unsigned char *)job->out, *scales = job->scales;
+    if (rounded) DSV4__FN(round)(job->row, dim);
+    if (format->hadamard) DSV4__FN(hadamard)(job->row, dim);
+    if (format->hadamard && rounded) DSV4__FN(round)(job->row, dim);
+    for (int64_t c = 0; c < coded; c += block) {
+        const int64_t count = dsv4__min(coded - c, block);
+        const float scale = wide ? DSV4__FN(code_block)(format, &dsv4__e4m3, job->row + c, count, !packed)
+                                 : DSV4__FN(code_block)(format, &dsv4__e2m1, job->row + c, count, !packed);
+        if (!packed) continue;
+        dsv4__put_scale(format, scales + c / block * format->scale_bytes, scale);
+        if (wide)
+            DSV4__FN(put_codes)(1, bytes + c, job->row + c, count);
+        else
+            DSV4__FN(put_codes)(0, bytes + c / 2, job->row + c, count);
+    }
+    if (packed) {
+        dsv4__put_halves(bytes + coded, job->row + coded, dim - coded); /* where there are any, codes are bytes */
+        return;
+    }
+    if (rounded) DSV4__FN(round)(job->row, coded);
+    DSV4__FN(put_row)(job->out, job->out_dtype, job->row, dim);
+}
+
+/* And back, a block at a time. */
+static void DSV4__FN(unpack)(const dsv4__unpack_job *job) {
+    const dsv4__row_format *format = dsv4__format_of(job->config);
+    const int64_t dim = job->config->head_dim, coded = dsv4__coded(job->config), block = format->block;
+    for (int64_t c = 0; c < coded; c += block) {
+        const int64_t count = dsv4__min(coded - c, block);
+        const float scale = dsv4__get_scale(format, job->scales + c / block * format->scale_bytes);
+        if (format->code == &dsv4__e4m3)
+            DSV4__FN(get_codes)(1, job, c, count, scale);
+        else
+            DSV4__FN(get_codes)(0, job, c, count, scale);
+    }
+    if (job->dtype == DSV4_BF16)
+        dsv4__get_bf16((dsv4_bf16 *)job->to + coded, job->row + coded, dim - coded);
+    else
+        dsv4__get_halves((float *)job->to + coded, job->row + coded, dim - coded);
+}
+
 /* RMSNorm, norm's scale, RoPE, store. */
 static void DSV4__FN(finish)(const dsv4__finish_job *job) {
     const int64_t dim = job->config->head_dim;
     const uint32_t rounding = job->config->rounding;
     if (rounding & DSV4_ROUND_POOLED) DSV4__FN(round)(job->pooled, dim);
     DSV4__FN(normalise)(job, DSV4__FN(scale)(job->pooled, dim, job->config->eps));
-    if (job->latent != NULL) DSV4__FN(put_row)(job->latent, job->out_dtype, job->row, dim);
+    if (job->latent != NULL) DSV4__FN(put_row)(job->latent, job->latent_dtype, job->row, dim);
     DSV4__FN(rotate)(job, (rounding & DSV4_ROUND_ROTATED) != 0);
-    if (rounding & DSV4_ROUND_ROW) DSV4__FN(round)(job->row, dim);
-    DSV4__FN(put_row)(job->out, job->out_dtype, job->row, dim);
+    DSV4__FN(store)(job);
 }
 
 /* RMSNorm on the way back. `row` holds dout; after: row = gradient of the scaled row, pooled = the normalised row
@@ -2352,6 +2877,7 @@ static void DSV4__FN(finish_back)(const dsv4__finish_job *job) {
     float *n_row = job->pooled, *dn_row = job->dpooled;
     if (job->config->rounding & DSV4_ROUND_POOLED) DSV4__FN(round)(n_row, dim);
     const float scale = DSV4__FN(scale)(n_row, dim, job->config->eps);
+    if (dsv4__format_of(job->config)->hadamard) DSV4__FN(hadamard)(job->row, dim); /* it is its own inverse */
     DSV4__FN(rotate)(job, 0);
     for (int64_t c = 0; c < dim; c += DSV4__VL) {
         const int64_t n = dsv4__min(dim - c, DSV4__VL);
@@ -2422,6 +2948,13 @@ enum { DSV4__FN(has_dot) = 0, DSV4__FN(tile_rows) = DSV4__TILE_ROWS };
 #undef dsv4__v_above
 #undef dsv4__v_unequal
 #undef dsv4__v_power
+#undef dsv4__v_masked
+#undef dsv4__v_or
+#undef dsv4__v_cut
+#undef dsv4__v_left
+#undef dsv4__v_right
+#undef dsv4__v_bytes
+#undef dsv4__v_put_bytes
 #undef dsv4__v_round
 #undef dsv4__v_widen
 #undef dsv4__v_narrow
@@ -2434,12 +2967,12 @@ enum { DSV4__FN(has_dot) = 0, DSV4__FN(tile_rows) = DSV4__TILE_ROWS };
 
 #if defined(DSV4__STAMP) && DSV4__STAMP >= 8
 /* ------------------------------------------------------------------------------------------------------------
- * The product on tiles, over a handful of operations on tile registers. Tiles 0 ... 3 are 2 x 2 of sums, 4 and 5 rows of
- * x [16][16 pairs], 6 and 7 columns of w [16 pairs][16].
+ * 3h, continued: the product on tiles, over a handful of operations on tile registers. Tiles 0 ... 3 are 2 x 2 of sums,
+ * 4 and 5 rows of x [16][16 pairs], 6 and 7 columns of w [16 pairs][16].
  *
  *   dsv4__t_configure(config) dsv4__t_release()  registers' shapes; without one they cannot be used
  *   dsv4__t_zero(t) dsv4__t_load(t, p, stride) dsv4__t_store(t, p, stride)
- *   dsv4__t_multiply(c, a, b)                    c += a b: even terms in one chain from 0, odd ones in another, then both
+ *   dsv4__t_multiply(c, a, b)                    c += a b: even terms in one chain from 0, odd in another, then both
  * ------------------------------------------------------------------------------------------------------------ */
 #if DSV4__STAMP == 8 /* AMX: Xeons from Sapphire Rapids on */
 #define DSV4__SET amx
@@ -2489,7 +3022,7 @@ DSV4__INLINE void DSV4__FN(fetch_step)(uintptr_t from, int64_t bytes) {
 /* 32 rows by a panel's 32 columns. */
 static void DSV4__FN(four_tiles)(const dsv4__product_job *job, int64_t row) {
     const char *x = (const char *)job->x + row * DSV4__FN(x_stride), *w = (const char *)job->w;
-    const int64_t lower = DSV4__TILE * DSV4__FN(x_stride), stride = job->sum_stride * (int64_t)sizeof(float);
+    const int64_t lower = (int64_t)DSV4__TILE * DSV4__FN(x_stride), stride = job->sum_stride * (int64_t)sizeof(float);
     float *sum = job->sum + row * job->sum_stride, *lower_sum = sum + DSV4__TILE * job->sum_stride;
     const int64_t steps = job->pairs / DSV4__TILE, share = job->next_bytes * 2 * DSV4__TILE / job->rows / steps;
     uintptr_t fetch = job->next + (uintptr_t)(job->next_bytes * row / job->rows);
@@ -2504,7 +3037,8 @@ static void DSV4__FN(four_tiles)(const dsv4__product_job *job, int64_t row) {
         dsv4__t_load(2, lower_sum, stride);
         dsv4__t_load(3, lower_sum + DSV4__TILE, stride);
     }
-    for (int64_t step = 0; step < steps; step++, w += DSV4__TILE * DSV4__FN(w_stride), fetch += (uintptr_t)share) {
+    for (int64_t step = 0; step < steps;
+         step++, w += (int64_t)DSV4__TILE * DSV4__FN(w_stride), fetch += (uintptr_t)share) {
         const int64_t term = step * DSV4__STEP;
         const char *rows = x + term / DSV4__KBLOCK * job->x_block + term % DSV4__KBLOCK * 2;
         DSV4__FN(fetch_step)(fetch, share);
@@ -2537,7 +3071,8 @@ static void DSV4__FN(two_tiles)(const dsv4__product_job *job, int64_t row) {
         dsv4__t_load(0, sum, stride);
         dsv4__t_load(1, sum + DSV4__TILE, stride);
     }
-    for (int64_t step = 0; step < steps; step++, w += DSV4__TILE * DSV4__FN(w_stride), fetch += (uintptr_t)share) {
+    for (int64_t step = 0; step < steps;
+         step++, w += (int64_t)DSV4__TILE * DSV4__FN(w_stride), fetch += (uintptr_t)share) {
         const int64_t term = step * DSV4__STEP;
         const char *rows = x + term / DSV4__KBLOCK * job->x_block + term % DSV4__KBLOCK * 2;
         DSV4__FN(fetch_step)(fetch, share);
@@ -2613,7 +3148,7 @@ static void DSV4__FN(tile_product)(const dsv4__product_job *job) {
 #endif
 
 /* ------------------------------------------------------------------------------------------------------------
- * 3g. Dispatch: which kernel sets this CPU can run
+ * 3i. Kernel sets: which of them this CPU can run
  * ------------------------------------------------------------------------------------------------------------ */
 
 /* What a kernel set needs of the CPU; each bit stands for all that the set is made of. */
@@ -2701,11 +3236,12 @@ static unsigned dsv4__offers(int tiles) {
 #endif
 }
 
-#define DSV4__SET_WITH(name, set, needs, begin, product, end)                                                   \
-    {                                                                                                           \
-        name, needs, dsv4__##set##_has_dot, dsv4__##set##_tile_rows, dsv4__##set##_product, dsv4__##set##_pool, \
-            dsv4__##set##_pool_back, dsv4__##set##_finish, dsv4__##set##_finish_back, dsv4__##set##_add,        \
-            dsv4__##set##_round, dsv4__##set##_widen, dsv4__##set##_narrow, begin, product, end                 \
+#define DSV4__SET_WITH(name, set, needs, begin, product, end)                                                        \
+    {                                                                                                                \
+        name, needs, dsv4__##set##_has_dot, dsv4__##set##_tile_rows, dsv4__##set##_product, dsv4__##set##_pool,      \
+            dsv4__##set##_pool_back, dsv4__##set##_finish, dsv4__##set##_finish_back, dsv4__##set##_store,           \
+            dsv4__##set##_unpack, dsv4__##set##_add, dsv4__##set##_round, dsv4__##set##_widen, dsv4__##set##_narrow, \
+            begin, product, end                                                                                      \
     }
 #define DSV4__SET_ROW(set, needs) DSV4__SET_WITH(#set, set, needs, NULL, NULL, NULL)
 /* One set's kernels, and the product on tiles. */
@@ -2789,8 +3325,21 @@ DSV4_API void dsv4_bf16_to_f32_array(float *destination, const dsv4_bf16 *source
     dsv4__set_for_arrays(count)->widen(destination, source, (int64_t)count);
 }
 
+DSV4_API uint8_t dsv4_e4m3_from_f32(float value) {
+    const uint32_t nan = dsv4__e4m3.nan | (dsv4__bits(value) >> 31) << 7;
+    return (uint8_t)(value != value ? nan : dsv4__small_code(&dsv4__e4m3, dsv4__scalar_nearest(&dsv4__e4m3, value)));
+}
+
+DSV4_API float dsv4_e4m3_to_f32(uint8_t code) { return dsv4__small_value(&dsv4__e4m3, code); }
+
+DSV4_API uint8_t dsv4_e2m1_from_f32(float value) {
+    return (uint8_t)dsv4__small_code(&dsv4__e2m1, value != value ? value : dsv4__scalar_nearest(&dsv4__e2m1, value));
+}
+
+DSV4_API float dsv4_e2m1_to_f32(uint8_t code) { return dsv4__small_value(&dsv4__e2m1, code & 15u); }
+
 /* ------------------------------------------------------------------------------------------------------------
- * 3h. Presets, checks and initial values of a configuration
+ * 3j. Presets, checks and initial values of a configuration
  * ------------------------------------------------------------------------------------------------------------ */
 
 DSV4_API dsv4_config dsv4_preset_config(dsv4_preset preset) {
@@ -2826,6 +3375,22 @@ DSV4_API const char *dsv4_preset_name(dsv4_preset preset) {
 #undef DSV4__PRESET_TEXT
     };
     return (unsigned)preset < (unsigned)DSV4_PRESET_COUNT ? names[preset] : NULL;
+}
+
+DSV4_API dsv4_rows dsv4_preset_rows(dsv4_preset preset) {
+    const dsv4_config config = dsv4_preset_config(preset);
+    if (config.head_dim == 0) return DSV4_ROWS_PLAIN;
+    if (config.no_ape) return DSV4_ROWS_FP4_E4M3;
+    return config.head_dim == 128 ? DSV4_ROWS_FP4 : DSV4_ROWS_FP8;
+}
+
+DSV4_API const char *dsv4_rows_name(dsv4_rows rows) {
+    static const char *const names[] = {
+#define DSV4__ROWS_TEXT(name, text) text,
+        DSV4_ROW_FORMATS(DSV4__ROWS_TEXT)
+#undef DSV4__ROWS_TEXT
+    };
+    return (unsigned)rows < (unsigned)DSV4_ROWS_COUNT ? names[rows] : NULL;
 }
 
 /* Roundings by name: presets first, so that a sum which has a name of its own gets it, then points. */
@@ -2947,6 +3512,11 @@ DSV4_API dsv4_status dsv4_config_check(const dsv4_config *config, dsv4_error *er
     if ((full.rounding & ~dsv4__all_points) != 0)
         return dsv4__fail(error, DSV4_ERROR_CONFIG, "rounding is 0x%lx, beyond the points that are known",
                           (unsigned long)full.rounding);
+    if ((unsigned)full.rows >= (unsigned)DSV4_ROWS_COUNT)
+        return dsv4__fail(error, DSV4_ERROR_CONFIG, "rows is %d, beyond the formats that are known", (int)full.rows);
+    if (dsv4__format_of(&full)->hadamard && (full.head_dim & (full.head_dim - 1)) != 0)
+        return dsv4__fail(error, DSV4_ERROR_CONFIG, "rows are FP4, but head_dim %lld is no power of two",
+                          (long long)full.head_dim);
     if (full.sums != DSV4_SUMS_PAIRS && full.sums != DSV4_SUMS_TILES)
         return dsv4__fail(error, DSV4_ERROR_CONFIG, "sums is %d, neither PAIRS (0) nor TILES (1)", (int)full.sums);
     if (!(full.pad_gate < 0)) return dsv4__fail(error, DSV4_ERROR_CONFIG, "pad_gate is %g, not below 0", full.pad_gate);
@@ -2975,6 +3545,20 @@ DSV4_API dsv4_status dsv4_config_params(const dsv4_config *config, dsv4_param_in
         info[i].columns = widths[i];
         info[i].count = rows[i] * widths[i];
     }
+    return DSV4_OK;
+}
+
+DSV4_API dsv4_status dsv4_row_sizes(const dsv4_config *config, size_t *row, size_t *scales, dsv4_error *error) {
+    DSV4__TRY(dsv4_config_check(config, error));
+    DSV4__TRY(dsv4__need(row, "row", error));
+    DSV4__TRY(dsv4__need(scales, "scales", error));
+    const dsv4__small *code = dsv4__format_of(config)->code;
+    if (code == NULL) return dsv4__fail(error, DSV4_ERROR_CONFIG, "rows are plain: nothing to pack");
+    if (code == &dsv4__e2m1 && config->head_dim % 2 != 0)
+        return dsv4__fail(error, DSV4_ERROR_CONFIG, "rows are packed in pairs, but head_dim is %lld",
+                          (long long)config->head_dim);
+    *row = (size_t)dsv4__row_bytes(config);
+    *scales = (size_t)dsv4__scale_bytes(config);
     return DSV4_OK;
 }
 
@@ -3016,7 +3600,7 @@ DSV4_API dsv4_status dsv4_rope_frequencies(const dsv4_config *config, float *inv
 }
 
 /* ------------------------------------------------------------------------------------------------------------
- * 3i. The compressor: weights packed in panels
+ * 3k. The compressor: weights packed in panels
  *
  * A group is 32 channels of every series: the columns that pooling needs together. Its panels are, for each series,
  * kv's 32 columns and gate's. Memory runs group, block of 256 terms, panel, pair of terms, column, term of the pair:
@@ -3079,7 +3663,9 @@ static uint64_t dsv4__config_fingerprint(const dsv4_config *config) {
     for (size_t i = 0; i < sizeof numbers / sizeof numbers[0]; i++)
         hash = dsv4__hash_number(hash, (uint64_t)numbers[i]);
     for (size_t i = 0; i < sizeof reals / sizeof reals[0]; i++) hash = dsv4__hash_real(hash, reals[i]);
-    if (config->sums != DSV4_SUMS_PAIRS) hash = dsv4__hash_number(hash, (uint64_t)config->sums); /* it came later */
+    /* These came later. */
+    if (config->rows != DSV4_ROWS_PLAIN) hash = dsv4__hash_number(hash, (uint64_t)config->rows << 8);
+    if (config->sums != DSV4_SUMS_PAIRS) hash = dsv4__hash_number(hash, (uint64_t)config->sums);
     return hash;
 }
 
@@ -3373,13 +3959,17 @@ DSV4_API const char *dsv4_compressor_isa(const dsv4_compressor *compressor) {
     return compressor != NULL ? compressor->kernels->name : NULL;
 }
 
-/* ------------------------------------------------------------------------------------------------------------ 3j.
- * Streams  A state stands at `floor`, the furthest that a roll-back can go, with what has been folded of the windows
- * open there: the one that token `floor` falls in and, with overlap, the next. The rows of the tokens since, at most
- * `depth`, wait in one ring per series, at their token's index modulo the ring's capacity, so that a roll-back only
- * has to move `tokens` back. They hold scores, ape included, where compressors have gates: what folds them need not
- * know the compressor.  A state that keeps rows has no folds, but rings that reach back to the first row of the
- * first open window: gates as projected, for the backward pass.
+/* ------------------------------------------------------------------------------------------------------------
+ * 3l. Streams
+ *
+ * A state stands at `floor`, the furthest that a roll-back can go, with what has been folded of the windows open there:
+ * the one that token `floor` falls in and, with overlap, the next. The rows of the tokens since, at most `depth`, wait
+ * in one ring per series, at their token's index modulo the ring's capacity, so that a roll-back only has to move
+ * `tokens` back. They hold scores, ape included, where compressors have gates: what folds them need not know the
+ * compressor.
+ *
+ * A state that keeps rows has no folds, but rings that reach back to the first row of the first open window: gates as
+ * projected, for the backward pass.
  * ------------------------------------------------------------------------------------------------------------ */
 
 struct dsv4_state {
@@ -3765,7 +4355,7 @@ DSV4_API dsv4_status dsv4_state_restore(dsv4_state *state, const void *bytes, si
 }
 
 /* ------------------------------------------------------------------------------------------------------------
- * 3k. Workspace
+ * 3m. Workspace
  *
  * Tokens are worked on in blocks of up to 224 rows, whose projections onto all groups stay in the second cache. Some
  * blocks of terms are outermost: their part of x is packed and, while it too is in that cache, all weights for these
@@ -3799,6 +4389,7 @@ typedef struct dsv4__piece {
     int64_t window, windows; /* first window that closes, and how many do */
     int64_t slot;            /* of the first one among the block's entries */
     int64_t entry;           /* row of out of the first one */
+    int64_t number;          /* of the first one among the entries of the call */
     int64_t position;        /* of the first one */
 } dsv4__piece;
 
@@ -4011,7 +4602,7 @@ static dsv4__scratch dsv4__scratch_of(const dsv4_workspace *ws, int64_t thread) 
 }
 
 /* ------------------------------------------------------------------------------------------------------------
- * 3l. The operation
+ * 3n. The operation
  * ------------------------------------------------------------------------------------------------------------ */
 
 DSV4_API int64_t dsv4_visible_entries(int64_t t, int64_t ratio) {
@@ -4049,6 +4640,7 @@ typedef struct dsv4__call {
     int dot;                       /* and is packed so, for the bf16 dot product */
     int tiles;                     /* on tiles */
     int64_t rows, pieces, entries; /* of the current block */
+    int64_t emitted;               /* entries of the blocks before; on the way back, of the segments before */
     int64_t term, term_end;        /* terms of x that are packed */
     int64_t segment, done;         /* where the next block begins: segment, tokens of it already taken */
 } dsv4__call;
@@ -4093,8 +4685,9 @@ static dsv4_status dsv4__check_weights(const dsv4_state *state, int64_t count, i
         (long long)index, (long long)((1 + lag) * ratio - 1));
 }
 
+/* `entries`: of the segments before, in; and of this one too, out. */
 static dsv4_status dsv4__check_segment(const dsv4_compressor *c, const dsv4_batch *batch, int64_t index,
-                                       dsv4_error *error) {
+                                       int64_t *entries, dsv4_error *error) {
     const dsv4_segment *segment = &batch->segments[index];
     const int64_t ratio = c->config.ratio, limit = (int64_t)1 << 62;
     DSV4__TRY(dsv4__check_span(segment->token, segment->count, batch->tokens, index, "tokens", error));
@@ -4107,16 +4700,24 @@ static dsv4_status dsv4__check_segment(const dsv4_compressor *c, const dsv4_batc
     if (segment->state != NULL) DSV4__TRY(dsv4__check_state(c, segment, index, error));
     if (segment->state != NULL && batch->stages.weights != NULL)
         DSV4__TRY(dsv4__check_weights(segment->state, segment->count, index, error));
-    return dsv4__check_span(segment->entry, dsv4_entry_count(&c->config, segment->state, segment->count),
-                            batch->entries, index, "entries", error);
+    const int64_t count = dsv4_entry_count(&c->config, segment->state, segment->count);
+    if (batch->entry_rows == NULL)
+        return dsv4__check_span(segment->entry, count, batch->entries, index, "entries", error);
+    for (int64_t i = *entries; i < *entries + count; i++)
+        if (batch->entry_rows[i] >= batch->entries)
+            return dsv4__fail(error, DSV4_ERROR_BOUNDS, "segment %lld: entry_rows[%lld] is %lld, of %lld",
+                              (long long)index, (long long)i, (long long)batch->entry_rows[i],
+                              (long long)batch->entries);
+    *entries += count;
+    return DSV4_OK;
 }
 
 /* Each state is marked while the segments are gone through, so that a second appearance shows. */
 static dsv4_status dsv4__check_segments(const dsv4_compressor *c, const dsv4_batch *batch, dsv4_error *error) {
     dsv4_status status = DSV4_OK;
-    int64_t checked = 0;
+    int64_t checked = 0, entries = 0;
     for (; checked < batch->segment_count && status == DSV4_OK; checked++) {
-        status = dsv4__check_segment(c, batch, checked, error);
+        status = dsv4__check_segment(c, batch, checked, &entries, error);
         if (status == DSV4_OK && batch->segments[checked].state != NULL) batch->segments[checked].state->listed = 1;
     }
     for (int64_t i = 0; i < checked; i++)
@@ -4157,18 +4758,45 @@ static dsv4_status dsv4__check_inputs(const dsv4_compressor *c, dsv4_batch *batc
     return DSV4_OK;
 }
 
+/* Where packed bytes are: any address, a row of at least `bytes`. */
+static dsv4_status dsv4__check_const_packed(dsv4_const_matrix *matrix, int64_t rows, int64_t bytes, const char *name,
+                                            dsv4_error *error) {
+    if (bytes == 0) return DSV4_OK;
+    DSV4__TRY(dsv4__need(matrix->data, name, error));
+    if (matrix->dtype != DSV4_PACKED)
+        return dsv4__fail(error, DSV4_ERROR_ARGUMENT, "dtype of %s is %d, not PACKED", name, (int)matrix->dtype);
+    return dsv4__check_stride(&matrix->stride, rows, bytes, name, error);
+}
+
+static dsv4_status dsv4__check_packed(dsv4_matrix *matrix, int64_t rows, int64_t bytes, const char *name,
+                                      dsv4_error *error) {
+    dsv4_const_matrix same = dsv4__as_const(*matrix);
+    DSV4__TRY(dsv4__check_const_packed(&same, rows, bytes, name, error));
+    matrix->stride = same.stride;
+    return DSV4_OK;
+}
+
+/* Where entries go, as numbers or packed. */
+static dsv4_status dsv4__check_rows(const dsv4_config *config, int64_t rows, dsv4_matrix *out, dsv4_matrix *scales,
+                                    dsv4_error *error) {
+    size_t row_bytes, scale_bytes;
+    if (out->dtype != DSV4_PACKED) return dsv4__check_matrix(out, rows, config->head_dim, "out", error);
+    DSV4__TRY(dsv4_row_sizes(config, &row_bytes, &scale_bytes, error));
+    DSV4__TRY(dsv4__check_packed(out, rows, (int64_t)row_bytes, "out", error));
+    return dsv4__check_packed(scales, rows, (int64_t)scale_bytes, "scales", error);
+}
+
 static dsv4_status dsv4__check_outputs(const dsv4_compressor *c, dsv4_batch *batch, dsv4_error *error) {
     const dsv4_stages *stages = &batch->stages;
     if (batch->entries < 0) return dsv4__fail(error, DSV4_ERROR_ARGUMENT, "entries is %lld", (long long)batch->entries);
-    if (batch->entries > 0)
-        DSV4__TRY(dsv4__check_matrix(&batch->out, batch->entries, c->config.head_dim, "out", error));
+    if (batch->entries > 0) DSV4__TRY(dsv4__check_rows(&c->config, batch->entries, &batch->out, &batch->scales, error));
     if (stages->weights != NULL)
         DSV4__TRY(dsv4__check_extent(batch->entries, c->columns * c->config.ratio, "stages.weights", error));
     DSV4__TRY(dsv4__check_optional(stages->kv, sizeof(float), "stages.kv", error));
     DSV4__TRY(dsv4__check_optional(stages->gate, sizeof(float), "stages.gate", error));
     DSV4__TRY(dsv4__check_optional(stages->weights, sizeof(float), "stages.weights", error));
     DSV4__TRY(dsv4__check_optional(stages->pooled, sizeof(float), "stages.pooled", error));
-    return dsv4__check_optional(stages->latent, batch->out.dtype == DSV4_BF16 ? 2 : 4, "stages.latent", error);
+    return dsv4__check_optional(stages->latent, batch->out.dtype == DSV4_F32 ? 4 : 2, "stages.latent", error);
 }
 
 /* Adds to the block as many tokens of the current segment as fit, without closing more windows than there are slots. */
@@ -4193,6 +4821,7 @@ static void dsv4__take_piece(dsv4__call *call) {
     piece->windows = (piece->t + piece->count) / ratio - piece->window;
     piece->slot = call->entries;
     piece->entry = segment->entry + piece->window - seen / ratio;
+    piece->number = call->emitted + piece->slot;
     piece->position = segment->position - seen + piece->window * ratio;
     call->rows += piece->count;
     call->entries += piece->windows;
@@ -4201,8 +4830,15 @@ static void dsv4__take_piece(dsv4__call *call) {
     if (call->done == 0) call->segment++;
 }
 
+/* The row of a piece's entry: in out, scales, dout and the stages; negative: it is not stored. */
+static int64_t dsv4__entry_row(const dsv4__call *call, const dsv4__piece *piece, int64_t index) {
+    const int64_t *rows = call->batch.entry_rows;
+    return rows != NULL ? rows[piece->number + index] : piece->entry + index;
+}
+
 /* Lays out the next block; 0 when nothing is left. */
 static int dsv4__next_block(dsv4__call *call) {
+    call->emitted += call->entries;
     call->rows = call->pieces = call->entries = 0;
     while (call->segment < call->batch.segment_count && call->rows < call->ws->block_rows &&
            call->entries < call->ws->slots) {
@@ -4571,8 +5207,9 @@ static void dsv4__pool_block(const dsv4__call *call, const dsv4__source *source,
             window = dsv4__window_rows(call, piece, source, w, goes_on ? piece->folded : 0);
             job.ahead = dsv4__rows_behind(call, piece, source, w);
             job.pooled = call->ws->pooled + (piece->slot + j) * dim + source->channel;
-            job.weights = call->batch.stages.weights;
-            if (job.weights != NULL) job.weights += (piece->entry + j) * rows * dim + source->channel;
+            const int64_t entry = dsv4__entry_row(call, piece, j);
+            job.weights = entry < 0 ? NULL : call->batch.stages.weights;
+            if (job.weights != NULL) job.weights += entry * rows * dim + source->channel;
             if (by_rows)
                 dsv4__pool_by_rows(call, job, dsv4__scratch_of(call->ws, thread).wide);
             else
@@ -4700,8 +5337,9 @@ static void dsv4__finish_entry(const dsv4__call *call, const dsv4__piece *piece,
                                const dsv4__scratch *scratch) {
     const dsv4_config *config = &call->c->config;
     const dsv4_batch *batch = &call->batch;
-    const int64_t entry = piece->entry + index;
+    const int64_t entry = dsv4__entry_row(call, piece, index);
     dsv4__finish_job job;
+    if (entry < 0) return;
     memset(&job, 0, sizeof job);
     dsv4__rope_row(config, call->c->inv_freq, piece->position + index * config->ratio, scratch->cos_row,
                    scratch->sin_row);
@@ -4714,8 +5352,11 @@ static void dsv4__finish_entry(const dsv4__call *call, const dsv4__piece *piece,
     job.swapped = scratch->swapped;
     job.out_dtype = batch->out.dtype;
     job.out = dsv4__in_mutable(batch->out, entry, 0);
+    if (job.out_dtype == DSV4_PACKED && batch->scales.data != NULL)
+        job.scales = (unsigned char *)dsv4__in_mutable(batch->scales, entry, 0);
+    job.latent_dtype = job.out_dtype == DSV4_F32 ? DSV4_F32 : DSV4_BF16;
     job.latent = batch->stages.latent;
-    if (job.latent != NULL) job.latent = dsv4__at_mutable(job.latent, batch->out.dtype, entry * config->head_dim);
+    if (job.latent != NULL) job.latent = dsv4__at_mutable(job.latent, job.latent_dtype, entry * config->head_dim);
     call->c->kernels->finish(&job);
     if (batch->stages.pooled != NULL)
         memcpy(batch->stages.pooled + entry * config->head_dim, job.pooled, (size_t)config->head_dim * sizeof(float));
@@ -4789,8 +5430,60 @@ DSV4_API dsv4_status dsv4_compress(const dsv4_compressor *compressor, const dsv4
     return DSV4_OK;
 }
 
+DSV4_API dsv4_status dsv4_quantise(const dsv4_compressor *compressor, dsv4_const_matrix plain,
+                                   const dsv4_quantised *rows, dsv4_workspace *workspace, dsv4_error *error) {
+    dsv4__call call;
+    dsv4_batch none;
+    dsv4__finish_job job;
+    memset(&none, 0, sizeof none);
+    memset(&job, 0, sizeof job);
+    DSV4__TRY(dsv4__begin_call(compressor, &none, workspace, &call, error));
+    DSV4__TRY(dsv4__need(rows, "rows", error));
+    if (rows->count < 0) return dsv4__fail(error, DSV4_ERROR_ARGUMENT, "count is %lld", (long long)rows->count);
+    if (rows->count == 0) return DSV4_OK;
+    const int64_t dim = compressor->config.head_dim;
+    dsv4_matrix out = rows->out, scales = rows->scales;
+    DSV4__TRY(dsv4__check_const_matrix(&plain, rows->count, dim, "plain", error));
+    DSV4__TRY(dsv4__check_rows(&compressor->config, rows->count, &out, &scales, error));
+    job.config = &compressor->config;
+    job.row = dsv4__scratch_of(workspace, 0).row;
+    job.out_dtype = out.dtype;
+    for (int64_t i = 0; i < rows->count; i++) {
+        dsv4_const_matrix row = plain;
+        row.data = dsv4__in(plain, i, 0);
+        dsv4__read_matrix(row, job.row, dim, 1, dim);
+        job.out = dsv4__in_mutable(out, i, 0);
+        job.scales =
+            out.dtype == DSV4_PACKED && scales.data != NULL ? (unsigned char *)dsv4__in_mutable(scales, i, 0) : NULL;
+        compressor->kernels->store(&job);
+    }
+    return DSV4_OK;
+}
+
+DSV4_API dsv4_status dsv4_unpack(const dsv4_config *config, int64_t count, dsv4_const_matrix rows,
+                                 dsv4_const_matrix scales, dsv4_matrix numbers, dsv4_error *error) {
+    size_t row_bytes, scale_bytes;
+    dsv4__unpack_job job;
+    DSV4__TRY(dsv4_row_sizes(config, &row_bytes, &scale_bytes, error));
+    if (count < 0) return dsv4__fail(error, DSV4_ERROR_ARGUMENT, "count is %lld", (long long)count);
+    if (count == 0) return DSV4_OK;
+    DSV4__TRY(dsv4__check_const_packed(&rows, count, (int64_t)row_bytes, "rows", error));
+    DSV4__TRY(dsv4__check_const_packed(&scales, count, (int64_t)scale_bytes, "scales", error));
+    DSV4__TRY(dsv4__check_matrix(&numbers, count, config->head_dim, "numbers", error));
+    const dsv4__kernels *kernels = dsv4__set_for_arrays((size_t)count * (size_t)config->head_dim);
+    job.config = config;
+    job.dtype = numbers.dtype;
+    for (int64_t i = 0; i < count; i++) {
+        job.row = (const unsigned char *)dsv4__in(rows, i, 0);
+        job.scales = scale_bytes > 0 ? (const unsigned char *)dsv4__in(scales, i, 0) : NULL;
+        job.to = dsv4__in_mutable(numbers, i, 0);
+        kernels->unpack(&job);
+    }
+    return DSV4_OK;
+}
+
 /* ------------------------------------------------------------------------------------------------------------
- * 3m. Gradients
+ * 3o. Gradients
  *
  * Tokens are worked on in chunks of up to 256, made of parts: the tokens of one segment in one block of 256 of its
  * sequence, so that a part's sums are whole blocks of the numeric contract. What a part needs is a function of the
@@ -4860,6 +5553,7 @@ static dsv4__part dsv4__part_ahead(const dsv4__back *back) {
     part.rows.source_row = back->recompute ? back->context : part.rows.token;
     part.rows.slot = back->windows;
     part.rows.entry = segment->entry + part.rows.window - part.seen / ratio;
+    part.rows.number = back->call.emitted + part.rows.window - part.seen / ratio;
     part.rows.position = segment->position - part.seen + part.rows.window * ratio;
     return part;
 }
@@ -4883,6 +5577,7 @@ static int dsv4__next_chunk(dsv4__back *back) {
             back->done += part.count;
             if (dsv4__wants_tokens(&back->g)) continue; /* else a segment's first part is all that `previous` needs */
         }
+        back->call.emitted += dsv4_entry_count(&back->call.c->config, segment->state, segment->count);
         back->segment++;
         back->done = 0;
     }
@@ -4951,7 +5646,7 @@ static void dsv4__entry_back(const dsv4__back *back, const dsv4__part *part, int
     const dsv4_compressor *c = back->call.c;
     const dsv4__piece *rows = &part->rows;
     const int64_t dim = c->config.head_dim, slot = (rows->slot + index) * dim;
-    const void *dout = dsv4__in(back->g.dout, rows->entry + index, 0);
+    const int64_t entry = dsv4__entry_row(&back->call, rows, index);
     dsv4__finish_job job;
     memset(&job, 0, sizeof job);
     dsv4__rope_row(&c->config, c->inv_freq, rows->position + index * c->config.ratio, scratch->cos_row,
@@ -4965,10 +5660,12 @@ static void dsv4__entry_back(const dsv4__back *back, const dsv4__part *part, int
     job.pooled = back->room->normed + slot;
     job.row = back->room->dscaled + slot;
     job.dpooled = back->room->dpooled + slot;
-    if (back->g.dout.dtype == DSV4_BF16)
-        c->kernels->widen(job.row, (const dsv4_bf16 *)dout, dim);
+    if (entry < 0)
+        memset(job.row, 0, (size_t)dim * sizeof(float)); /* not stored, so nothing hangs on it */
+    else if (back->g.dout.dtype == DSV4_BF16)
+        c->kernels->widen(job.row, (const dsv4_bf16 *)dsv4__in(back->g.dout, entry, 0), dim);
     else
-        memcpy(job.row, dout, (size_t)dim * sizeof(float));
+        memcpy(job.row, dsv4__in(back->g.dout, entry, 0), (size_t)dim * sizeof(float));
     c->kernels->finish_back(&job);
 }
 

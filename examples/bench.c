@@ -97,6 +97,7 @@ static int prepare_cold(bench *b) {
 }
 
 static double limit_rate(bench *b, const bench_case *what, const bench_peak *peak) {
+    if (what->kind == BENCH_UNPACK) return bench_copy_rate(&b->cold);
     if (what->cold) return bench_read_rate(&b->cold, &b->cold.best, parallel_of(b), (size_t)96 << 20);
     return bench_peak_rate(peak, parallel_of(b), 0.03);
 }
@@ -125,7 +126,9 @@ static dsv4_status measure(bench *b, bench_work *work, bench_result *result) {
     result->gflops = 1e-9 * work->flops / time;
     result->gbytes_per_s = 1e-9 * work->bytes / time;
     result->limit = median(limits, rounds + 1);
-    result->limit_name = result->what->cold ? "read" : peak->name;
+    result->limit_name = !result->what->cold                  ? peak->name
+                         : result->what->kind == BENCH_UNPACK ? "read and write"
+                                                              : "read";
     result->ratio = (result->what->cold ? result->gbytes_per_s : result->gflops) / result->limit;
     return DSV4_OK;
 }

@@ -9,7 +9,8 @@ typedef enum bench_kind {
     BENCH_PREFILL,  /* one sequence of `count` tokens, everything from x to entries */
     BENCH_BACKWARD, /* its gradients, all of them; the forward pass kept the projections */
     BENCH_DECODE,   /* `count` sequences, one token each, through layer after layer: weights come from memory */
-    BENCH_POOL      /* entries from projections given as kv and gate, which come from memory */
+    BENCH_POOL,     /* entries from projections given as kv and gate, which come from memory */
+    BENCH_UNPACK    /* `count` packed rows from memory to numbers there */
 } bench_kind;
 
 typedef struct bench_case {
@@ -21,19 +22,20 @@ typedef struct bench_case {
     int64_t count;
     int cold; /* limited by reading memory, not by multiplying */
     int more; /* --full also measures it on twice the threads, and a prefill with the other kernel sets */
+    dsv4_rows rows; /* entries are packed so, or plain */
 } bench_case;
 
 #define BENCH_BOTH(NAME, PRESET, DTYPE, SUMS, MORE)                       \
-    {NAME "-prefill", PRESET, DTYPE, SUMS, BENCH_PREFILL, 2048, 0, MORE}, \
-        {NAME "-backward", PRESET, DTYPE, SUMS, BENCH_BACKWARD, 2048, 0, MORE},
+    {NAME "-prefill", PRESET, DTYPE, SUMS, BENCH_PREFILL, 2048, 0, MORE, DSV4_ROWS_PLAIN}, \
+        {NAME "-backward", PRESET, DTYPE, SUMS, BENCH_BACKWARD, 2048, 0, MORE, DSV4_ROWS_PLAIN},
 #define BENCH_ALL_TYPES(NAME, PRESET, MORE)                             \
     BENCH_BOTH(NAME "-bf16", PRESET, DSV4_BF16, DSV4_SUMS_PAIRS, MORE)  \
     BENCH_BOTH(NAME "-tiles", PRESET, DSV4_BF16, DSV4_SUMS_TILES, MORE) \
     BENCH_BOTH(NAME "-f32", PRESET, DSV4_F32, DSV4_SUMS_PAIRS, MORE)
 #define BENCH_DECODES(NAME, SUMS)                                                      \
-    {NAME "-decode-1", DSV4_V4_FLASH_CSA, DSV4_BF16, SUMS, BENCH_DECODE, 1, 1, 1},     \
-        {NAME "-decode-8", DSV4_V4_FLASH_CSA, DSV4_BF16, SUMS, BENCH_DECODE, 8, 1, 0}, \
-        {NAME "-decode-32", DSV4_V4_FLASH_CSA, DSV4_BF16, SUMS, BENCH_DECODE, 32, 0, 0},
+    {NAME "-decode-1", DSV4_V4_FLASH_CSA, DSV4_BF16, SUMS, BENCH_DECODE, 1, 1, 1, DSV4_ROWS_PLAIN},     \
+        {NAME "-decode-8", DSV4_V4_FLASH_CSA, DSV4_BF16, SUMS, BENCH_DECODE, 8, 1, 0, DSV4_ROWS_PLAIN}, \
+        {NAME "-decode-32", DSV4_V4_FLASH_CSA, DSV4_BF16, SUMS, BENCH_DECODE, 32, 0, 0, DSV4_ROWS_PLAIN},
 
 /* clang-format off: it knows neither lists of macros nor what they hold */
 static const bench_case bench_cases[] = {
@@ -41,8 +43,12 @@ static const bench_case bench_cases[] = {
         BENCH_ALL_TYPES("indexer-flash", DSV4_V4_FLASH_INDEXER, 0) BENCH_ALL_TYPES("csa-pro", DSV4_V4_PRO_CSA, 0)
             BENCH_ALL_TYPES("hca-pro", DSV4_V4_PRO_HCA, 0) BENCH_ALL_TYPES("indexer-pro", DSV4_V4_PRO_INDEXER, 0)
                 BENCH_DECODES("csa-flash-bf16", DSV4_SUMS_PAIRS) BENCH_DECODES("csa-flash-tiles", DSV4_SUMS_TILES){
-                    "csa-flash-f32-pool", DSV4_V4_FLASH_CSA, DSV4_F32, DSV4_SUMS_PAIRS, BENCH_POOL, 2048, 1, 0},
-    {"hca-flash-f32-pool", DSV4_V4_FLASH_HCA, DSV4_F32, DSV4_SUMS_PAIRS, BENCH_POOL, 2048, 1, 0},
+                    "csa-flash-f32-pool", DSV4_V4_FLASH_CSA, DSV4_F32, DSV4_SUMS_PAIRS, BENCH_POOL, 2048, 1, 0, DSV4_ROWS_PLAIN},
+    {"hca-flash-f32-pool", DSV4_V4_FLASH_HCA, DSV4_F32, DSV4_SUMS_PAIRS, BENCH_POOL, 2048, 1, 0, DSV4_ROWS_PLAIN},
+    {"csa-flash-f32-fp8-pool", DSV4_V4_FLASH_CSA, DSV4_F32, DSV4_SUMS_PAIRS, BENCH_POOL, 2048, 1, 0, DSV4_ROWS_FP8},
+    {"csa-flash-bf16-fp8-prefill", DSV4_V4_FLASH_CSA, DSV4_BF16, DSV4_SUMS_PAIRS, BENCH_PREFILL, 2048, 0, 0, DSV4_ROWS_FP8},
+    {"indexer-flash-bf16-fp4-prefill", DSV4_V4_FLASH_INDEXER, DSV4_BF16, DSV4_SUMS_PAIRS, BENCH_PREFILL, 2048, 0, 0, DSV4_ROWS_FP4},
+    {"unpack-fp8", DSV4_V4_FLASH_CSA, DSV4_BF16, DSV4_SUMS_PAIRS, BENCH_UNPACK, 65536, 1, 0, DSV4_ROWS_FP8},
 };
 /* clang-format on */
 enum { BENCH_CASES = sizeof bench_cases / sizeof bench_cases[0] };
@@ -68,6 +74,7 @@ typedef struct bench_work {
     void *blocks[BENCH_BLOCKS];
     int block_count;
     double tokens, flops, bytes; /* of one run */
+    size_t packed_bytes;         /* of them, rows and scales that are unpacked */
     dsv4_error error;
     int failed;
 } bench_work;
@@ -172,15 +179,21 @@ static void bench_make_batch(bench_work *work) {
     const int decode = what->kind == BENCH_DECODE;
     dsv4_batch *batch = &work->batch;
     batch->tokens = decode ? rows : what->count;
-    batch->entries = decode ? what->count : what->count / work->config.ratio;
+    batch->entries = decode || what->kind == BENCH_UNPACK ? what->count : what->count / work->config.ratio;
     batch->x.dtype = batch->out.dtype = what->dtype;
-    if (what->kind != BENCH_POOL) batch->x.data = bench_random_array(work, rows * work->config.hidden_dim, 2);
+    if (!what->cold || decode) batch->x.data = bench_random_array(work, rows * work->config.hidden_dim, 2);
     batch->out.data = bench_take(work, (size_t)(batch->entries * work->config.head_dim) * dsv4_dtype_size(what->dtype));
     work->segments =
         (dsv4_segment *)bench_take(work, (size_t)(decode ? work->layer_count * what->count : 1) * sizeof(dsv4_segment));
     batch->segments = work->segments;
     batch->segment_count = decode ? what->count : 1;
     if (work->segments && !decode) work->segments[0].count = what->count;
+    if (what->rows == DSV4_ROWS_PLAIN || what->kind == BENCH_UNPACK) return;
+    size_t row = 0, scales = 0;
+    bench_check(work, dsv4_row_sizes(&work->config, &row, &scales, &work->error));
+    batch->out.data = bench_take(work, (size_t)batch->entries * row);
+    batch->scales.data = bench_take(work, (size_t)batch->entries * scales);
+    batch->out.dtype = batch->scales.dtype = DSV4_PACKED;
 }
 
 /* The forward pass keeps kv and gate, so that the backward pass multiplies nothing twice. */
@@ -219,6 +232,14 @@ static void bench_count(bench_work *work) {
         work->flops = 2.0 * work->tokens * columns;
         work->bytes = 2.0 * work->tokens * columns * sizeof(float);
     }
+    if (what->kind == BENCH_UNPACK) { /* rows and scales are read, numbers are written; a product each */
+        size_t row = 0, scales = 0;
+        bench_check(work, dsv4_row_sizes(&work->config, &row, &scales, &work->error));
+        work->tokens = (double)(what->count * work->config.ratio);
+        work->flops = (double)(what->count * work->config.head_dim);
+        work->packed_bytes = (size_t)what->count * (row + scales);
+        work->bytes = (double)work->packed_bytes + work->flops * (double)dsv4_dtype_size(what->dtype);
+    }
 }
 
 /* Uses the threads of `parallel` from now on. */
@@ -240,6 +261,7 @@ static void bench_work_make(bench_work *work, const bench_case *what, const char
     work->layer_count = 1;
     work->config = dsv4_preset_config(what->preset);
     work->config.sums = what->sums;
+    work->config.rows = what->rows;
     if (what->dtype == DSV4_F32) work->config.rounding = DSV4_ROUNDING_NONE;
     bench_make_layers(work);
     bench_work_threads(work, NULL);
@@ -272,8 +294,16 @@ static dsv4_status bench_decode_step(bench_work *work) {
     return status;
 }
 
+static dsv4_status bench_unpack(bench_work *work) {
+    const unsigned char *rows = bench_cold_slice(work->cold, work->packed_bytes);
+    const size_t count = (size_t)work->what->count, scales = 7 * count; /* one for each block of 64 channels of 448 */
+    const dsv4_const_matrix packed = {rows, DSV4_PACKED, 0}, behind = {rows + work->packed_bytes - scales, DSV4_PACKED, 0};
+    return dsv4_unpack(&work->config, work->what->count, packed, behind, work->batch.out, &work->error);
+}
+
 static dsv4_status bench_run_once(bench_work *work) {
     dsv4_status status = DSV4_OK;
+    if (work->what->kind == BENCH_UNPACK) return bench_unpack(work);
     if (work->what->kind == BENCH_BACKWARD)
         return dsv4_backward(work->layers[0], &work->batch, &work->gradients, work->workspaces[0], &work->error);
     if (work->what->kind == BENCH_POOL) {

@@ -263,6 +263,16 @@ static const unsigned char *bench_cold_slice(bench_cold *cold, size_t size) {
     return cold->bytes + cold->at - size;
 }
 
+/* Bytes read and written per second, in 1e9, by the C library's copy from cold memory to cold memory. */
+static double bench_copy_rate(bench_cold *cold) {
+    const size_t size = (size_t)48 << 20;
+    const unsigned char *from = bench_cold_slice(cold, size);
+    unsigned char *to = (unsigned char *)(uintptr_t)bench_cold_slice(cold, size);
+    const double start = bench_now();
+    memcpy(to, from, size);
+    return 2e-9 * (double)size / (bench_now() - start);
+}
+
 typedef struct bench_read_job {
     const bench_reader *reader;
     const unsigned char *bytes;

@@ -36,6 +36,8 @@ static const char usage[] =
     "                       none for F32\n"
     "  --sums ORDER         in which bf16 products are added: pairs, or tiles, made for Xeons with AMX; each gives\n"
     "                       the same bytes on every CPU (pairs)\n"
+    "  --rows FORMAT        what caches make of entries, fp8, fp8-keys, fp4 or fp4-e4m3; out is what is read back\n"
+    "  --packed             write their bytes instead: rows and scales\n"
     "  --ratio M            tokens per entry, where there is no ape to tell\n"
     "  --no-ape             there is none (DeepSeek-V4.1)\n"
     "  --rope-dim R         channels turned by RoPE (64)      --rope-theta T       its base (160000)\n"
@@ -97,7 +99,7 @@ enum {
 };
 
 /* And those that are names, which are told behind them. */
-enum { PRESET, SUMS, NAMED, ALL_TOLD = TOLD + NAMED };
+enum { PRESET, SUMS, ROWS, NAMED, ALL_TOLD = TOLD + NAMED };
 
 static const struct setting {
     const char *option, *key;
@@ -120,9 +122,9 @@ static const struct setting {
 };
 
 typedef struct options {
-    const char *weights, *prefix, *input, *tensor, *output, *preset, *sums, *isa, *backward, *plot;
+    const char *weights, *prefix, *input, *tensor, *output, *preset, *sums, *rows, *isa, *backward, *plot;
     const char *settings[SETTINGS];
-    int no_ape, drop_tail, stages, all, list, json, list_isa, version, help;
+    int no_ape, drop_tail, stages, packed, all, list, json, list_isa, version, help;
 } options;
 
 typedef struct number {
@@ -141,14 +143,15 @@ typedef struct option_place {
 static const option_place text_options[] = {
     OPTION("--weights", weights), OPTION("--prefix", prefix),     OPTION("--input", input), OPTION("--tensor", tensor),
     OPTION("--output", output),   OPTION("--preset", preset),     OPTION("--sums", sums),   OPTION("--isa", isa),
-    OPTION("--plot", plot),       OPTION("--backward", backward),
+    OPTION("--plot", plot),       OPTION("--backward", backward), OPTION("--rows", rows),
 };
 static const option_place flags[] = {
-    OPTION("--no-ape", no_ape),     OPTION("--drop-tail", drop_tail),
-    OPTION("--stages", stages),     OPTION("--all", all),
-    OPTION("--list", list),         OPTION("--json", json),
-    OPTION("--list-isa", list_isa), OPTION("--version", version),
-    OPTION("--help", help),         OPTION("-h", help),
+    OPTION("--no-ape", no_ape),   OPTION("--drop-tail", drop_tail),
+    OPTION("--stages", stages),   OPTION("--all", all),
+    OPTION("--packed", packed),   OPTION("--list", list),
+    OPTION("--json", json),       OPTION("--list-isa", list_isa),
+    OPTION("--version", version), OPTION("--help", help),
+    OPTION("-h", help),
 };
 #undef OPTION
 
@@ -226,12 +229,13 @@ typedef struct job {
     const st_tensor *x, *dout;
     dsv4_config config;
     int64_t rows, tokens, entries; /* batch rows; tokens and entries of each */
+    size_t row_bytes, scale_bytes; /* of an entry, packed */
     dsv4_compressor *compressor;
     dsv4_workspace *workspace;
     dsv4_segment *segments; /* one a row; none where rows are shorter than a window */
     dsv4_state **states;    /* one a segment, with chunks */
     int64_t segment_count;
-    st_tensor results[10];
+    st_tensor results[12];
     int result_count;
     const char *isa;
     double pack_seconds, seconds;
@@ -296,6 +300,9 @@ static int has_shape(const st_tensor *t, int64_t rows, int64_t columns) {
 /* ---- Tensors ----------------------------------------------------------------------------------------------- */
 
 enum { FULL_NAME_SIZE = 2 * ST_NAME_SIZE + 2, LONGEST_RESULT = sizeof ".latent" };
+
+/* Whether hidden states or weights can be of the type. */
+static int is_real(const st_tensor *t) { return t->dtype == ST_F32 || t->dtype == ST_BF16; }
 
 /* The name of a result, or of a gradient that is read: with --all that of its compressor stands before it. */
 static const char *full_name(const job *j, const char *name, char text[FULL_NAME_SIZE]) {
@@ -377,7 +384,7 @@ static int check_param(const job *j, int param) {
                     "%s: tensor '%s' is quantised, %s with '%s'; the published models keep compressors in BF16", path,
                     t->name, t->type, scales->name);
     }
-    if (t->dtype == ST_OTHER) {
+    if (!is_real(t)) {
         return fail(TROUBLE,
                     "%s: tensor '%s' is %.20s, not BF16, F32 or F16; the published models keep compressors in BF16",
                     path, t->name, t->type);
@@ -452,6 +459,12 @@ static int read_gate(job *j) {
 
 /* ---- Settings ---------------------------------------------------------------------------------------------- */
 
+/* All settings, those that are names behind the others: their keys. */
+static const char *told_key(int i) {
+    static const char *const names[NAMED] = {[PRESET] = "preset", [SUMS] = "sums", [ROWS] = "rows"};
+    return i < TOLD ? settings[i].key : names[i - TOLD];
+}
+
 /* What is said of setting `i`, by whoever has the last word; `where` is the line's beginning if it is wrong. */
 static const char *said_of(const job *j, int i, origin *from, char *where, size_t where_size) {
     const struct setting *s = &settings[i];
@@ -500,18 +513,40 @@ static int read_preset(job *j) {
 
 static const char *const sums_names[] = {[DSV4_SUMS_PAIRS] = "pairs", [DSV4_SUMS_TILES] = "tiles"};
 
+/* What is said of a choice that has a name, by the option or the file; `where` is the line's beginning if it is wrong. */
+static const char *said_name(job *j, int which, const char *option, const char *standard, char *where, size_t size) {
+    const char *key = told_key(TOLD + which), *text = option;
+    j->named_from[which] = OPTION;
+    snprintf(where, size, "--%s", key);
+    if (text) return text;
+    j->named_from[which] = METADATA;
+    snprintf(where, size, "%s: metadata '%s'", shard_of(j, DSV4_WKV)->path, key);
+    if ((text = metadata(j, key))) return text;
+    j->named_from[which] = STANDARD;
+    return standard;
+}
+
 static int read_sums(job *j) {
-    const char *wanted = j->o.sums, *path = shard_of(j, DSV4_WKV)->path;
-    j->named_from[SUMS] = OPTION;
-    if (!wanted && (wanted = metadata(j, "sums"))) j->named_from[SUMS] = METADATA;
-    if (!wanted) {
-        j->named_from[SUMS] = STANDARD;
-        wanted = sums_names[DSV4_SUMS_PAIRS];
-    }
+    char where[512];
+    const char *wanted = said_name(j, SUMS, j->o.sums, sums_names[DSV4_SUMS_PAIRS], where, sizeof where);
     j->config.sums = strcmp(wanted, sums_names[DSV4_SUMS_TILES]) == 0 ? DSV4_SUMS_TILES : DSV4_SUMS_PAIRS;
     if (strcmp(wanted, sums_names[j->config.sums]) == 0) return 0;
-    return fail(TROUBLE, "%s%s: no order of sums '%.40s'; there are pairs and tiles", j->o.sums ? "--sums" : path,
-                j->o.sums ? "" : ": metadata 'sums'", wanted);
+    return fail(TROUBLE, "%s: no order of sums '%.40s'; there are pairs and tiles", where, wanted);
+}
+
+static int read_rows(job *j) {
+    char where[512];
+    const char *wanted = said_name(j, ROWS, j->o.rows, dsv4_rows_name(DSV4_ROWS_PLAIN), where, sizeof where);
+    int rows = DSV4_ROWS_PLAIN;
+    while (rows < DSV4_ROWS_COUNT && strcmp(wanted, dsv4_rows_name((dsv4_rows)rows)) != 0) rows++;
+    if (rows == DSV4_ROWS_COUNT) {
+        return fail(TROUBLE, "%s: '%.40s' is none of plain, fp8, fp8-keys, fp4, fp4-e4m3", where, wanted);
+    }
+    j->config.rows = (dsv4_rows)rows;
+    if (j->o.packed && rows == DSV4_ROWS_PLAIN) {
+        return fail(TROUBLE, "--packed: plain rows are not packed; --rows names a format");
+    }
+    return 0;
 }
 
 /* What the shapes do not tell. */
@@ -535,7 +570,7 @@ static const st_tensor *input_tensor(const job *j, const char *name) {
     const st_tensor *t = st_find(&j->run->input, name);
     if (!t) {
         complain("%s: no tensor '%.120s'", j->o.input, name);
-    } else if (t->dtype == ST_OTHER) {
+    } else if (!is_real(t)) {
         complain("%s: tensor '%s' is %.20s, not BF16, F32 or F16", j->o.input, t->name, t->type);
     } else if (!t->data) {
         complain("%s: not enough memory for tensor '%s'", j->o.input, t->name);
@@ -602,6 +637,7 @@ static int load(job *j) {
     if (!status) status = read_gradient(j);
     if (!status) status = read_preset(j);
     if (!status) status = read_sums(j);
+    if (!status) status = read_rows(j);
     return status;
 }
 
@@ -767,7 +803,8 @@ static int prepare(job *j) {
     const dsv4_parallel parallel = pool_parallel(j->run->threads);
     dsv4_error error = {DSV4_OK, ""};
     if (dsv4_compressor_create(&j->config, &params, &choices, &heap, &j->compressor, &error) != DSV4_OK ||
-        dsv4_workspace_create(j->compressor, &parallel, &heap, &j->workspace, &error) != DSV4_OK) {
+        dsv4_workspace_create(j->compressor, &parallel, &heap, &j->workspace, &error) != DSV4_OK ||
+        (j->o.packed && dsv4_row_sizes(&j->config, &j->row_bytes, &j->scale_bytes, &error) != DSV4_OK)) {
         return fail(TROUBLE, "%s", error.text);
     }
     j->config = *dsv4_compressor_config(j->compressor); /* with its defaults */
@@ -788,24 +825,34 @@ static void *add_result(job *j, const char *name, st_dtype dtype, int ndim, cons
     return data;
 }
 
+/* Rows and scales, as bytes; nonzero where memory lacks. */
+static int add_packed(job *j, dsv4_batch *batch) {
+    const int64_t rows_shape[3] = {j->rows, j->entries, (int64_t)j->row_bytes};
+    const int64_t scales_shape[3] = {j->rows, j->entries, (int64_t)j->scale_bytes};
+    batch->out.dtype = batch->scales.dtype = DSV4_PACKED;
+    batch->out.data = add_result(j, "rows", ST_U8, 3, rows_shape);
+    batch->scales.data = add_result(j, "scales", ST_U8, 3, scales_shape);
+    return !batch->out.data || !batch->scales.data;
+}
+
 static int add_outputs(job *j, dsv4_batch *batch) {
     const dsv4_config *c = &j->config;
     const int64_t out[3] = {j->rows, j->entries, c->head_dim};
     const int64_t projected[3] = {j->rows, j->tokens, (1 + c->overlap) * c->head_dim};
     dsv4_stages *s = &batch->stages;
-    int missing = !(batch->out.data = add_result(j, "out", j->x->dtype, 3, out));
+    int missing = j->o.packed ? add_packed(j, batch) : !(batch->out.data = add_result(j, "out", j->x->dtype, 3, out));
     if (j->o.stages) {
         missing |= !(s->kv = (float *)add_result(j, "kv", ST_F32, 3, projected));
         missing |= !c->no_gate && !(s->gate = (float *)add_result(j, "gate", ST_F32, 3, projected));
         missing |= !(s->pooled = (float *)add_result(j, "pooled", ST_F32, 3, out));
-        missing |= !(s->latent = add_result(j, "latent", j->x->dtype, 3, out));
+        missing |= !(s->latent = add_result(j, "latent", j->o.packed ? ST_BF16 : j->x->dtype, 3, out));
     }
     return missing ? fail(TROUBLE, "not enough memory for the results") : 0;
 }
 
 static void describe_batch(const job *j, dsv4_batch *batch) {
     batch->x = library_matrix(j->x);
-    batch->out.dtype = batch->x.dtype;
+    if (!batch->out.dtype) batch->out.dtype = batch->x.dtype;
     batch->tokens = j->rows * j->tokens;
     batch->entries = j->rows * j->entries;
     batch->segments = j->segments;
@@ -953,11 +1000,11 @@ static const char *setting_text(const job *j, int setting, char *text, size_t si
     return text;
 }
 
-/* All settings, those that are names behind the others: key, text, origin. */
-static const char *told_key(int i) { return i < TOLD ? settings[i].key : i == TOLD + PRESET ? "preset" : "sums"; }
-
+/* Its text and origin. */
 static const char *told_text(const job *j, int i, char *text, size_t size) {
-    return i < TOLD ? setting_text(j, i, text, size) : i == TOLD + PRESET ? j->preset : sums_names[j->config.sums];
+    if (i < TOLD) return setting_text(j, i, text, size);
+    if (i == TOLD + PRESET) return j->preset;
+    return i == TOLD + SUMS ? sums_names[j->config.sums] : dsv4_rows_name(j->config.rows);
 }
 
 static origin told_from(const job *j, int i) { return i < TOLD ? j->from[i] : j->named_from[i - TOLD]; }
@@ -1089,6 +1136,11 @@ static void settings_lines(const job *j, char *lines, size_t size) {
 /* Bytes of a tensor in a file. */
 static double file_bytes(const st_tensor *t) { return (double)t->count * st__bits(t->type) / 8; }
 
+/* The first results: out, or rows and scales. */
+static double entry_bytes(const job *j) {
+    return file_bytes(&j->results[0]) + (j->o.packed ? file_bytes(&j->results[1]) : 0);
+}
+
 static void report_json(const job *j) {
     const double tokens = (double)j->rows * (double)j->tokens;
     printf("{");
@@ -1101,7 +1153,7 @@ static void report_json(const job *j) {
            "\"bytes_after\": %.0f, \"hidden_dim\": %" PRId64 ", \"head_dim\": %" PRId64 ", \"ratio\": %" PRId64
            ", \"overlap\": %s, \"preset\": \"%s\", \"dtype\": \"%s\", \"pack_seconds\": %.6f, \"seconds\": %.6f, "
            "\"tokens_per_s\": %.1f, \"isa\": \"%s\", \"threads\": %d, \"settings\": {",
-           j->rows, tokens, j->rows * j->entries, file_bytes(j->x), file_bytes(j->results), j->config.hidden_dim,
+           j->rows, tokens, j->rows * j->entries, file_bytes(j->x), entry_bytes(j), j->config.hidden_dim,
            j->config.head_dim, j->config.ratio, j->config.overlap ? "true" : "false", j->preset,
            j->x->dtype == ST_BF16 ? "BF16" : "F32", j->pack_seconds, j->seconds,
            j->seconds > 0 ? tokens / j->seconds : 0, j->isa, j->run->threads->workers + 1);
@@ -1110,8 +1162,7 @@ static void report_json(const job *j) {
 }
 
 static void report_text(const job *j) {
-    const double before = file_bytes(j->x), after = file_bytes(j->results),
-                 tokens = (double)j->rows * (double)j->tokens;
+    const double before = file_bytes(j->x), after = entry_bytes(j), tokens = (double)j->rows * (double)j->tokens;
     const int threads = j->run->threads->workers + 1;
     if (j->o.all) printf("%s:\n", *j->at.prefix ? j->at.prefix : "no prefix");
     printf("%" PRId64 " x %" PRId64 " tokens -> %" PRId64 " x %" PRId64 " entries of %" PRId64 " numbers%s\n", j->rows,

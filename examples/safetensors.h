@@ -26,7 +26,7 @@ enum {
     ST_ALIGNMENT = 64                   /* of the first number in files written here */
 };
 
-typedef enum { ST_F32, ST_BF16, ST_OTHER } st_dtype;
+typedef enum { ST_F32, ST_BF16, ST_U8, ST_OTHER } st_dtype;
 
 typedef struct {
     char name[ST_NAME_SIZE];
@@ -98,7 +98,11 @@ static inline int st__big_endian(void) {
     return first == 0;
 }
 
-static inline size_t st__size(st_dtype dtype) { return dtype == ST_F32 ? 4 : 2; }
+static inline size_t st__size(st_dtype dtype) { return dtype == ST_F32 ? 4 : dtype == ST_BF16 ? 2 : 1; }
+
+static inline const char *st__type(st_dtype dtype) {
+    return dtype == ST_F32 ? "F32" : dtype == ST_BF16 ? "BF16" : "U8";
+}
 
 /* Little-endian numbers of a file to the machine's own, or back. */
 static inline void st__convert(unsigned char *to, const unsigned char *from, size_t bytes, size_t number_size) {
@@ -156,9 +160,9 @@ static inline int st__is_f16(const st_tensor *t) { return strcmp(t->type, "F16")
 
 static inline int st__read_type(json *j, st_tensor *t) {
     if (json_string(j, &t->type)) return -1;
-    t->dtype = strcmp(t->type, "BF16") == 0                   ? ST_BF16
-               : strcmp(t->type, "F32") == 0 || st__is_f16(t) ? ST_F32
-                                                              : ST_OTHER;
+    t->dtype = ST_F32;
+    while (t->dtype < ST_OTHER && strcmp(t->type, st__type(t->dtype)) != 0) t->dtype = (st_dtype)(t->dtype + 1);
+    if (st__is_f16(t)) t->dtype = ST_F32;
     return 0;
 }
 
@@ -516,7 +520,9 @@ static inline void st__append_tensor(st__buffer *b, const st_tensor *t, uint64_t
     const uint64_t end = *offset + (uint64_t)t->count * st__size(t->dtype);
     st__append_text(b, b->size > 1 ? "," : "");
     st__append_string(b, t->name);
-    st__append_text(b, t->dtype == ST_F32 ? ":{\"dtype\":\"F32\",\"shape\":[" : ":{\"dtype\":\"BF16\",\"shape\":[");
+    st__append_text(b, ":{\"dtype\":");
+    st__append_string(b, st__type(t->dtype));
+    st__append_text(b, ",\"shape\":[");
     for (int i = 0; i < t->ndim; i++) {
         snprintf(number, sizeof number, "%s%lld", i ? "," : "", (long long)t->shape[i]);
         st__append_text(b, number);
@@ -538,7 +544,7 @@ static inline void st__append_header(st__buffer *b, const st_tensor *tensors, in
         st__append_string(b, metadata[i][1]);
     }
     st__append_text(b, metadata_count > 0 ? "}" : "");
-    for (int dtype = ST_F32; dtype <= ST_BF16; dtype++) {
+    for (int dtype = ST_F32; dtype < ST_OTHER; dtype++) {
         for (int i = 0; i < count; i++) {
             if ((int)tensors[i].dtype == dtype) st__append_tensor(b, &tensors[i], &offset);
         }
@@ -567,7 +573,7 @@ static inline int st__write_all(FILE *file, const st__buffer *header, const st_t
     unsigned char length[8];
     for (int i = 0; i < 8; i++) length[i] = (unsigned char)((uint64_t)header->size >> (8 * i));
     if (fwrite(length, 1, 8, file) != 8 || fwrite(header->bytes, 1, header->size, file) != header->size) return -1;
-    for (int dtype = ST_F32; dtype <= ST_BF16; dtype++) {
+    for (int dtype = ST_F32; dtype < ST_OTHER; dtype++) {
         for (int i = 0; i < count; i++) {
             if ((int)tensors[i].dtype == dtype && st__write_numbers(file, &tensors[i])) return -1;
         }
@@ -633,7 +639,7 @@ static inline st_tensor st_make(const char *name, st_dtype dtype, const void *da
     memset(&t, 0, sizeof t);
     snprintf(t.name, sizeof t.name, "%.*s", ST_NAME_SIZE - 1, name);
     t.dtype = dtype;
-    t.type = dtype == ST_F32 ? "F32" : "BF16";
+    t.type = st__type(dtype);
     t.data = data;
     t.ndim = ndim;
     for (int i = 0; i < ndim && i < ST_DIMENSIONS; i++) t.shape[i] = shape[i];

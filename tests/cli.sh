@@ -30,8 +30,11 @@ same_gradients() { # kernel sets and threads; sums over tokens are not promised 
     same_bytes "$golden" --backward dout
 }
 
+same_rows() { same_bytes "$1" --stages && same_bytes "$1" --packed; }
+
 for golden in tests/golden/*.safetensors; do
     case $golden in
+    */rows_*) spawn "$golden: the same bytes, read back and packed" same_rows "$golden" ;;
     */grad_*) spawn "$golden: the same gradients from every kernel set, any threads" same_gradients "$golden" ;;
     *) spawn "$golden: the same bytes from every kernel set, any threads, any chunks" same_bytes "$golden" --stages ;;
     esac
@@ -406,7 +409,7 @@ done <<'END'
 ^settings, metadata: eps 0.001, rope_theta 20000$|
 ^settings, config.json: rope_dim 16, yarn_factor 1$|
 ^settings, ape: ratio 4$|
-^settings, standard: start 0, .*pad_gate -inf, sums pairs$|
+^settings, standard: start 0, .*pad_gate -inf, sums pairs, rows plain$|
 ^settings, option: sums tiles$|--sums tiles
 ^settings, dtype of x: preset none$|
 "ratio": {"value": 4, "from": "ape"}|--json
@@ -553,4 +556,34 @@ reads_f16() { # as the same numbers in F32
 }
 try 'F16 weights and hidden states' reads_f16
 
+# ---- Rows -------------------------------------------------------------------------------------------------------
+
+rows_of() { # rows_of NAME FILE OPTIONS...: compresses a golden file to $tmp/NAME
+    name=$1 file=$2
+    shift 2
+    "$compress" --weights "$file" --input "$file" --output "$tmp/$name" "$@"
+}
+fp8=tests/golden/rows_fp8.safetensors
+same_entries() { # same_entries NAME NAME: one tensor `out`, whatever the metadata
+    for name in "$1" "$2"; do "$tmp/tensors" "$tmp/$name.out" "$tmp/$name:out=out" || return 1; done
+    cmp "$tmp/$1.out" "$tmp/$2.out"
+}
+metadata_gives_rows() { rows_of by-file $fp8 && rows_of by-option $fp8 --rows fp8 && same_entries by-file by-option; }
+option_wins() { rows_of plain $fp8 --rows plain && rows_of by-file $fp8 && ! same_entries plain by-file; }
+told_rows() { rows_of told-rows $fp8 --json | grep -q '"rows": {"value": "fp8", "from": "metadata"}'; }
+packed_size() { # 8 entries of 192 channels: 128 codes, 64 halves, 2 scales each
+    rows_of packed $fp8 --packed --json | grep -q '"bytes_after": 2064,' &&
+        LC_ALL=C grep -aq '"rows":{"dtype":"U8","shape":\[1,8,256\]' "$tmp/packed" &&
+        LC_ALL=C grep -aq '"scales":{"dtype":"U8","shape":\[1,8,2\]' "$tmp/packed"
+}
+try 'the file says how its rows are kept' metadata_gives_rows
+try '--rows wins over the file' option_wins
+try 'the report tells the rows' told_rows
+try '--packed writes codes and scales' packed_size
+refuses_rows() { pattern=$1 file=$2 && shift 2 && refuses 1 "$pattern" --weights $file --input $file "$@"; }
+try 'a format of rows that there is not' refuses_rows "--rows: 'fp16' is none of plain, fp8" $good --rows fp16
+try '--packed of plain rows' refuses_rows '--packed: plain rows are not packed' $good --packed
+try 'FP4 rows of a head_dim that is no power of two' refuses_rows 'rows are FP4, but head_dim 192' $fp8 --rows fp4
+"$tmp/tensors" "$tmp/bad-rows" $(params_of $fp8 p) $fp8:x=x @rows=fp9 @ratio=4
+try 'metadata of rows that there are not' refuses_rows "metadata 'rows': 'fp9'" "$tmp/bad-rows" --prefix p
 finish

@@ -38,6 +38,14 @@ SUPPORT uint32_t golden_rounding(const golden *g) {
     exit(1);
 }
 
+/* The format of a file's rows: plain where it does not say. */
+SUPPORT dsv4_rows golden_rows(const golden *g) {
+    const char *text = st_metadata(&g->file, "rows");
+    int rows = DSV4_ROWS_PLAIN;
+    while (text && rows < DSV4_ROWS_COUNT && strcmp(text, dsv4_rows_name((dsv4_rows)rows)) != 0) rows++;
+    return (dsv4_rows)rows;
+}
+
 SUPPORT golden golden_open(const char *name) {
     golden g = {0};
     char path[256], message[256] = "";
@@ -65,6 +73,7 @@ SUPPORT golden golden_open(const char *name) {
     c->no_ape = !g.params.ape.data;
     c->no_gate = !g.params.wgate.data;
     c->rounding = golden_rounding(&g);
+    c->rows = golden_rows(&g);
     c->eps = (float)golden_setting(&g, "eps");
     c->rope_theta = golden_setting(&g, "rope_theta");
     c->yarn_factor = golden_setting(&g, "yarn_factor");

@@ -43,8 +43,10 @@ SUPPORT uint64_t hash_number(uint64_t hash, uint32_t number, int size) {
 SUPPORT uint64_t hash_array(const void *data, dsv4_dtype dtype, int64_t count) {
     uint64_t hash = hash_start;
     for (int64_t i = 0; i < count; i++) {
-        if (dtype == DSV4_BF16) hash = hash_number(hash, ((const uint16_t *)data)[i], 2);
-        else hash = hash_number(hash, bits_of_float(((const float *)data)[i]), 4);
+        if (dtype == DSV4_BF16)
+            hash = hash_number(hash, ((const uint16_t *)data)[i], 2);
+        else
+            hash = hash_number(hash, bits_of_float(((const float *)data)[i]), 4);
     }
     return hash;
 }
@@ -127,6 +129,44 @@ SUPPORT void hash_saved(const shape *of, const char *isa, hash_list *list) {
     model_free(&m);
 }
 
+/* ---- Rows as caches hold them ------------------------------------------------------------------------------ */
+
+/* What is read back in fp32, and, packed, the bytes of rows and scales. */
+SUPPORT void hash_rows(dsv4_rows rows, uint32_t rounding, const char *isa, hash_list *list) {
+    enum { ENTRIES = 30 };
+    static const shape of = {"rows",    48,      256, 4, 64, 1, 0, 0, 0, {DSV4_BF16, DSV4_BF16, DSV4_F32, DSV4_BF16},
+                             DSV4_BF16, DSV4_F32, DSV4_SUMS_PAIRS};
+    model m = hash_model(&of, rounding);
+    m.config.rows = rows;
+    sequence s = shape_sequence(&of, 4 * ENTRIES, 97);
+    engine e = engine_new(&m, isa, NULL);
+    size_t row_bytes = 0, scale_bytes = 0;
+    hash_need(dsv4_row_sizes(&m.config, &row_bytes, &scale_bytes, NULL) == DSV4_OK, "row_sizes");
+    float *read = reserve(ENTRIES * 256 * sizeof *read);
+    unsigned char *packed = reserve(ENTRIES * row_bytes), *scales = reserve(ENTRIES * scale_bytes);
+    dsv4_batch b = {0};
+    b.x.data = s.x;
+    b.x.dtype = s.dtype;
+    b.tokens = s.tokens;
+    b.entries = ENTRIES;
+    b.out = matrix_of(read, DSV4_F32);
+    hash_need(dsv4_compress(e.compressor, &b, e.workspace, NULL) == DSV4_OK, dsv4_rows_name(rows));
+    b.out = matrix_of(packed, DSV4_PACKED);
+    b.scales = matrix_of(scales, DSV4_PACKED);
+    hash_need(dsv4_compress(e.compressor, &b, e.workspace, NULL) == DSV4_OK, dsv4_rows_name(rows));
+    char name[64];
+    snprintf(name, sizeof name, "rows.%s%s", dsv4_rows_name(rows), rounding ? ".deepseek" : "");
+    hash_add(list, name, "out", hash_array(read, DSV4_F32, ENTRIES * 256));
+    hash_add(list, name, "packed", hash_bytes(hash_start, packed, ENTRIES * row_bytes));
+    hash_add(list, name, "scales", hash_bytes(hash_start, scales, ENTRIES * scale_bytes));
+    free(read);
+    free(packed);
+    free(scales);
+    engine_free(&e);
+    sequence_free(&s);
+    model_free(&m);
+}
+
 /* ---- Numbers ----------------------------------------------------------------------------------------------- */
 
 SUPPORT void hash_conversions(hash_list *list) {
@@ -168,6 +208,10 @@ SUPPORT void hash_all(const char *isa, hash_list *list) {
     }
     for (int i = 0; i < LONG_SHAPE_COUNT; i++)
         hash_shape(&long_shapes[i], long_windows(&long_shapes[i]) / 3 + 1, long_shapes[i].rounding, isa, 1, list);
+    for (int rows = DSV4_ROWS_FP8; rows < DSV4_ROWS_COUNT; rows++) {
+        hash_rows((dsv4_rows)rows, DSV4_ROUNDING_NONE, isa, list);
+        hash_rows((dsv4_rows)rows, DSV4_ROUNDING_DEEPSEEK, isa, list);
+    }
 }
 
 /* Index of the first line that differs, -1 where none does. */

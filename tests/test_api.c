@@ -66,7 +66,8 @@ TEST success_writes_no_error(void) {
 TEST dtypes_have_their_size(void) {
     ASSERT_EQ_FMT(4u, (unsigned)dsv4_dtype_size(DSV4_F32), "%u");
     ASSERT_EQ_FMT(2u, (unsigned)dsv4_dtype_size(DSV4_BF16), "%u");
-    ASSERT_EQ_FMT(0u, (unsigned)dsv4_dtype_size((dsv4_dtype)3), "%u");
+    ASSERT_EQ_FMT(1u, (unsigned)dsv4_dtype_size(DSV4_PACKED), "%u");
+    ASSERT_EQ_FMT(0u, (unsigned)dsv4_dtype_size((dsv4_dtype)4), "%u");
     ASSERT_EQ_FMT(0u, (unsigned)dsv4_dtype_size((dsv4_dtype)0), "%u");
     ASSERT_EQ_FMT(0u, (unsigned)dsv4_dtype_size((dsv4_dtype)-1), "%u");
     PASS();

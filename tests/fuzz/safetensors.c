@@ -50,7 +50,7 @@ static void check_tensor(const st_file *file, const st_tensor *t) {
     REQUIRE(count == t->count);
     REQUIRE(t->type && (t->data != NULL) == (t->dtype != ST_OTHER));
     if (t->dtype != ST_OTHER) {
-        REQUIRE(t->count == 0 || (uintptr_t)t->data % (t->dtype == ST_F32 ? 4 : 2) == 0);
+        REQUIRE(t->count == 0 || (uintptr_t)t->data % st__size(t->dtype) == 0);
         read_all(t);
     }
     if (strcmp(t->type, "F16") == 0) check_halves(t);

@@ -36,7 +36,7 @@ def main():
     import cases
     import mutants
     import runner
-    import nine, shapes, roundings, gradients, accuracy, real  # noqa: E401, F401 (each adds its tests)
+    import nine, shapes, roundings, gradients, accuracy, trainable, real  # noqa: E401, F401 (each adds its tests)
     versions = f"PyTorch {torch.__version__}, {real.found()}, Python {sys.version.split()[0]}"
     print(f"{versions}, seed {given.seed}", flush=True)
     with tempfile.TemporaryDirectory() as folder:

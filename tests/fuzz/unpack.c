@@ -1,0 +1,86 @@
+/* dsv4_unpack on arbitrary bytes: every number is its code times its block's scale, and nothing is read or written beside
+ * the rows, which stand in blocks of exactly their size. */
+
+#include "fuzz.h"
+#include "oracle_rows.h"
+
+typedef struct packed {
+    dsv4_config config;
+    int64_t count, row_stride, scale_stride;
+    size_t row_bytes, scale_bytes;
+    unsigned char *rows, *scales; /* the last one without the gap behind it */
+} packed;
+
+/* Bytes from the input, then from a counter. */
+static unsigned char *take(choices *c, int64_t count, int64_t stride, size_t bytes) {
+    const size_t size = bytes ? (size_t)((count - 1) * stride) + bytes : 0;
+    unsigned char *taken = (unsigned char *)reserve(size);
+    for (size_t i = 0; i < size; i++) taken[i] = c->at < c->end ? *c->at++ : (unsigned char)(i * 37);
+    return taken;
+}
+
+static int make(choices *c, packed *p) {
+    memset(p, 0, sizeof *p);
+    p->config.hidden_dim = p->config.ratio = 1;
+    p->config.rows = (dsv4_rows)choose(c, DSV4_ROWS_COUNT - 1);
+    p->config.head_dim = 1 + choose(c, 255);
+    p->config.rope_dim = 2 * (choose(c, 255) % (p->config.head_dim / 2 + 1));
+    p->config.rounding = choose(c, 1) ? DSV4_ROUND_ROW : 0;
+    p->count = 1 + choose(c, 7);
+    if (p->config.rows == DSV4_ROWS_FP4) {
+        while (p->config.head_dim & (p->config.head_dim - 1)) p->config.head_dim &= p->config.head_dim - 1;
+        p->config.rope_dim = 0;
+    }
+    if (dsv4_row_sizes(&p->config, &p->row_bytes, &p->scale_bytes, NULL) != DSV4_OK) return 0;
+    p->row_stride = (int64_t)p->row_bytes + choose(c, 20);
+    p->scale_stride = (int64_t)p->scale_bytes + choose(c, 20);
+    p->rows = take(c, p->count, p->row_stride, p->row_bytes);
+    p->scales = take(c, p->count, p->scale_stride, p->scale_bytes);
+    return 1;
+}
+
+/* Subnormal scales and products are nobody's promise. */
+static int is_promised(double value) { return value == 0 || !(fabs(value) < 0x1p-126); }
+
+static void check_number(const packed *p, const unsigned char *row, const unsigned char *scales, int64_t i, float got) {
+    const row_rule rule = rule_of(p->config.rows);
+    const int64_t coded = p->config.head_dim - (p->config.rows == DSV4_ROWS_FP8 ? p->config.rope_dim : 0);
+    const unsigned char *s = scales + i / rule.block * rule.scale_bytes, *half = row + coded + 2 * (i - coded);
+    if (i >= coded) {
+        const float expected = float_of_bits((uint32_t)half[0] << 16 | (uint32_t)half[1] << 24);
+        REQUIRE(isnan(expected) ? isnan(got) : bits_of_float(expected) == bits_of_float(got));
+        return;
+    }
+    double scale = rule.e4m3_scale ? signed_value(*s, e4m3_value) : *s == 255 ? NAN : ldexp(1, *s - 127);
+    if (rule.scale_bytes == 4)
+        scale = float_of_bits((uint32_t)s[0] | (uint32_t)s[1] << 8 | (uint32_t)s[2] << 16 | (uint32_t)s[3] << 24);
+    const int code = rule.wide ? row[i] : row[i / 2] >> (4 * (i % 2)) & 15;
+    const double product = signed_value(code, rule.wide ? e4m3_value : e2m1_value) * scale;
+    if (!is_promised(scale) || !is_promised(product)) return;
+    float expected = (float)product;
+    if (p->config.rounding & DSV4_ROUND_ROW) expected = bf16_of(expected);
+    REQUIRE(isnan(expected) ? isnan(got) : bits_of_float(expected) == bits_of_float(got));
+}
+
+static void check(const packed *p, dsv4_dtype dtype) {
+    const dsv4_const_matrix rows = {p->rows, DSV4_PACKED, p->row_stride},
+                            scales = {p->scales, DSV4_PACKED, p->scale_stride};
+    void *numbers = reserve((size_t)(p->count * p->config.head_dim) * dsv4_dtype_size(dtype));
+    REQUIRE(dsv4_unpack(&p->config, p->count, rows, scales, matrix_of(numbers, dtype), NULL) == DSV4_OK);
+    for (int64_t r = 0; r < p->count && dtype == DSV4_F32; r++)
+        for (int64_t i = 0; i < p->config.head_dim; i++)
+            check_number(p, p->rows + r * p->row_stride, p->scales + r * p->scale_stride, i,
+                         ((const float *)numbers)[r * p->config.head_dim + i]);
+    free(numbers);
+}
+
+int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
+    choices c = {data, data + size};
+    packed p;
+    if (!make(&c, &p)) return 0;
+    check(&p, DSV4_F32);
+    check(&p, DSV4_BF16);
+    free(p.rows);
+    free(p.scales);
+    return 0;
+}

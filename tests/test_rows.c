@@ -1,0 +1,830 @@
+/* Rows as caches hold them: numbers of eight and four bits, every format against its definition and PyTorch, packed rows
+ * anywhere in memory, pages, and gradients through them. */
+
+#define _POSIX_C_SOURCE 200809L
+#define _DEFAULT_SOURCE
+
+#include "runner.h"
+#include "fences.h"
+#include "golden_file.h"
+#include "gradient_support.h"
+#include "oracle_rows.h"
+
+static const dsv4_rows formats[] = {DSV4_ROWS_FP8, DSV4_ROWS_FP8_KEYS, DSV4_ROWS_FP4, DSV4_ROWS_FP4_E4M3};
+
+/* Whether two numbers are the same bit for bit, or both NaN. */
+static int same_number(float a, float b) { return bits_of_float(a) == bits_of_float(b) || (isnan(a) && isnan(b)); }
+
+/* ---- Single numbers ---------------------------------------------------------------------------------------- */
+
+TEST every_code_of_e4m3_has_its_value_and_comes_back(void) {
+    for (int code = 0; code < 256; code++) {
+        float value = dsv4_e4m3_to_f32((uint8_t)code);
+        ASSERT(same_number(value, (float)signed_value(code, e4m3_value)));
+        ASSERT_EQ_FMT(code, (int)dsv4_e4m3_from_f32(value), "0x%x");
+    }
+    PASS();
+}
+
+TEST every_code_of_e2m1_has_its_value_and_comes_back(void) {
+    for (int code = 0; code < 256; code++) {
+        float value = dsv4_e2m1_to_f32((uint8_t)code);
+        ASSERT(same_number(value, (float)signed_value(code & 15, e2m1_value)));
+        ASSERT_EQ_FMT(code & 15, (int)dsv4_e2m1_from_f32(value), "0x%x");
+    }
+    PASS();
+}
+
+/* NaN keeps its sign in E4M3, as PyTorch has it; infinities become the largest number. */
+TEST every_bf16_becomes_the_nearest_code(void) {
+    for (uint32_t bits = 0; bits < 65536; bits++) {
+        float value = dsv4_bf16_to_f32((dsv4_bf16)bits);
+        double clamped = isinf(value) ? copysign(1e30, value) : value;
+        int wide = isnan(value) ? 0x7F | (int)(bits >> 15) << 7 : e4m3_code(clamped);
+        ASSERT_EQ_FMT(wide, (int)dsv4_e4m3_from_f32(value), "0x%x");
+        ASSERT_EQ_FMT(isnan(value) ? 0x7 : e2m1_code(clamped), (int)dsv4_e2m1_from_f32(value), "0x%x");
+    }
+    PASS();
+}
+
+/* Halfway between neighbours, and one fp32 step to either side of it. */
+TEST ties_go_to_the_even_code(void) {
+    for (int code = 0; code < 0x7E; code++) {
+        float middle = (float)((e4m3_value(code) + e4m3_value(code + 1)) / 2);
+        for (int step = -1; step <= 1; step++) {
+            float value = float_of_bits(bits_of_float(middle) + (uint32_t)step);
+            ASSERT_EQ_FMT(e4m3_code(value), (int)dsv4_e4m3_from_f32(value), "0x%x");
+            ASSERT_EQ_FMT(e4m3_code(-value), (int)dsv4_e4m3_from_f32(-value), "0x%x");
+        }
+    }
+    for (int code = 0; code < 0x7; code++) {
+        float middle = (float)((e2m1_value(code) + e2m1_value(code + 1)) / 2);
+        for (int step = -1; step <= 1; step++) {
+            float value = float_of_bits(bits_of_float(middle) + (uint32_t)step);
+            ASSERT_EQ_FMT(e2m1_code(value), (int)dsv4_e2m1_from_f32(value), "0x%x");
+        }
+    }
+    PASS();
+}
+
+/* ---- Arrays of rows ---------------------------------------------------------------------------------------- */
+
+/* Rows of one configuration, as numbers and packed, with room between them. */
+typedef struct row_arrays {
+    int64_t count, row_stride, scale_stride; /* bytes */
+    size_t row_bytes, scale_bytes;
+    void *numbers; /* [count, D] */
+    dsv4_dtype dtype;
+    unsigned char *rows, *scales;
+} row_arrays;
+
+static row_arrays row_arrays_new(const dsv4_config *c, dsv4_dtype dtype, int64_t count, int gap) {
+    row_arrays a = {0};
+    a.count = count;
+    a.dtype = dtype;
+    if (dsv4_row_sizes(c, &a.row_bytes, &a.scale_bytes, NULL) != DSV4_OK) exit(1);
+    a.row_stride = (int64_t)a.row_bytes + gap;
+    a.scale_stride = (int64_t)a.scale_bytes + gap;
+    a.numbers = reserve((size_t)(count * c->head_dim) * dsv4_dtype_size(dtype));
+    a.rows = reserve((size_t)(count * a.row_stride));
+    a.scales = reserve((size_t)(count * a.scale_stride));
+    memset(a.numbers, POISON, (size_t)(count * c->head_dim) * dsv4_dtype_size(dtype));
+    memset(a.rows, POISON, (size_t)(count * a.row_stride));
+    memset(a.scales, POISON, (size_t)(count * a.scale_stride));
+    return a;
+}
+
+static void row_arrays_free(row_arrays *a) {
+    free(a->numbers);
+    free(a->rows);
+    free(a->scales);
+    memset(a, 0, sizeof *a);
+}
+
+static dsv4_matrix packed_matrix(void *data, int64_t stride) {
+    dsv4_matrix m = {data, DSV4_PACKED, stride};
+    return m;
+}
+
+static dsv4_const_matrix const_matrix(const void *data, dsv4_dtype dtype, int64_t stride) {
+    dsv4_const_matrix m = {data, dtype, stride};
+    return m;
+}
+
+/* A compressor of these rows and no use of its weights. */
+static model row_model(const dsv4_config *like) {
+    dsv4_config c = *like;
+    c.hidden_dim = c.hidden_dim ? c.hidden_dim : 2;
+    c.ratio = c.ratio ? c.ratio : 1;
+    return model_of(&c, DSV4_F32, 3);
+}
+
+static dsv4_status quantise(const engine *e, const void *plain, dsv4_dtype dtype, const row_arrays *a, int packed) {
+    dsv4_quantised to = {a->count, matrix_of(a->numbers, a->dtype), {0}};
+    if (packed) {
+        to.out = packed_matrix(a->rows, a->row_stride);
+        to.scales = packed_matrix(a->scales, a->scale_stride);
+    }
+    return dsv4_quantise(e->compressor, const_matrix(plain, dtype, 0), &to, e->workspace, NULL);
+}
+
+static dsv4_status unpack(const dsv4_config *c, const row_arrays *a, void *to, dsv4_dtype dtype) {
+    return dsv4_unpack(c, a->count, const_matrix(a->rows, DSV4_PACKED, a->row_stride),
+                       const_matrix(a->scales, DSV4_PACKED, a->scale_stride), matrix_of(to, dtype), NULL);
+}
+
+/* Whether quantised `plain`, packed, read back at once and unpacked, is what the definition says. */
+static const char *rows_fault(const dsv4_config *c, const char *isa, const void *plain, dsv4_dtype dtype,
+                              int64_t count) {
+    model m = row_model(c);
+    engine e = engine_new(&m, isa, NULL);
+    row_arrays a = row_arrays_new(c, dtype, count, 3);
+    unsigned char *row = reserve(a.row_bytes), *scales = reserve(a.scale_bytes);
+    float *back = reserve((size_t)(count * c->head_dim) * sizeof *back);
+    const char *fault = NULL;
+    if (quantise(&e, plain, dtype, &a, 0) || quantise(&e, plain, dtype, &a, 1) || unpack(c, &a, back, DSV4_F32))
+        fault = "refused";
+    for (int64_t r = 0; r < count && !fault; r++) {
+        const char *from = (const char *)plain + (size_t)(r * c->head_dim) * dsv4_dtype_size(dtype);
+        row_truth t = row_truth_of(c, from, dtype);
+        memset(row, 0, a.row_bytes);
+        row_truth_pack(c, &t, row, scales);
+        if (memcmp(row, a.rows + r * a.row_stride, a.row_bytes) != 0) fault = "codes";
+        if (memcmp(scales, a.scales + r * a.scale_stride, a.scale_bytes) != 0) fault = "scales";
+        if (!memory_untouched(a.rows + r * a.row_stride + a.row_bytes, 3) ||
+            !memory_untouched(a.scales + r * a.scale_stride + a.scale_bytes, 3))
+            fault = "bytes between rows";
+        for (int64_t i = 0; i < c->head_dim && !fault; i++) {
+            const float read = (float)number(a.numbers, dtype, r * c->head_dim + i);
+            const float expected = dtype == DSV4_BF16 ? bf16_of(t.read[i]) : t.read[i];
+            const float unpacked = i < t.coded ? t.read[i] : bf16_of(t.read[i]);
+            if (!same_number(read, expected)) fault = "what is read back";
+            if (!same_number(back[r * c->head_dim + i], unpacked)) fault = "what is unpacked";
+        }
+        row_truth_free(&t);
+    }
+    free(row);
+    free(scales);
+    free(back);
+    row_arrays_free(&a);
+    engine_free(&e);
+    model_free(&m);
+    return fault;
+}
+
+/* Rows of any size: blocks that the row's end cuts short, one channel, odd ones, RoPE over all or nothing. */
+TEST rows_of_every_size_are_as_defined(const char *isa) {
+    static const int64_t dims[] = {1, 2, 4, 16, 30, 64, 100, 128, 150, 192, 256, 512, 1024};
+    dice d = {11};
+    for (size_t k = 0; k < sizeof formats / sizeof *formats; k++)
+        for (size_t i = 0; i < sizeof dims / sizeof *dims; i++)
+            for (int narrow = 0; narrow < 2; narrow++) {
+                dsv4_config c = {0};
+                c.head_dim = dims[i];
+                c.rows = formats[k];
+                c.rope_dim = dice_below(&d, dims[i] / 2 + 1) * 2;
+                c.rounding = dice_below(&d, 2) ? DSV4_ROUND_ROW : 0;
+                c.hidden_dim = 2;
+                c.ratio = 1;
+                if (c.head_dim % 2 && formats[k] == DSV4_ROWS_FP4_E4M3) continue;
+                if ((c.head_dim % 2 || c.head_dim & (c.head_dim - 1)) && formats[k] == DSV4_ROWS_FP4) continue;
+                void *plain = random_array(narrow ? DSV4_BF16 : DSV4_F32, 5 * c.head_dim, dice_next(&d), 3);
+                const char *fault = rows_fault(&c, isa, plain, narrow ? DSV4_BF16 : DSV4_F32, 5);
+                free(plain);
+                ASSERTm(fault, !fault);
+            }
+    PASS();
+}
+
+/* Magnitudes from subnormal scales' neighbourhood to overflow, zeros of both signs, numbers at the edges of codes. */
+TEST rows_of_every_magnitude_are_as_defined(const char *isa) {
+    dice d = {5};
+    for (size_t k = 0; k < sizeof formats / sizeof *formats; k++)
+        for (int exponent = -120; exponent <= 120; exponent += 6) {
+            dsv4_config c = {0};
+            c.head_dim = 128;
+            c.rope_dim = 16;
+            c.rows = formats[k];
+            c.hidden_dim = 2;
+            c.ratio = 1;
+            float plain[3 * 128];
+            for (int i = 0; i < 3 * 128; i++) {
+                plain[i] = (float)ldexp(dice_real(&d), exponent - (int)dice_below(&d, 12) * (i / 128));
+                if (fabsf(plain[i]) < 0x1p-126f) plain[i] = dice_below(&d, 2) ? -0.0f : 0.0f;
+                if (dice_below(&d, 3) == 0) plain[i] = (float)ldexp((double)dice_below(&d, 17) / 2, exponent);
+            }
+            const char *fault = rows_fault(&c, isa, plain, DSV4_F32, 3);
+            ASSERTm(fault, !fault);
+        }
+    PASS();
+}
+
+/* Other blocks are as if the block were not there. */
+TEST a_block_with_a_nan_or_an_infinity_reads_back_as_nan(const char *isa) {
+    static const float odd[] = {NAN, INFINITY, -INFINITY};
+    for (size_t k = 0; k < sizeof formats / sizeof *formats; k++) {
+        const int block = rule_of(formats[k]).block;
+        for (int where = 0; where < 2 * block; where += block - 1) {
+            dsv4_config c = {0};
+            c.head_dim = 512;
+            c.rows = formats[k];
+            c.hidden_dim = 2;
+            c.ratio = 1;
+            if (c.rows == DSV4_ROWS_FP4) c.head_dim = 32; /* Hadamard spreads it over the whole row */
+            float *plain = random_array(DSV4_F32, c.head_dim, 4, 1);
+            plain[where % (int)c.head_dim] = odd[where % 3];
+            const char *fault = rows_fault(&c, isa, plain, DSV4_F32, 1);
+            row_truth t = row_truth_of(&c, plain, DSV4_F32);
+            const int first = where % (int)c.head_dim / block * block;
+            int nans = 0;
+            for (int64_t i = 0; i < c.head_dim; i++) nans += isnan(t.read[i]) && i >= first && i < first + block;
+            free(plain);
+            row_truth_free(&t);
+            ASSERTm(fault, !fault);
+            ASSERT_EQ_FMT(block, nans, "%d");
+        }
+    }
+    PASS();
+}
+
+/* Any bytes: each number is code times scale. Few rows go through the scalar kernels, many through the best. */
+TEST any_bytes_unpack_to_code_times_scale(dsv4_rows rows, int64_t count) {
+    dsv4_config c = {0};
+    c.head_dim = rows == DSV4_ROWS_FP4 ? 128 : 150;
+    c.rope_dim = 22;
+    c.rows = rows;
+    c.hidden_dim = c.ratio = 1;
+    const row_rule rule = rule_of(rows);
+    row_arrays a = row_arrays_new(&c, DSV4_F32, count, 1);
+    dice d = {(uint64_t)rows};
+    for (int64_t i = 0; i < count * a.row_stride; i++) a.rows[i] = (unsigned char)dice_below(&d, 256);
+    for (int64_t i = 0; i < count * a.scale_stride; i++) a.scales[i] = (unsigned char)dice_below(&d, 256);
+    ASSERT_EQ(DSV4_OK, unpack(&c, &a, a.numbers, DSV4_F32));
+    int64_t coded = rows == DSV4_ROWS_FP8 ? c.head_dim - c.rope_dim : c.head_dim;
+    for (int64_t r = 0; r < count; r++)
+        for (int64_t i = 0; i < c.head_dim; i++) {
+            const unsigned char *row = a.rows + r * a.row_stride, *scales = a.scales + r * a.scale_stride;
+            const unsigned char *s = scales + i / rule.block * rule.scale_bytes;
+            const float got = ((const float *)a.numbers)[r * c.head_dim + i];
+            if (i >= coded) {
+                const unsigned char *half = row + coded + 2 * (i - coded);
+                ASSERT(same_number(float_of_bits((uint32_t)half[0] << 16 | (uint32_t)half[1] << 24), got));
+                continue;
+            }
+            double scale = rule.e4m3_scale ? signed_value(*s, e4m3_value) : *s == 255 ? NAN : ldexp(1, *s - 127);
+            if (rule.scale_bytes == 4)
+                scale =
+                    float_of_bits((uint32_t)s[0] | (uint32_t)s[1] << 8 | (uint32_t)s[2] << 16 | (uint32_t)s[3] << 24);
+            const int code = rule.wide ? row[i] : row[i / 2] >> (4 * (i % 2)) & 15;
+            const float expected = (float)(signed_value(code, rule.wide ? e4m3_value : e2m1_value) * scale);
+            if (fabsf(expected) < 0x1p-126f || (scale != 0 && fabs(scale) < 0x1p-126)) continue; /* subnormal */
+            ASSERT(same_number(expected, got));
+        }
+    row_arrays_free(&a);
+    PASS();
+}
+
+/* ---- PyTorch's rows ---------------------------------------------------------------------------------------- */
+
+static const char *const files[] = {
+    "rows_fp4",          "rows_fp4_e4m3", "rows_fp4_none", "rows_fp8",     "rows_fp8_keys",
+    "rows_fp8_keys_odd", "rows_fp8_none", "rows_fp8_odd",  "rows_fp8_row",
+};
+
+static golden rows_open(const char *file, const st_tensor **plain) {
+    golden g = golden_open(file);
+    *plain = st_find(&g.file, "plain");
+    return g;
+}
+
+/* The codes and scales of packed rows, by number, beside the file's. */
+static int packed_agrees(const golden *g, const row_arrays *a) {
+    const unsigned char *codes = st_find(&g->file, "codes")->data, *scales = st_find(&g->file, "scales")->data;
+    const row_rule rule = rule_of(g->config.rows);
+    const int64_t coded = st_find(&g->file, "codes")->shape[2], blocks = st_find(&g->file, "scales")->shape[2];
+    for (int64_t r = 0; r < a->count; r++) {
+        const unsigned char *row = a->rows + r * a->row_stride, *scale = a->scales + r * a->scale_stride;
+        for (int64_t i = 0; i < coded; i++)
+            if (codes[r * coded + i] != (rule.wide ? row[i] : row[i / 2] >> (4 * (i % 2)) & 15)) return 0;
+        for (int64_t b = 0; b < blocks; b++) {
+            const unsigned char *s = scale + b * rule.scale_bytes;
+            const int number_of = rule.scale_bytes == 4 ? (s[3] << 1 | s[2] >> 7) & 0xFF : *s;
+            if (scales[r * blocks + b] != number_of) return 0;
+        }
+    }
+    return 1;
+}
+
+TEST pytorchs_entries_quantise_to_pytorchs_rows(const char *file, const char *isa) {
+    const st_tensor *plain;
+    golden g = rows_open(file, &plain);
+    model m = {0};
+    m.config = g.config;
+    m.params = g.params;
+    engine e = engine_new(&m, isa, NULL);
+    row_arrays a = row_arrays_new(&g.config, g.x_dtype, g.entries * g.rows, 0);
+    ASSERT_EQ(DSV4_OK, quantise(&e, plain->data, g.x_dtype, &a, 0));
+    ASSERT_EQ(DSV4_OK, quantise(&e, plain->data, g.x_dtype, &a, 1));
+    const st_tensor *out = st_find(&g.file, "out");
+    ASSERT_MEM_EQ(out->data, a.numbers, (size_t)out->count * dsv4_dtype_size(g.x_dtype));
+    ASSERT(packed_agrees(&g, &a));
+    row_arrays_free(&a);
+    engine_free(&e);
+    golden_close(&g);
+    PASS();
+}
+
+/* A call gives the rows of the entries that it would give without a format. */
+TEST a_call_quantises_its_own_entries(const char *file, const char *isa) {
+    const st_tensor *plain;
+    golden g = rows_open(file, &plain);
+    golden bare = g;
+    bare.config.rows = DSV4_ROWS_PLAIN;
+    results entries = {0}, r = {0};
+    ASSERT_EQ(DSV4_OK, golden_compress(&bare, isa, &entries, NULL));
+    ASSERT_EQ(DSV4_OK, golden_compress(&g, isa, &r, NULL));
+    for (int stage = 0; stage < STAGE_OUT; stage++) ASSERT_MEM_EQ(entries.stage[stage], r.stage[stage], r.bytes[stage]);
+    int64_t equal = 0, most = 0;
+    for (int64_t i = 0; i < plain->count; i++) {
+        const double expected = number(plain->data, g.x_dtype, i), got = result(&entries, STAGE_OUT, i);
+        const int64_t steps = bf16_steps(expected, got);
+        equal += expected == got;
+        most = steps > most ? steps : most;
+        if (g.x_dtype == DSV4_F32) ASSERT_IN_RANGE(expected, got, 2e-5);
+    }
+    if (g.x_dtype == DSV4_BF16) ASSERT(most <= 2 && (double)equal >= 0.985 * (double)plain->count);
+    for (int64_t row = 0; row < r.entries; row++) {
+        const size_t size = dsv4_dtype_size(g.x_dtype), offset = (size_t)(row * g.config.head_dim) * size;
+        const char *entry = (const char *)entries.stage[STAGE_OUT] + offset;
+        row_truth t = row_truth_of(&g.config, entry, g.x_dtype);
+        for (int64_t i = 0; i < g.config.head_dim && g.config.rounding & DSV4_ROUND_ROW; i++)
+            ASSERT(same_number(t.read[i], (float)result(&r, STAGE_OUT, row * g.config.head_dim + i)));
+        row_truth_free(&t);
+    }
+    results_free(&entries);
+    results_free(&r);
+    golden_close(&g);
+    PASS();
+}
+
+/* ---- Calls ------------------------------------------------------------------------------------------------- */
+
+/* A sequence compressed with a format, in one call of whole rows. */
+typedef struct row_call {
+    model m;
+    sequence s;
+    int64_t entries;
+    row_arrays a;
+} row_call;
+
+static row_call row_call_new(dsv4_rows rows, int gap) {
+    row_call r = {0};
+    dsv4_config c = {0};
+    c.hidden_dim = 40;
+    c.head_dim = 128;
+    c.ratio = 4;
+    c.overlap = 1;
+    c.rope_dim = 32;
+    c.rows = rows;
+    c.rounding = DSV4_ROUNDING_DEEPSEEK;
+    r.m = model_of(&c, DSV4_BF16, 21);
+    r.s = sequence_new(&c, DSV4_BF16, 400, 22);
+    r.entries = 100;
+    r.a = row_arrays_new(&c, DSV4_BF16, r.entries, gap);
+    return r;
+}
+
+static void row_call_free(row_call *r) {
+    row_arrays_free(&r->a);
+    sequence_free(&r->s);
+    model_free(&r->m);
+}
+
+static dsv4_batch packed_batch(const row_call *r, const row_arrays *a) {
+    dsv4_batch b = {0};
+    b.x.data = r->s.x;
+    b.x.dtype = r->s.dtype;
+    b.tokens = r->s.tokens;
+    b.entries = a->count;
+    b.out = packed_matrix(a->rows, a->row_stride);
+    b.scales = packed_matrix(a->scales, a->scale_stride);
+    return b;
+}
+
+TEST packed_and_unpacked_is_what_is_read_back(dsv4_rows rows) {
+    row_call r = row_call_new(rows, 5);
+    engine e = engine_new(&r.m, NULL, NULL);
+    dsv4_batch packed = packed_batch(&r, &r.a), read = packed;
+    read.out = matrix_of(r.a.numbers, DSV4_BF16);
+    void *latent[2] = {reserve(400 * 128), reserve(400 * 128)}, *back = reserve(100 * 128 * 2);
+    packed.stages.latent = latent[0];
+    read.stages.latent = latent[1];
+    ASSERT_EQ(DSV4_OK, dsv4_compress(e.compressor, &packed, e.workspace, NULL));
+    ASSERT_EQ(DSV4_OK, dsv4_compress(e.compressor, &read, e.workspace, NULL));
+    ASSERT_EQ(DSV4_OK, unpack(&r.m.config, &r.a, back, DSV4_BF16));
+    ASSERT_MEM_EQ(r.a.numbers, back, 100 * 128 * 2);
+    ASSERT_MEM_EQ(latent[0], latent[1], 100 * 128 * 2); /* bf16 beside packed rows */
+    free(latent[0]);
+    free(latent[1]);
+    free(back);
+    engine_free(&e);
+    row_call_free(&r);
+    PASS();
+}
+
+/* At every offset, between pages that may not be touched. */
+TEST packed_rows_stay_within_their_bytes(dsv4_rows rows) {
+    row_call r = row_call_new(rows, 0);
+    engine e = engine_new(&r.m, NULL, NULL);
+    dsv4_batch expected = packed_batch(&r, &r.a);
+    ASSERT_EQ(DSV4_OK, dsv4_compress(e.compressor, &expected, e.workspace, NULL));
+    const size_t rows_size = (size_t)r.entries * r.a.row_bytes, scales_size = (size_t)r.entries * r.a.scale_bytes;
+    for (size_t offset = 0; offset < 8; offset++) {
+        fenced place = fenced_new(rows_size + offset), scales = fenced_new(scales_size + offset);
+        void *numbers = reserve((size_t)r.entries * 128 * 4);
+        dsv4_batch b = expected;
+        b.out.data = place.data; /* ends `offset` bytes before the fence */
+        b.scales.data = scales.data;
+        ASSERT_EQ(DSV4_OK, dsv4_compress(e.compressor, &b, e.workspace, NULL));
+        ASSERT_MEM_EQ(r.a.rows, place.data, rows_size);
+        ASSERT_MEM_EQ(r.a.scales, scales.data, scales_size);
+        ASSERT_EQ(DSV4_OK, dsv4_unpack(&r.m.config, r.entries, const_matrix(place.data, DSV4_PACKED, 0),
+                                       const_matrix(scales.data, DSV4_PACKED, 0), matrix_of(numbers, DSV4_F32), NULL));
+        free(numbers);
+        fenced_free(&place);
+        fenced_free(&scales);
+    }
+    engine_free(&e);
+    row_call_free(&r);
+    PASS();
+}
+
+/* Pages of eight rows in any order, two sequences, chunks across the ends of pages; some entries not stored at all. */
+TEST entries_go_to_the_rows_that_they_are_given(dsv4_rows rows) {
+    row_call r = row_call_new(rows, 0);
+    engine e = engine_new(&r.m, NULL, NULL);
+    dsv4_batch whole = packed_batch(&r, &r.a);
+    ASSERT_EQ(DSV4_OK, dsv4_compress(e.compressor, &whole, e.workspace, NULL));
+    row_arrays paged = row_arrays_new(&r.m.config, DSV4_BF16, 128, 9);
+    dsv4_state *state = state_new(&e, 0);
+    int64_t done = 0, entry_rows[128];
+    for (int64_t count = 1; done < 400; done += count, count = count * 3 % 101) {
+        if (count > 400 - done) count = 400 - done;
+        const int64_t first = done / 4, last = (done + count) / 4;
+        for (int64_t i = first; i < last; i++) {
+            const int64_t page = 15 - i / 8;
+            entry_rows[i - first] = i % 7 == 3 ? -1 - i : page * 8 + i % 8;
+        }
+        dsv4_segment part = segment_new(done, count, done, INT64_MIN, state); /* its `entry` is not looked at */
+        dsv4_batch b = packed_batch(&r, &paged);
+        b.segments = &part;
+        b.segment_count = 1;
+        b.entry_rows = entry_rows;
+        ASSERT_EQ(DSV4_OK, dsv4_compress(e.compressor, &b, e.workspace, NULL));
+    }
+    for (int64_t i = 0; i < 100; i++) {
+        const int64_t row = (15 - i / 8) * 8 + i % 8;
+        if (i % 7 == 3) {
+            ASSERT(memory_untouched(paged.rows + row * paged.row_stride, paged.row_bytes));
+            ASSERT(memory_untouched(paged.scales + row * paged.scale_stride, paged.scale_bytes));
+            continue;
+        }
+        ASSERT_MEM_EQ(r.a.rows + i * r.a.row_stride, paged.rows + row * paged.row_stride, r.a.row_bytes);
+        ASSERT_MEM_EQ(r.a.scales + i * r.a.scale_stride, paged.scales + row * paged.scale_stride, r.a.scale_bytes);
+    }
+    dsv4_state_destroy(state);
+    row_arrays_free(&paged);
+    engine_free(&e);
+    row_call_free(&r);
+    PASS();
+}
+
+/* Plain entries and every stage by entry, of many short sequences in one call. */
+TEST stages_follow_the_rows_of_their_entries(void) {
+    enum { SEQUENCES = 60, ENTRIES = 3 * SEQUENCES };
+    dsv4_config c = {0};
+    c.hidden_dim = 16;
+    c.head_dim = 20;
+    c.ratio = 3;
+    c.overlap = 1;
+    c.rope_dim = 4;
+    model m = model_of(&c, DSV4_F32, 8);
+    engine e = engine_new(&m, NULL, NULL);
+    sequence s = sequence_new(&c, DSV4_F32, 3 * ENTRIES, 9);
+    results apart = results_new(&c, DSV4_F32, s.tokens, ENTRIES), r = results_new(&c, DSV4_F32, s.tokens, ENTRIES);
+    dsv4_segment segments[SEQUENCES];
+    int64_t entry_rows[ENTRIES];
+    for (int64_t i = 0; i < SEQUENCES; i++) segments[i] = segment_new(9 * i, 9, 0, 3 * i, NULL);
+    for (int64_t i = 0; i < ENTRIES; i++) entry_rows[i] = i * 7 % ENTRIES;
+    dsv4_batch b = batch_new(&s, &r, segments, SEQUENCES);
+    ASSERT_EQ(DSV4_OK, dsv4_compress(e.compressor, &b, e.workspace, NULL));
+    b = batch_new(&s, &apart, segments, SEQUENCES);
+    b.entry_rows = entry_rows;
+    ASSERT_EQ(DSV4_OK, dsv4_compress(e.compressor, &b, e.workspace, NULL));
+    for (int stage = STAGE_WEIGHTS; stage < STAGE_COUNT; stage++) {
+        const size_t bytes = r.bytes[stage] / ENTRIES;
+        for (int64_t i = 0; i < ENTRIES; i++)
+            ASSERT_MEM_EQ((const char *)r.stage[stage] + (size_t)i * bytes,
+                          (const char *)apart.stage[stage] + (size_t)entry_rows[i] * bytes, bytes);
+    }
+    results_free(&apart);
+    results_free(&r);
+    sequence_free(&s);
+    engine_free(&e);
+    model_free(&m);
+    PASS();
+}
+
+TEST a_row_beyond_the_arrays_is_refused_before_anything_is_written(void) {
+    row_call r = row_call_new(DSV4_ROWS_FP8, 0);
+    engine e = engine_new(&r.m, NULL, NULL);
+    dsv4_batch b = packed_batch(&r, &r.a);
+    int64_t entry_rows[100];
+    for (int64_t i = 0; i < 100; i++) entry_rows[i] = i;
+    entry_rows[99] = 100;
+    b.entry_rows = entry_rows;
+    dsv4_error error = {0};
+    ASSERT_EQ(DSV4_ERROR_BOUNDS, dsv4_compress(e.compressor, &b, e.workspace, &error));
+    ASSERT_STR_EQ("segment 0: entry_rows[99] is 100, of 100", error.text);
+    ASSERT(memory_untouched(r.a.rows, 100 * r.a.row_bytes));
+    engine_free(&e);
+    row_call_free(&r);
+    PASS();
+}
+
+/* ---- Refusals ---------------------------------------------------------------------------------------------- */
+
+#define ASSERT_REFUSED(status, message, call) \
+    do {                                      \
+        dsv4_error refused = {0};             \
+        dsv4_error *error = &refused;         \
+        ASSERT_EQ(status, call);              \
+        ASSERT_STR_EQ(message, refused.text); \
+    } while (0)
+
+TEST rows_that_a_format_cannot_have_are_refused(void) {
+    dsv4_config c = dsv4_preset_config(DSV4_V4_FLASH_CSA);
+    size_t row, scales;
+    ASSERT_REFUSED(DSV4_ERROR_CONFIG, "rows are plain: nothing to pack", dsv4_row_sizes(&c, &row, &scales, error));
+    c.rows = DSV4_ROWS_COUNT;
+    ASSERT_REFUSED(DSV4_ERROR_CONFIG, "rows is 5, beyond the formats that are known", dsv4_config_check(&c, error));
+    c.rows = DSV4_ROWS_FP4;
+    c.head_dim = 96;
+    ASSERT_REFUSED(DSV4_ERROR_CONFIG, "rows are FP4, but head_dim 96 is no power of two", dsv4_config_check(&c, error));
+    c.head_dim = 1;
+    c.rope_dim = 0;
+    ASSERT_REFUSED(DSV4_ERROR_CONFIG, "rows are packed in pairs, but head_dim is 1",
+                   dsv4_row_sizes(&c, &row, &scales, error));
+    c.rows = DSV4_ROWS_FP8;
+    ASSERT_REFUSED(DSV4_ERROR_NULL, "row is null", dsv4_row_sizes(&c, NULL, &scales, error));
+    ASSERT_REFUSED(DSV4_ERROR_NULL, "scales is null", dsv4_row_sizes(&c, &row, NULL, error));
+    PASS();
+}
+
+TEST packed_arrays_are_checked_before_anything_is_written(void) {
+    row_call r = row_call_new(DSV4_ROWS_FP8, 0);
+    engine e = engine_new(&r.m, NULL, NULL);
+    const dsv4_batch good = packed_batch(&r, &r.a);
+    dsv4_batch b = good;
+    b.out.data = NULL;
+    ASSERT_REFUSED(DSV4_ERROR_NULL, "out is null", dsv4_compress(e.compressor, &b, e.workspace, error));
+    b = good;
+    b.scales.data = NULL;
+    ASSERT_REFUSED(DSV4_ERROR_NULL, "scales is null", dsv4_compress(e.compressor, &b, e.workspace, error));
+    b = good;
+    b.scales.dtype = DSV4_F32;
+    ASSERT_REFUSED(DSV4_ERROR_ARGUMENT, "dtype of scales is 1, not PACKED",
+                   dsv4_compress(e.compressor, &b, e.workspace, error));
+    b = good;
+    b.out.stride = (int64_t)r.a.row_bytes - 1;
+    ASSERT_REFUSED(DSV4_ERROR_ARGUMENT, "stride of out is 159 for rows of 160",
+                   dsv4_compress(e.compressor, &b, e.workspace, error));
+    b = good;
+    b.x.dtype = DSV4_PACKED;
+    ASSERT_REFUSED(DSV4_ERROR_ARGUMENT, "dtype of x is 3, neither F32 nor BF16",
+                   dsv4_compress(e.compressor, &b, e.workspace, error));
+    ASSERT(memory_untouched(r.a.rows, 100 * r.a.row_bytes));
+    ASSERT(memory_untouched(r.a.scales, 100 * r.a.scale_bytes));
+    engine_free(&e);
+    row_call_free(&r);
+    PASS();
+}
+
+TEST rows_of_the_callers_own_are_checked_too(void) {
+    row_call r = row_call_new(DSV4_ROWS_FP8, 0);
+    engine e = engine_new(&r.m, NULL, NULL);
+    const dsv4_config *c = &r.m.config;
+    const dsv4_const_matrix plain = const_matrix(r.a.numbers, DSV4_BF16, 0);
+    const dsv4_const_matrix rows = const_matrix(r.a.rows, DSV4_PACKED, 0),
+                            scales = const_matrix(r.a.scales, DSV4_PACKED, 0);
+    const dsv4_matrix numbers = matrix_of(r.a.numbers, DSV4_BF16);
+    dsv4_quantised to = {-1, packed_matrix(r.a.rows, 0), packed_matrix(r.a.scales, 0)};
+    ASSERT_REFUSED(DSV4_ERROR_ARGUMENT, "count is -1", dsv4_quantise(e.compressor, plain, &to, e.workspace, error));
+    ASSERT_REFUSED(DSV4_ERROR_NULL, "rows is null", dsv4_quantise(e.compressor, plain, NULL, e.workspace, error));
+    ASSERT_REFUSED(DSV4_ERROR_NULL, "workspace is null", dsv4_quantise(e.compressor, plain, &to, NULL, error));
+    to.count = 1;
+    ASSERT_REFUSED(DSV4_ERROR_NULL, "plain is null",
+                   dsv4_quantise(e.compressor, const_matrix(NULL, DSV4_F32, 0), &to, e.workspace, error));
+    to.out.data = NULL;
+    ASSERT_REFUSED(DSV4_ERROR_NULL, "out is null", dsv4_quantise(e.compressor, plain, &to, e.workspace, error));
+    to.count = 0;
+    ASSERT_EQ(DSV4_OK, dsv4_quantise(e.compressor, plain, &to, e.workspace, NULL));
+    ASSERT_REFUSED(DSV4_ERROR_ARGUMENT, "count is -1", dsv4_unpack(c, -1, rows, scales, numbers, error));
+    ASSERT_REFUSED(DSV4_ERROR_ARGUMENT, "dtype of rows is 2, not PACKED",
+                   dsv4_unpack(c, 1, plain, scales, numbers, error));
+    ASSERT_REFUSED(DSV4_ERROR_ARGUMENT, "dtype of scales is 2, not PACKED",
+                   dsv4_unpack(c, 1, rows, plain, numbers, error));
+    ASSERT_REFUSED(DSV4_ERROR_NULL, "numbers is null",
+                   dsv4_unpack(c, 1, rows, scales, matrix_of(NULL, DSV4_BF16), error));
+    ASSERT_REFUSED(DSV4_ERROR_NULL, "config is null", dsv4_unpack(NULL, 1, rows, scales, numbers, error));
+    ASSERT_EQ(DSV4_OK, dsv4_unpack(c, 0, rows, scales, numbers, NULL));
+    engine_free(&e);
+    row_call_free(&r);
+    PASS();
+}
+
+/* All of it is RoPE's: nothing to code, no scales, which may then be missing. */
+TEST fp8_rows_of_rope_alone_have_no_scales(void) {
+    row_call r = row_call_new(DSV4_ROWS_FP8, 0);
+    r.m.config.rope_dim = 128;
+    engine e = engine_new(&r.m, NULL, NULL);
+    row_arrays a = row_arrays_new(&r.m.config, DSV4_BF16, r.entries, 0);
+    ASSERT_EQ(0, a.scale_bytes);
+    dsv4_batch b = packed_batch(&r, &a);
+    memset(&b.scales, 0, sizeof b.scales);
+    ASSERT_EQ(DSV4_OK, dsv4_compress(e.compressor, &b, e.workspace, NULL));
+    ASSERT_EQ(DSV4_OK, dsv4_unpack(&r.m.config, r.entries, const_matrix(a.rows, DSV4_PACKED, 0),
+                                   const_matrix(NULL, DSV4_PACKED, 0), matrix_of(a.numbers, DSV4_BF16), NULL));
+    dsv4_quantised to = {r.entries, packed_matrix(r.a.rows, 2 * 128), {0}};
+    r.a.rows = realloc(r.a.rows, 2 * 128 * 100);
+    to.out.data = r.a.rows;
+    ASSERT(r.a.rows != NULL);
+    ASSERT_EQ(DSV4_OK, dsv4_quantise(e.compressor, const_matrix(a.numbers, DSV4_BF16, 0), &to, e.workspace, NULL));
+    ASSERT_MEM_EQ(a.rows, r.a.rows, 2 * 128 * 100);
+    row_arrays_free(&a);
+    engine_free(&e);
+    row_call_free(&r);
+    PASS();
+}
+
+/* What the published models use: entries FP8, their indexers' keys FP4, V4.1's entries FP4 with E4M3 scales; in the sizes
+ * that engines' caches have. */
+TEST presets_know_their_rows(void) {
+    static const struct {
+        dsv4_preset preset;
+        dsv4_rows rows;
+        size_t row, scales;
+    } published[] = {
+        {DSV4_V4_FLASH_CSA, DSV4_ROWS_FP8, 576 - 64, 0},      {DSV4_V4_PRO_HCA, DSV4_ROWS_FP8, 0, 0},
+        {DSV4_V4_FLASH_INDEXER, DSV4_ROWS_FP4, 64, 4},        {DSV4_V4_PRO_INDEXER, DSV4_ROWS_FP4, 64, 4},
+        {DSV4_V41_FLASH_RATIO2, DSV4_ROWS_FP4_E4M3, 256, 32}, {DSV4_V41_FLASH_RATIO1, DSV4_ROWS_FP4_E4M3, 256, 32},
+    };
+    for (size_t i = 0; i < sizeof published / sizeof *published; i++) {
+        dsv4_config c = dsv4_preset_config(published[i].preset);
+        size_t row, scales;
+        ASSERT_EQ(DSV4_ROWS_PLAIN, c.rows);
+        c.rows = dsv4_preset_rows(published[i].preset);
+        ASSERT_EQ(published[i].rows, c.rows);
+        ASSERT_EQ(DSV4_OK, dsv4_row_sizes(&c, &row, &scales, NULL));
+        ASSERT_EQ(c.rows == DSV4_ROWS_FP8 ? 576 : published[i].row, row);
+        ASSERT_EQ(c.rows == DSV4_ROWS_FP8 ? 7 : published[i].scales, scales);
+    }
+    dsv4_config keys = dsv4_preset_config(DSV4_V4_FLASH_INDEXER);
+    size_t row, scales;
+    keys.rows = DSV4_ROWS_FP8_KEYS;
+    ASSERT_EQ(DSV4_OK, dsv4_row_sizes(&keys, &row, &scales, NULL));
+    ASSERT(row == 128 && scales == 4);
+    ASSERT_EQ(DSV4_ROWS_PLAIN, dsv4_preset_rows(DSV4_PRESET_COUNT));
+    ASSERT_STR_EQ("fp4-e4m3", dsv4_rows_name(DSV4_ROWS_FP4_E4M3));
+    ASSERT_EQ(NULL, dsv4_rows_name(DSV4_ROWS_COUNT));
+    ASSERT_EQ(1, dsv4_dtype_size(DSV4_PACKED));
+    PASS();
+}
+
+/* ---- Gradients --------------------------------------------------------------------------------------------- */
+
+static dsv4_config gradient_config(dsv4_rows rows) {
+    dsv4_config c = {0};
+    c.hidden_dim = 24;
+    c.head_dim = 32;
+    c.ratio = 4;
+    c.overlap = 1;
+    c.rope_dim = 8;
+    c.rows = rows;
+    return c;
+}
+
+/* Rounding counts as the identity, so the gradients are those of plain rows; behind Hadamard those of dout turned back,
+ * which turns as the rows do. */
+TEST gradients_go_straight_through_the_rounding(dsv4_rows rows) {
+    const dsv4_config c = gradient_config(rows), bare = gradient_config(DSV4_ROWS_PLAIN);
+    lesson l = lesson_new(model_of(&c, DSV4_F32, 31), sequence_new(&c, DSV4_F32, 64, 32), DSV4_F32, 33);
+    lesson plain = lesson_new(model_of(&bare, DSV4_F32, 31), sequence_new(&bare, DSV4_F32, 64, 32), DSV4_F32, 33);
+    float *dout = (float *)(uintptr_t)plain.dout;
+    for (int64_t row = 0; row < 16 && rows == DSV4_ROWS_FP4; row++) hadamard(dout + row * c.head_dim, c.head_dim);
+    engine e = trainer_new(&l.m, NULL, NULL), f = trainer_new(&plain.m, NULL, NULL);
+    gradient_set got = gradient_set_new(&c, DSV4_F32, 64), expected = gradient_set_new(&bare, DSV4_F32, 64);
+    ASSERT_EQ(DSV4_OK, backward_whole(&l, &e, &got));
+    ASSERT_EQ(DSV4_OK, backward_whole(&plain, &f, &expected));
+    ASSERT_STR_EQ("no gradient", gradient_name(gradient_difference(&got, &expected, 0)));
+    gradient_set_free(&got);
+    gradient_set_free(&expected);
+    engine_free(&e);
+    engine_free(&f);
+    lesson_free(&l);
+    lesson_free(&plain);
+    PASS();
+}
+
+/* dout lies where out does; what is not stored has none. */
+TEST gradients_come_from_the_rows_of_their_entries(void) {
+    const dsv4_config c = gradient_config(DSV4_ROWS_PLAIN);
+    lesson l = lesson_new(model_of(&c, DSV4_F32, 41), sequence_new(&c, DSV4_F32, 64, 42), DSV4_F32, 43);
+    engine e = trainer_new(&l.m, NULL, NULL);
+    gradient_set got = gradient_set_new(&c, DSV4_F32, 64), expected = gradient_set_new(&c, DSV4_F32, 64);
+    float *dout = (float *)(uintptr_t)l.dout, *apart = reserve(16 * 32 * sizeof *apart);
+    int64_t entry_rows[16];
+    for (int64_t i = 0; i < 16; i++) {
+        entry_rows[i] = i == 5 ? -1 : i * 3 % 16;
+        if (i == 5) memset(dout + i * 32, 0, 32 * sizeof *dout);
+        if (i != 5) memcpy(apart + entry_rows[i] * 32, dout + i * 32, 32 * sizeof *dout);
+    }
+    ASSERT_EQ(DSV4_OK, backward_whole(&l, &e, &expected));
+    dsv4_segment halves[2] = {segment_new(0, 32, 0, 0, NULL), segment_new(32, 32, 0, 8, NULL)};
+    dsv4_batch b = lesson_batch(&l, halves, 2);
+    dsv4_gradients to = gradients_into(&expected, dout, DSV4_F32);
+    ASSERT_EQ(DSV4_OK, dsv4_backward(e.compressor, &b, &to, e.workspace, NULL));
+    to = gradients_into(&got, apart, DSV4_F32);
+    b.entry_rows = entry_rows;
+    ASSERT_EQ(DSV4_OK, dsv4_backward(e.compressor, &b, &to, e.workspace, NULL));
+    ASSERT_STR_EQ("no gradient", gradient_name(gradient_difference(&got, &expected, 0)));
+    free(apart);
+    gradient_set_free(&got);
+    gradient_set_free(&expected);
+    engine_free(&e);
+    lesson_free(&l);
+    PASS();
+}
+
+/* ---- Suites ------------------------------------------------------------------------------------------------ */
+
+static void run_numbers(void) {
+    RUN_TEST(every_code_of_e4m3_has_its_value_and_comes_back);
+    RUN_TEST(every_code_of_e2m1_has_its_value_and_comes_back);
+    RUN_TEST(every_bf16_becomes_the_nearest_code);
+    RUN_TEST(ties_go_to_the_even_code);
+}
+
+static void run_kernels(void) {
+    static char suffix[64];
+    const char *isa;
+    for (int i = 0; (isa = dsv4_isa_name(i)) != NULL; i++) {
+        greatest_set_test_suffix(isa);
+        RUN_TESTp(rows_of_every_size_are_as_defined, isa);
+        greatest_set_test_suffix(isa);
+        RUN_TESTp(rows_of_every_magnitude_are_as_defined, isa);
+        greatest_set_test_suffix(isa);
+        RUN_TESTp(a_block_with_a_nan_or_an_infinity_reads_back_as_nan, isa);
+        for (size_t f = 0; f < sizeof files / sizeof *files; f++) {
+            snprintf(suffix, sizeof suffix, "%s_%s", files[f], isa);
+            greatest_set_test_suffix(suffix);
+            RUN_TESTp(pytorchs_entries_quantise_to_pytorchs_rows, files[f], isa);
+            greatest_set_test_suffix(suffix);
+            RUN_TESTp(a_call_quantises_its_own_entries, files[f], isa);
+        }
+    }
+}
+
+static void run_calls(void) {
+    for (size_t k = 0; k < sizeof formats / sizeof *formats; k++) {
+        const dsv4_rows rows = formats[k];
+        greatest_set_test_suffix(dsv4_rows_name(rows));
+        RUN_TESTp(any_bytes_unpack_to_code_times_scale, rows, 3);
+        greatest_set_test_suffix(dsv4_rows_name(rows));
+        RUN_TESTp(any_bytes_unpack_to_code_times_scale, rows, 400);
+        greatest_set_test_suffix(dsv4_rows_name(rows));
+        RUN_TESTp(packed_and_unpacked_is_what_is_read_back, rows);
+        greatest_set_test_suffix(dsv4_rows_name(rows));
+        RUN_TESTp(packed_rows_stay_within_their_bytes, rows);
+        greatest_set_test_suffix(dsv4_rows_name(rows));
+        RUN_TESTp(entries_go_to_the_rows_that_they_are_given, rows);
+        greatest_set_test_suffix(dsv4_rows_name(rows));
+        RUN_TESTp(gradients_go_straight_through_the_rounding, rows);
+    }
+    RUN_TEST(stages_follow_the_rows_of_their_entries);
+    RUN_TEST(a_row_beyond_the_arrays_is_refused_before_anything_is_written);
+    RUN_TEST(rows_that_a_format_cannot_have_are_refused);
+    RUN_TEST(packed_arrays_are_checked_before_anything_is_written);
+    RUN_TEST(rows_of_the_callers_own_are_checked_too);
+    RUN_TEST(fp8_rows_of_rope_alone_have_no_scales);
+    RUN_TEST(presets_know_their_rows);
+    RUN_TEST(gradients_come_from_the_rows_of_their_entries);
+}
+
+SUITE(rows) {
+    run_numbers();
+    run_kernels();
+    run_calls();
+}
+
+TESTS_MAIN(rows);

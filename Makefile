@@ -31,9 +31,15 @@ SCRIPTS  := bits headers cli examples corpus python
 # The longest first: what is left at the end keeps every core busy.
 LOGS      = $(SCRIPTS:%=$(BUILD)/tests/%.sh.log) $(TESTS:%=%.log)
 
+# What install writes beside the header, below $(ROOT).
+ROOT      = $(DESTDIR)$(PREFIX)
+CMAKE    := share/cmake/dsv4_compressor
+PACKAGES := share/pkgconfig/dsv4_compressor.pc \
+            $(CMAKE)/dsv4_compressor-config.cmake $(CMAKE)/dsv4_compressor-config-version.cmake
+
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help run check examples bench bench-peers run-train run-mpi install clean tests \
+.PHONY: help run check examples bench bench-peers run-train run-mpi install uninstall clean tests \
         check-cross check-pytorch check-san check-all coverage lint fuzz soak mutate FORCE
 
 ## For a start
@@ -52,13 +58,16 @@ check: $(LOGS) ## all tests, in under a minute on two cores; the last line is "N
 examples: $(EXAMPLES) ## every program in examples/, into build/
 	$(if $(strip $(SKIPPED)),@echo 'no compiler here for $(SKIPPED)')
 
-install: ## the header and a pkg-config file, below DESTDIR/PREFIX
-	install -d $(DESTDIR)$(PREFIX)/include $(DESTDIR)$(PREFIX)/share/pkgconfig
-	install -m 644 $(HEADER) $(DESTDIR)$(PREFIX)/include/
-	printf 'prefix=%s\nName: dsv4_compressor\nDescription: %s\nVersion: %s\nCflags: -I$${prefix}/include\nLibs: -lm\n' '$(PREFIX)' \
-	    "DeepSeek-V4's token compressor for CPUs, a C header" \
-	    "$$(sed -n 's/^#define DSV4_COMPRESSOR_VERSION "\(.*\)"/\1/p' $(HEADER))" \
-	    >$(DESTDIR)$(PREFIX)/share/pkgconfig/dsv4_compressor.pc
+install: ## the header, a pkg-config file and a CMake package, below DESTDIR/PREFIX
+	install -d "$(ROOT)/include" "$(ROOT)/share/pkgconfig" "$(ROOT)/$(CMAKE)"
+	install -m 644 $(HEADER) "$(ROOT)/include/"
+	version=$$(sed -n 's/^#define DSV4_COMPRESSOR_VERSION "\(.*\)"/\1/p' $(HEADER)); for file in $(PACKAGES); do \
+	    sed "s/@VERSION@/$$version/" "examples/packages/$${file##*/}" >"$(ROOT)/$$file" && \
+	    chmod 644 "$(ROOT)/$$file" || exit; done
+
+uninstall: ## what install wrote there, and nothing else
+	rm -f "$(ROOT)/include/$(HEADER)" $(PACKAGES:%="$(ROOT)/%")
+	rmdir "$(ROOT)/$(CMAKE)" 2>/dev/null || true
 
 clean: ## remove build/
 	rm -rf $(BUILD)

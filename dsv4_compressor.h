@@ -215,7 +215,8 @@ DSV4_API float dsv4_e2m1_to_f32(uint8_t code);
       DSV4_ROUND_POOLED | DSV4_ROUND_SCALED | DSV4_ROUND_TRIG | DSV4_ROUND_ROW)                                  \
     X(DSV4_ROUNDING_MEGATRON, "megatron", DSV4_ROUNDING_TRANSFORMERS | DSV4_ROUND_ROTATED) /* Megatron Core */
 
-enum {
+/* (A name, since bindgen before 0.62 cannot do without.) */
+enum dsv4_rounding {
 #define DSV4_ROUNDING_VALUE(name, text, bits) name = bits,
     DSV4_ROUNDING_POINTS(DSV4_ROUNDING_VALUE) DSV4_ROUNDINGS(DSV4_ROUNDING_VALUE)
 #undef DSV4_ROUNDING_VALUE

@@ -1,475 +1,465 @@
-"""DeepSeek-V4's KV compressor from Python: copy this file and dsv4_compressor.h, have a C compiler and NumPy.
+#!/usr/bin/env python3
+"""dsv4_compressor.h from Python. Copy this file and the header; it takes NumPy and a C compiler.
 
     import dsv4
-    c = dsv4.Compressor(wkv, wgate, ape, norm, rounding="deepseek")
-    entries = c(x).out                    # x [tokens, hidden_dim] -> [tokens / ratio, head_dim]
+    c = dsv4.Compressor(wkv=wkv, wgate=wgate, ape=ape, norm=norm)    # as they stand in a checkpoint
+    out = c(x).out                                                   # x [B, S, H] or [S, H]; out [B, N, D] or [N, D]
 
-Arrays are NumPy float32, NumPy uint16 that hold bf16, or torch tensors of float32 or bfloat16; results are of x's kind.
-The header is compiled once, by $CC or cc, into __pycache__ or a cache folder. `python3 dsv4.py` shows itself.
+Arrays are NumPy's, float32 or uint16 holding bf16, or torch tensors, float32 or bfloat16; results are of x's kind. H is
+hidden_dim, D head_dim, m the ratio, N = S // m entries; coff is 2 where windows overlap (CSA) and 1 where not (HCA).
+What the library refuses is a ValueError with its message. No call holds the interpreter's lock; calls of one compressor
+and of its streams take turns.
+
+The header (DSV4_HEADER, else beside this file or one folder up) is compiled on first use by CC with CFLAGS, and kept in
+__pycache__ here, or in ~/.cache/dsv4, until it changes.
 """
 
+import atexit
 import ctypes
+import functools
 import hashlib
+import operator
 import os
+import platform
+import shlex
+import shutil
 import subprocess
 import sys
 import tempfile
 import threading
-from types import SimpleNamespace
+import typing
+import weakref
+from pathlib import Path
 
 import numpy as np
 
-SHIM = r"""
+SUMS, ROWS = ("pairs", "tiles"), ("plain", "fp8", "fp8-keys", "fp4", "fp4-e4m3")  # as the header counts them
+
+# What the shim is told, by name: n[NAME] in C. An array is its address, and behind that the bytes of a number.
+NUMBERS = ("hidden_dim head_dim ratio rope_dim overlap no_ape no_gate rounding sums rows training threads "
+           "batch tokens entries start drop_tail").split()
+ARRAYS = "wkv wgate ape norm x out dout dx dwkv dwgate dape dnorm kv gate weights pooled latent".split()
+FIELDS = NUMBERS + [field for name in ARRAYS for field in (name, name + "_size")]
+
+SHIM = """
 #define DSV4_COMPRESSOR_IMPLEMENTATION
-#include "dsv4_compressor.h"
+#include DSV4_COMPRESSOR_HEADER
 #include <pthread.h>
 
-/* What ctypes calls: numbers and pointers alone. A NULL or nonzero result has its reason in `error`. */
-typedef struct engine { dsv4_compressor *compressor; dsv4_workspace *workspace; int threads; } engine;
-typedef struct share { dsv4_task *task; void *argument; int64_t index, count, step; } share;
+enum { %s };
+#define ARRAY(type, name) (type){(void *)(intptr_t)n[name], n[name + 1] == 4 ? DSV4_F32 : DSV4_BF16, 0}
+#define POINTER(name) ((void *)(intptr_t)n[name])
 
-static void *work(void *argument) {
-    const share *s = (const share *)argument;
-    for (int64_t i = s->index; i < s->count; i += s->step) s->task(s->argument, i);
+typedef struct { dsv4_compressor *compressor; dsv4_workspace *workspace; int threads; } engine;
+typedef struct { dsv4_task *task; void *argument; int64_t count, next; } work;
+
+static void *take_tasks(void *argument) {
+    work *w = argument;
+    for (int64_t i; (i = __atomic_fetch_add(&w->next, 1, __ATOMIC_RELAXED)) < w->count;) w->task(w->argument, i);
     return NULL;
 }
-static void run(void *context, int64_t count, dsv4_task *task, void *argument) {
-    const int threads = ((const engine *)context)->threads;
-    pthread_t ids[64];
-    share shares[64];
-    int started[64];
-    for (int i = threads - 1; i >= 0; i--) {
-        shares[i] = (share){task, argument, i, count, threads};
-        started[i] = i > 0 && pthread_create(&ids[i], NULL, work, &shares[i]) == 0;
-        if (!started[i]) work(&shares[i]);
-    }
-    for (int i = 1; i < threads; i++) if (started[i]) pthread_join(ids[i], NULL);
+static void run_tasks(void *context, int64_t count, dsv4_task *task, void *argument) {
+    pthread_t helper[255];
+    work w = {task, argument, count, 0};
+    int wanted = ((engine *)context)->threads - 1, started = 0;
+    if (wanted >= count) wanted = (int)count - 1;
+    while (started < wanted && !pthread_create(&helper[started], NULL, take_tasks, &w)) started++;
+    take_tasks(&w);
+    while (started > 0) pthread_join(helper[--started], NULL);
 }
 
-static int rows_of(const char *name) {
-    int rows = 0;
-    while (rows < DSV4_ROWS_COUNT && strcmp(dsv4_rows_name((dsv4_rows)rows), name) != 0) rows++;
-    return rows;
+size_t shim_error_size(void) { return sizeof(dsv4_error); }
+const char *shim_text(const dsv4_error *error) { return error->text; }
+const char *shim_isa(const engine *e) { return dsv4_compressor_isa(e->compressor); }
+
+static void *zeroed(int64_t count, size_t size, dsv4_error *error) {
+    void *block = calloc((size_t)count, size);
+    if (!block) snprintf(error->text, sizeof error->text, "%%s", dsv4_status_text(DSV4_ERROR_MEMORY));
+    return block;
 }
-void destroy(engine *e) {
+void shim_destroy(engine *e) {
     dsv4_workspace_destroy(e->workspace);
     dsv4_compressor_destroy(e->compressor);
     free(e);
 }
-engine *create(const int64_t *sizes, const double *reals, const char *rounding, const char *rows,
-               const dsv4_const_matrix *params, dsv4_error *error) {
-    dsv4_config c = {.hidden_dim = sizes[0], .head_dim = sizes[1], .ratio = sizes[2], .rope_dim = sizes[3]};
-    const dsv4_params arrays = {params[0], params[1], params[2], params[3]};
-    const dsv4_options options = {NULL, (int)sizes[7], 0};
-    const dsv4_allocator heap = dsv4_heap();
-    engine *e = (engine *)calloc(1, sizeof *e);
-    const dsv4_parallel parallel = {run, e, (int)sizes[8]};
-    if (!e) return NULL;
-    e->threads = (int)sizes[8];
-    c.overlap = (int)sizes[4];
-    c.no_ape = (int)sizes[5];
-    c.no_gate = (int)sizes[6];
-    c.rows = (dsv4_rows)rows_of(rows);
-    c.eps = (float)reals[0];
-    c.rope_theta = reals[1];
-    c.yarn_factor = reals[2];
-    c.yarn_orig_ctx = reals[3];
-    if (dsv4_rounding_parse(rounding, &c.rounding, error) ||
-        dsv4_compressor_create(&c, &arrays, &options, &heap, &e->compressor, error) ||
-        dsv4_workspace_create(e->compressor, &parallel, &heap, &e->workspace, error)) {
-        destroy(e);
-        return NULL;
-    }
-    return e;
-}
-
-/* sizes: batch rows, tokens and entries of each, position of the first token, drop_tail. */
-static dsv4_status lay(const engine *e, const int64_t *sizes, dsv4_state *state, dsv4_batch *b, dsv4_error *error) {
-    dsv4_segment *segments = (dsv4_segment *)calloc((size_t)sizes[0] + 1, sizeof *segments);
-    (void)e;
-    if (!segments) { strcpy(error->text, "out of memory"); return DSV4_ERROR_MEMORY; }
-    for (int64_t i = 0; i < sizes[0]; i++)
-        segments[i] = (dsv4_segment){i * sizes[1], sizes[1], sizes[3], i * sizes[2], state};
-    b->tokens = sizes[0] * sizes[1];
-    b->entries = sizes[0] * sizes[2];
-    b->segments = segments;
-    b->segment_count = sizes[0];
-    b->drop_tail = (int)sizes[4];
-    return DSV4_OK;
-}
-int compress(const engine *e, const int64_t *sizes, dsv4_state *state, dsv4_const_matrix x, dsv4_matrix out,
-             void **stages, dsv4_error *error) {
-    dsv4_batch b = {0};
-    dsv4_status status = lay(e, sizes, state, &b, error);
-    b.x = x;
-    b.out = out;
-    b.stages = (dsv4_stages){stages[0], stages[1], stages[2], stages[3], stages[4]};
-    if (!status) status = dsv4_compress(e->compressor, &b, e->workspace, error);
-    free((void *)b.segments);
+dsv4_status shim_create(const int64_t *n, const double *real, engine **made, dsv4_error *error) {
+    dsv4_config config = {.hidden_dim = n[HIDDEN_DIM], .head_dim = n[HEAD_DIM], .ratio = n[RATIO],
+                          .rope_dim = n[ROPE_DIM], .overlap = (int)n[OVERLAP], .no_ape = (int)n[NO_APE],
+                          .no_gate = (int)n[NO_GATE], .rounding = (uint32_t)n[ROUNDING],
+                          .sums = (dsv4_sums)n[SUMS], .rows = (dsv4_rows)n[ROWS], .eps = (float)real[0],
+                          .rope_theta = real[1], .yarn_factor = real[2], .yarn_orig_ctx = real[3]};
+    dsv4_params params = {ARRAY(dsv4_const_matrix, WKV), ARRAY(dsv4_const_matrix, WGATE),
+                          ARRAY(dsv4_const_matrix, APE), ARRAY(dsv4_const_matrix, NORM)};
+    dsv4_options options = {.training = n[TRAINING] != 0};
+    dsv4_allocator heap = dsv4_heap();
+    engine *e = zeroed(1, sizeof *e, error);
+    if (!e) return DSV4_ERROR_MEMORY;
+    e->threads = n[THREADS] < 1 ? 1 : n[THREADS] > 256 ? 256 : (int)n[THREADS];
+    dsv4_parallel parallel = {run_tasks, e, e->threads};
+    dsv4_status status = dsv4_compressor_create(&config, &params, &options, &heap, &e->compressor, error);
+    if (!status) status = dsv4_workspace_create(e->compressor, &parallel, &heap, &e->workspace, error);
+    if (status) shim_destroy(e);
+    else *made = e;
     return status;
 }
-int backward(const engine *e, const int64_t *sizes, dsv4_const_matrix x, dsv4_const_matrix dout,
-             const dsv4_matrix *to, dsv4_error *error) {
-    const dsv4_gradients g = {dout, to[0], to[1], to[2], to[3], to[4], 0, NULL};
-    dsv4_batch b = {0};
-    dsv4_status status = lay(e, sizes, NULL, &b, error);
-    b.x = x;
-    if (!status) status = dsv4_backward(e->compressor, &b, &g, e->workspace, error);
-    free((void *)b.segments);
+dsv4_status shim_stream(const engine *e, int64_t depth, dsv4_state **state, dsv4_error *error) {
+    dsv4_allocator heap = dsv4_heap();
+    return dsv4_state_create(e->compressor, depth, &heap, state, error);
+}
+
+/* x [batch, tokens, H]: a segment for each row. Backward where there is a dout. */
+dsv4_status shim_run(engine *e, dsv4_state *state, const int64_t *n, dsv4_error *error) {
+    dsv4_segment *segments = zeroed(n[BATCH] + 1, sizeof *segments, error);
+    if (!segments) return DSV4_ERROR_MEMORY;
+    for (int64_t i = 0; i < n[BATCH]; i++)
+        segments[i] = (dsv4_segment){i * n[TOKENS], n[TOKENS], n[START], i * n[ENTRIES], state};
+    dsv4_batch batch = {.x = ARRAY(dsv4_const_matrix, X), .tokens = n[BATCH] * n[TOKENS],
+                        .out = ARRAY(dsv4_matrix, OUT), .entries = n[BATCH] * n[ENTRIES],
+                        .segments = n[BATCH] ? segments : NULL, .segment_count = n[BATCH],
+                        .drop_tail = (int)n[DROP_TAIL],
+                        .stages = {POINTER(KV), POINTER(GATE), POINTER(WEIGHTS), POINTER(POOLED), POINTER(LATENT)}};
+    dsv4_gradients gradients = {.dout = ARRAY(dsv4_const_matrix, DOUT), .dx = ARRAY(dsv4_matrix, DX),
+                                .dwkv = ARRAY(dsv4_matrix, DWKV), .dwgate = ARRAY(dsv4_matrix, DWGATE),
+                                .dape = ARRAY(dsv4_matrix, DAPE), .dnorm = ARRAY(dsv4_matrix, DNORM)};
+    dsv4_status status = n[DOUT] ? dsv4_backward(e->compressor, &batch, &gradients, e->workspace, error)
+                                 : dsv4_compress(e->compressor, &batch, e->workspace, error);
+    free(segments);
     return status;
 }
-dsv4_state *state_create(const engine *e, int64_t depth, dsv4_error *error) {
-    const dsv4_allocator heap = dsv4_heap();
-    dsv4_state *state = NULL;
-    return dsv4_state_create(e->compressor, depth, &heap, &state, error) ? NULL : state;
-}
-int64_t entries(const engine *e, const dsv4_state *state, int64_t tokens) {
-    return dsv4_entry_count(dsv4_compressor_config(e->compressor), state, tokens);
-}
-"""
-
-F32, BF16 = 1, 2
+""" % ", ".join(field.upper() for field in FIELDS)
 
 
-class _Matrix(ctypes.Structure):
-    """dsv4_matrix and dsv4_const_matrix: an array whose rows have no gaps."""
-
-    _fields_ = [("data", ctypes.c_void_p), ("dtype", ctypes.c_int), ("stride", ctypes.c_int64)]
-
-
-class _Error(ctypes.Structure):
-    _fields_ = [("status", ctypes.c_int), ("text", ctypes.c_char * 232)]
-
-
-# ---- The compiled header ----------------------------------------------------------------------------------------
-
+# ---- The library ------------------------------------------------------------------------------------------------
 
 def _header():
-    here = os.path.dirname(os.path.abspath(__file__))
-    for folder in (os.environ.get("DSV4_HEADER_DIR"), here, os.path.dirname(here)):
-        if folder and os.path.isfile(os.path.join(folder, "dsv4_compressor.h")):
-            return folder
-    raise ImportError("dsv4_compressor.h is neither beside dsv4.py, nor above, nor in $DSV4_HEADER_DIR")
+    here = Path(__file__).resolve().parent
+    given = os.environ.get("DSV4_HEADER")
+    places = [Path(given)] if given else [folder / "dsv4_compressor.h" for folder in (here, here.parent)]
+    for place in places:
+        if place.is_file():
+            return place.resolve()
+    raise FileNotFoundError(f"no header at {' or '.join(map(str, places))}: DSV4_HEADER may say where it is")
 
 
-def _cache():
-    here = os.path.join(os.path.dirname(os.path.abspath(__file__)), "__pycache__")
-    home = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "dsv4")
-    for folder in (here, home):
+def _compile(command, path):
+    """Beside `path` first, then to it: whoever finds it there finds it whole."""
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        source, made = Path(folder, "shim.c"), Path(folder, "shim.so")
+        source.write_text(SHIM)
+        done = subprocess.run([*command, "-o", str(made), str(source), "-lm"], capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"{shlex.join(command)} failed:\n{done.stderr[-2000:]}")
+        os.replace(made, path)
+
+
+def _built():
+    """The path of the compiled library, in the first folder that has it or takes it."""
+    header = _header()
+    command = shlex.split(os.environ.get("CC") or "cc") + ["-O3", *shlex.split(os.environ.get("CFLAGS", ""))]
+    if not shutil.which(command[0]):
+        raise RuntimeError(f"no C compiler '{command[0]}' here: CC may name another")
+    made_of = "\0".join([SHIM, *command, platform.system(), platform.machine()]).encode() + header.read_bytes()
+    name = f"dsv4-{hashlib.sha256(made_of).hexdigest()[:16]}.so"
+    command += ["-shared", "-fPIC", "-pthread", f'-DDSV4_COMPRESSOR_HEADER="{header}"']
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
+    for folder in (Path(__file__).resolve().parent / "__pycache__", cache / "dsv4"):
+        path = folder / name
         try:
-            os.makedirs(folder, exist_ok=True)
-            with tempfile.TemporaryFile(dir=folder):
-                return folder
-        except OSError:
+            folder.mkdir(parents=True, exist_ok=True)
+            if not path.exists():
+                _compile(command, path)
+            return path
+        except OSError:  # may not write there
             continue
-    return tempfile.mkdtemp(prefix="dsv4-")
+    folder = tempfile.mkdtemp()  # for this process alone
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    _compile(command, Path(folder, "dsv4.so"))
+    return Path(folder, "dsv4.so")
 
 
-def _build():
-    """The path of the shared library: compiled anew wherever the header, this file or the command has changed."""
-    folder = _header()
-    command = os.environ.get("CC", "cc").split() + ["-std=c99", "-O3", "-w", "-fPIC", "-shared", "-pthread", "-I", folder]
-    with open(os.path.join(folder, "dsv4_compressor.h"), "rb") as file:
-        name = hashlib.sha256(file.read() + SHIM.encode() + repr(command).encode()).hexdigest()[:16]
-    path = os.path.join(_cache(), f"dsv4-{name}.so")
-    if not os.path.exists(path):
-        with tempfile.TemporaryDirectory(dir=os.path.dirname(path)) as work:
-            built = os.path.join(work, "dsv4.so")
-            done = subprocess.run(command + ["-x", "c", "-", "-o", built, "-lm"], input=SHIM, text=True, capture_output=True)
-            if done.returncode:
-                raise ImportError(f"{' '.join(command)}: {done.stderr.strip()}")
-            os.replace(built, path)
-    return path
-
-
-def _load():
-    library, pointer, whole, error = ctypes.CDLL(_build()), ctypes.c_void_p, ctypes.c_int64, ctypes.POINTER(_Error)
-    for name, result, *arguments in (
-        ("create", pointer, pointer, pointer, ctypes.c_char_p, ctypes.c_char_p, pointer, error),
-        ("destroy", None, pointer),
-        ("compress", ctypes.c_int, pointer, pointer, pointer, _Matrix, _Matrix, pointer, error),
-        ("backward", ctypes.c_int, pointer, pointer, _Matrix, _Matrix, pointer, error),
-        ("entries", whole, pointer, pointer, whole),
-        ("state_create", pointer, pointer, whole, error),
-        ("dsv4_state_destroy", None, pointer),
-        ("dsv4_state_position", whole, pointer),
-        ("dsv4_state_tokens", whole, pointer),
-        ("dsv4_state_copy", ctypes.c_int, pointer, pointer, error),
-        ("dsv4_state_roll_back", ctypes.c_int, pointer, whole, error),
-        ("dsv4_state_save_size", ctypes.c_size_t, pointer),
-        ("dsv4_state_save", ctypes.c_int, pointer, pointer, ctypes.c_size_t, pointer, error),
-        ("dsv4_state_restore", ctypes.c_int, pointer, ctypes.c_char_p, ctypes.c_size_t, error),
-        ("dsv4_rows_name", ctypes.c_char_p, ctypes.c_int),
-    ):
-        function = getattr(library, name)
-        function.restype, function.argtypes = result, arguments
+@functools.lru_cache(maxsize=None)
+def _library():
+    library = ctypes.CDLL(str(_built()))  # whose calls let go of the interpreter's lock
+    for name in ("shim_error_size", "dsv4_state_save_size"):
+        getattr(library, name).restype = ctypes.c_size_t
+    for name in ("dsv4_state_tokens", "dsv4_state_position"):
+        getattr(library, name).restype = ctypes.c_int64
+    for name in ("shim_text", "shim_isa"):
+        getattr(library, name).restype = ctypes.c_char_p
     return library
 
 
-_library = _load()
+def _call(name, *arguments):
+    library = _library()
+    error = ctypes.create_string_buffer(library.shim_error_size())
+    if getattr(library, name)(*arguments, error):
+        raise ValueError(library.shim_text(error).decode())
 
 
-def _check(status, error):
-    if status:
-        raise ValueError(error.text.decode())
+def _made(owner, create, destroy, *arguments):
+    """A handle from `create`, given back by `destroy` when its owner goes."""
+    handle = ctypes.c_void_p()
+    _call(create, *arguments, ctypes.byref(handle))
+    weakref.finalize(owner, getattr(_library(), destroy), handle)
+    return handle
 
 
-# ---- Arrays ---------------------------------------------------------------------------------------------------------
+# ---- Numbers and arrays -----------------------------------------------------------------------------------------
+
+def _int64(name, value):
+    value = operator.index(value)
+    if not -2**63 <= value < 2**63:
+        raise ValueError(f"{name} {value} is out of range")
+    return ctypes.c_int64(value)
 
 
-def _array(value, name):
-    """A NumPy array of float32, or of uint16 that are bf16, whose rows lie one after another."""
-    if hasattr(value, "detach"):
-        torch = sys.modules["torch"]
-        value = value.detach().cpu().contiguous()
-        value = value.view(torch.int16).numpy().view(np.uint16) if value.dtype == torch.bfloat16 else value.numpy()
-    if not isinstance(value, np.ndarray) or value.dtype not in (np.float32, np.uint16):
-        kind = getattr(value, "dtype", type(value).__name__)
-        raise ValueError(f"{name} is {kind}, not float32, nor bf16 as uint16 or as a torch tensor")
-    return np.ascontiguousarray(value)
+def _numbers(**given):
+    """The n[] of the shim. The arrays must outlive it."""
+    n = (ctypes.c_int64 * len(FIELDS))()
+    for name, value in given.items():
+        at = FIELDS.index(name)
+        if name in NUMBERS:
+            n[at] = _int64(name, value)
+        elif value is not None:
+            n[at], n[at + 1] = value.ctypes.data, value.itemsize
+    return n
 
 
-def _like(array, value):
-    """`array` as `value` is: a torch tensor or NumPy's."""
-    if array is None or not hasattr(value, "detach"):
+def _text(shape):
+    return f"[{', '.join(map(str, shape))}]"
+
+
+def _array(name, given, *shape):
+    """`given` in NumPy, contiguous. Lengths that may be any are named in `shape`."""
+    if hasattr(given, "data_ptr"):  # torch's, and bf16 by its bits
+        given = given.detach().cpu()
+        bf16 = str(given.dtype) == "torch.bfloat16"
+        given = given.view(sys.modules["torch"].int16).numpy().view(np.uint16) if bf16 else given.numpy()
+    dtype = getattr(given, "dtype", type(given).__name__)
+    if dtype not in (np.float32, np.uint16) or not isinstance(given, np.ndarray):
+        raise ValueError(f"{name} is {dtype}, not an array of float32, or of uint16 or bfloat16 for bf16")
+    if given.ndim != len(shape) or any(is_ != want for is_, want in zip(given.shape, shape) if isinstance(want, int)):
+        raise ValueError(f"{name} is {_text(given.shape)}, not {_text(shape)}")
+    return np.require(given, requirements="CA")
+
+
+def _like(x, array):
+    """In x's kind: where x is torch's, so is the result."""
+    if array is None or not hasattr(x, "data_ptr"):
         return array
     torch = sys.modules["torch"]
-    if array.dtype == np.uint16:
-        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
-    return torch.from_numpy(array)
+    bf16 = array.dtype == np.uint16
+    tensor = torch.from_numpy(array.view(np.int16)).view(torch.bfloat16) if bf16 else torch.from_numpy(array)
+    return tensor.to(x.device)
 
 
-def _matrix(array):
-    if array is None:
-        return _Matrix()
-    return _Matrix(array.ctypes.data, F32 if array.dtype == np.float32 else BF16, 0)
+class Result(typing.NamedTuple):
+    """Without [B, ...] where x had none. Stages are None where not asked for, float32 but for latent."""
+    out: typing.Any  # [B, N, D], x's type
+    kv: typing.Any = None  # [B, S, coff D], 0 in a dropped tail
+    gate: typing.Any = None  # the same
+    weights: typing.Any = None  # [B, N, coff m, D], softmax weights by the window's rows
+    pooled: typing.Any = None  # [B, N, D]
+    latent: typing.Any = None  # [B, N, D], x's type: the entry before RoPE
 
 
-def _pointers(arrays):
-    return (ctypes.c_void_p * len(arrays))(*(None if a is None else a.ctypes.data for a in arrays))
+class Gradients(typing.NamedTuple):
+    """float32, of the parameters' shapes, but for dx; None where there is no such parameter."""
+    dx: typing.Any  # [B, S, H] or [S, H], x's type
+    dwkv: typing.Any
+    dwgate: typing.Any
+    dape: typing.Any
+    dnorm: typing.Any
 
 
-def _numbers(kind, values):
-    return (kind * len(values))(*values)
-
-
-# ---- The compressor -------------------------------------------------------------------------------------------------
-
+# ---- The compressor ---------------------------------------------------------------------------------------------
 
 class Compressor:
-    """wkv, wgate [coff * D, H], ape [ratio, coff * D], norm [D], coff = 2 with overlapping windows, else 1. Without ape
-    (DeepSeek-V4.1) ratio and eps must be given; wgate may be None where ratio is 1. rounding: a preset ("none",
-    "deepseek", "maxtext", "transformers", ...) or points joined by '+'. rows: "plain", "fp8", "fp8-keys", "fp4" or
-    "fp4-e4m3", what caches make of entries; results are what is read back. training: backward can be called.
+    """wkv, wgate [coff D, H], ape [m, coff D], norm [D]; packed here and not needed afterwards. DeepSeek-V4.1 has no
+    ape (give ratio and eps, 1e-20) and at ratio 1 no wgate.
+
+    rounding   where results are rounded to bf16: "none", "deepseek", "transformers" ... or points, "pooled+scaled+row"
+    eps        1e-6 where there is an ape
+    yarn_factor  1: no YaRN
+    sums       order in which products of bf16 are added: "pairs", "tiles"
+    rows       what a cache makes of entries: "plain", "fp8", "fp8-keys", "fp4", "fp4-e4m3"; out is what is read back
+    training   True: for `backward`
     """
 
-    def __init__(self, wkv, wgate, ape, norm, ratio=None, rope_dim=64, eps=None, rope_theta=160000.0, yarn_factor=16.0,
-                 yarn_orig_ctx=65536, rounding="deepseek", sums="pairs", rows="plain", training=False, threads=1):
-        self.settings = dict(ratio=ratio, rope_dim=rope_dim, eps=eps, rope_theta=rope_theta, yarn_factor=yarn_factor,
-                             yarn_orig_ctx=yarn_orig_ctx, rounding=rounding, sums=sums, rows=rows, training=training,
-                             threads=threads)  # fmt: skip
-        given = dict(wkv=wkv, wgate=wgate, ape=ape, norm=norm)
-        params = {name: None if value is None else _array(value, name) for name, value in given.items()}
-        self.head_dim, self.hidden_dim, self.coff = self._shapes(params)
-        self.ratio = params["ape"].shape[0] if ratio is None and ape is not None else ratio
+    def __init__(self, wkv, wgate=None, ape=None, norm=None, ratio=None, rope_dim=64, eps=None, rope_theta=160000,
+                 yarn_factor=16, yarn_orig_ctx=65536, rounding="deepseek", sums="pairs", rows="plain", training=False,
+                 threads=1):
+        norm, wkv = _array("norm", norm, "head_dim"), _array("wkv", wkv, "coff * head_dim", "hidden_dim")
+        columns, self.head_dim, self.hidden_dim = wkv.shape[0], norm.shape[0], wkv.shape[1]
+        if columns not in (self.head_dim, 2 * self.head_dim):
+            raise ValueError(f"wkv is {_text(wkv.shape)}: norm's {self.head_dim} or twice as many rows are wanted")
         if ape is None and (ratio is None or eps is None):
-            raise ValueError("without an ape, ratio and eps must be given (DeepSeek-V4.1: 2 or 1, and 1e-20)")
-        if ape is not None and self.ratio != params["ape"].shape[0]:
-            raise ValueError(f"ape has {params['ape'].shape[0]} rows, but ratio is {ratio}")
-        if sums != "pairs":
-            raise ValueError(f"sums '{sums}' is not pairs")
-        if rows.encode() not in [_library.dsv4_rows_name(i) for i in range(5)]:
-            raise ValueError(f"rows '{rows}' is none of plain, fp8, fp8-keys, fp4, fp4-e4m3")
-        if not 1 <= threads <= 64:
-            raise ValueError(f"threads is {threads}, not in 1 ... 64")
-        sizes = [self.hidden_dim, self.head_dim, self.ratio, rope_dim, self.coff - 1, ape is None, wgate is None]
-        reals = [1e-6 if eps is None else eps, rope_theta, yarn_factor, yarn_orig_ctx]
-        matrices = (_Matrix * 4)(*(_matrix(params[name]) for name in given))
-        error = _Error(text=b"out of memory")
-        self._params, self._lock = params, threading.Lock()  # one workspace: one call at a time
-        self._engine = _library.create(_numbers(ctypes.c_int64, sizes + [bool(training), threads]),
-                                       _numbers(ctypes.c_double, reals), rounding.encode(), rows.encode(), matrices,
-                                       error)  # fmt: skip
-        _check(not self._engine, error)
+            raise ValueError("without an ape, ratio and eps must be given (DeepSeek-V4.1's eps is 1e-20)")
+        ratio = None if ratio is None else operator.index(ratio)
+        if ape is not None:
+            ape = _array("ape", ape, "ratio" if ratio is None else ratio, columns)
+        if wgate is not None:
+            wgate = _array("wgate", wgate, columns, self.hidden_dim)
+        reals = dict(eps=1e-6 if eps is None else eps, rope_theta=rope_theta, yarn_factor=yarn_factor,
+                     yarn_orig_ctx=yarn_orig_ctx)
+        for name, value in reals.items():  # 0 would be the library's default
+            if not np.float32(value) > 0:
+                raise ValueError(f"{name} {value} is not above 0")
+        for name, value, known in (("sums", sums, SUMS), ("rows", rows, ROWS)):
+            if value not in known:
+                raise ValueError(f"{name} '{value}' is none of {', '.join(known)}")
+        self.ratio, self.overlap = len(ape) if ratio is None else ratio, columns != self.head_dim
+        self._shapes = {"d" + name: None if array is None else array.shape
+                        for name, array in (("wkv", wkv), ("wgate", wgate), ("ape", ape), ("norm", norm))}
+        self.settings = dict(reals, ratio=ratio, rope_dim=rope_dim, rounding=rounding, sums=sums, rows=rows,
+                             training=training, threads=threads)
+        bits = ctypes.c_uint32()
+        _call("dsv4_rounding_parse", rounding.encode(), ctypes.byref(bits))
+        n = _numbers(hidden_dim=self.hidden_dim, head_dim=self.head_dim, ratio=self.ratio, rope_dim=rope_dim,
+                     overlap=self.overlap, no_ape=ape is None, no_gate=wgate is None, rounding=bits.value,
+                     sums=SUMS.index(sums), rows=ROWS.index(rows), training=training, threads=threads,
+                     wkv=wkv, wgate=wgate, ape=ape, norm=norm)
+        reals = (ctypes.c_double * len(reals))(*reals.values())
+        self._engine, self._turn = _made(self, "shim_create", "shim_destroy", n, reals), threading.Lock()
 
-    def __del__(self):
-        if getattr(self, "_engine", None):
-            _library.destroy(self._engine)
-
-    @staticmethod
-    def _shapes(params):
-        """head_dim, hidden_dim and coff, which every array has to agree with."""
-        wkv, norm = params["wkv"], params["norm"]
-        if wkv is None or norm is None:
-            raise ValueError("wkv and norm are required")
-        head_dim = norm.size
-        if norm.ndim != 1 or wkv.ndim != 2 or wkv.shape[0] not in (head_dim, 2 * head_dim):
-            raise ValueError(f"wkv is {wkv.shape} beside norm {norm.shape}, not (D or 2 D, hidden_dim) and (D,)")
-        for name, shape in (("wgate", wkv.shape), ("ape", (None, wkv.shape[0]))):
-            array = params[name]
-            if array is not None and (array.ndim != 2 or array.shape[1] != shape[1] or shape[0] not in (None, array.shape[0])):
-                raise ValueError(f"{name} is {array.shape}, which does not fit wkv {wkv.shape}")
-        return head_dim, wkv.shape[1], wkv.shape[0] // head_dim
-
-    def _batch(self, x):
-        """x as an array, and its leading dimension if it has one."""
-        array = _array(x, "x")
-        if array.ndim not in (2, 3) or array.shape[-1] != self.hidden_dim:
-            raise ValueError(f"x is {array.shape}, not (tokens, {self.hidden_dim}) or (batch, tokens, {self.hidden_dim})")
-        return array, array.shape[:-2]
-
-    def _run(self, x, state, start, stages, drop_tail):
-        array, batch = self._batch(x)
-        tokens, width, rows = array.shape[-2], self.coff * self.head_dim, self.coff * self.ratio
-        count = _library.entries(self._engine, state, tokens)
-        shapes = dict(kv=(tokens, width), gate=(tokens, width), weights=(count, rows, self.head_dim),
-                      pooled=(count, self.head_dim), latent=(count, self.head_dim), out=(count, self.head_dim))  # fmt: skip
-        if self._params["wgate"] is None:
-            del shapes["gate"]
-        types = dict(latent=array.dtype, out=array.dtype)
-        made = {name: np.zeros(batch + shape, types.get(name, np.float32)) for name, shape in shapes.items()
-                if stages or name == "out"}  # fmt: skip
-        places = _pointers([made.get(name) for name in ("kv", "gate", "weights", "pooled", "latent")])
-        sizes = [batch[0] if batch else 1, tokens, count, start, bool(drop_tail)]
-        error = _Error()
-        with self._lock:
-            status = _library.compress(self._engine, _numbers(ctypes.c_int64, sizes), state, _matrix(array),
-                                       _matrix(made["out"]), places, error)  # fmt: skip
-        _check(status, error)
-        return SimpleNamespace(**{name: _like(value, x) for name, value in made.items()})
+    @property
+    def isa(self):
+        """The name of the kernels in use."""
+        return _library().shim_isa(self._engine).decode()
 
     def __call__(self, x, start=0, stages=False, drop_tail=False):
-        """x [S, H] or [B, S, H], whole sequences whose first tokens are at position `start`. The result has out
-        [..., S / ratio, D] in x's type and, with stages, fp32 kv, gate [..., S, coff * D], weights [..., S / ratio,
-        coff * ratio, D], pooled [..., S / ratio, D], and latent like out. drop_tail: tokens that fill no window are
-        ignored; otherwise they are an error.
-        """
-        return self._run(x, None, start, stages, drop_tail)
+        """x [B, S, H] or [S, H], whole sequences whose first tokens stand at position `start`, to a Result. An S that
+        the ratio does not divide is refused; with `drop_tail` what is too many is ignored."""
+        return self._compress(x, start, stages, drop_tail, None)
 
-    def backward(self, x, dout, start=0):
-        """The gradients of sum(out * dout): dx in x's type; dwkv, dwgate, dape, dnorm in fp32, None where there is no
-        such parameter. dout [..., S / ratio, D] in fp32 or bf16.
-        """
-        array, batch = self._batch(x)
-        gradient, tokens = _array(dout, "dout"), array.shape[-2]
-        if gradient.shape != batch + (tokens // self.ratio, self.head_dim):
-            raise ValueError(f"dout is {gradient.shape}, not {batch + (tokens // self.ratio, self.head_dim)}")
-        made = {"dx": np.zeros_like(array)}
-        for name, param in self._params.items():
-            made["d" + name] = None if param is None else np.zeros(param.shape, np.float32)
-        sizes, error = [batch[0] if batch else 1, tokens, tokens // self.ratio, start, 0], _Error()
-        with self._lock:
-            status = _library.backward(self._engine, _numbers(ctypes.c_int64, sizes), _matrix(array), _matrix(gradient),
-                                       (_Matrix * 5)(*map(_matrix, made.values())), error)  # fmt: skip
-        _check(status, error)
-        return SimpleNamespace(**{name: _like(value, x) for name, value in made.items()})
+    def _x(self, x):
+        return _array("x", x, *["B", "S", self.hidden_dim][-3 if getattr(x, "ndim", 2) == 3 else -2:])
+
+    def _run(self, state, x, entries, start, drop_tail, **arrays):
+        n = _numbers(batch=x.shape[0] if x.ndim == 3 else 1, tokens=x.shape[-2], entries=entries, start=start,
+                     drop_tail=drop_tail, x=x, **arrays)
+        _call("shim_run", self._engine, state, n)
+
+    def _compress(self, x, start, stages, drop_tail, state):
+        given, coff, rows = x, 1 + self.overlap, self._x(x)
+        with self._turn:
+            entries = (_library().dsv4_state_tokens(state) % self.ratio + rows.shape[-2]) // self.ratio
+            result = {"out": np.zeros((*rows.shape[:-2], entries, self.head_dim), rows.dtype)}
+            if stages:
+                result["kv"] = np.zeros((*rows.shape[:-1], coff * self.head_dim), np.float32)
+                result["gate"] = np.zeros_like(result["kv"]) if self._shapes["dwgate"] else None
+                result["weights"] = np.zeros((*rows.shape[:-2], entries, coff * self.ratio, self.head_dim), np.float32)
+                result["pooled"] = np.zeros(result["out"].shape, np.float32)
+                result["latent"] = np.zeros_like(result["out"])
+            self._run(state, rows, entries, start, drop_tail, **result)
+        return Result(**{name: _like(given, array) for name, array in result.items()})
+
+    def backward(self, x, dout, start=0, drop_tail=False):
+        """Of the call c(x, start, drop_tail=drop_tail) and the gradient of its out, [B, N, D] or [N, D] in any type, to
+        Gradients."""
+        rows = self._x(x)
+        entries = rows.shape[-2] // self.ratio
+        dout = _array("dout", dout, *rows.shape[:-2], entries, self.head_dim)
+        result = {name: np.zeros(shape, np.float32) if shape else None for name, shape in self._shapes.items()}
+        with self._turn:
+            result["dx"] = np.zeros_like(rows)
+            self._run(None, rows, entries, start, drop_tail, dout=dout, **result)
+        return Gradients(**{name: _like(x, array) for name, array in result.items()})
+
+    def with_params(self, wkv, wgate, ape, norm, **changes):
+        """The same compressor with other numbers, and other settings where `changes` name them."""
+        return Compressor(wkv, wgate, ape, norm, **{**self.settings, **changes})
 
     def stream(self, depth=0, start=0):
-        """A sequence that comes piece by piece, the last `depth` tokens of which can be taken back."""
+        """A sequence that comes piece by piece, its first token at position `start`. The last `depth` tokens can be
+        taken back."""
         return Stream(self, depth, start)
-
-    def with_params(self, wkv, wgate, ape, norm):
-        """The same compressor with other numbers."""
-        return Compressor(wkv, wgate, ape, norm, **self.settings)
 
 
 class Stream:
-    """The state of one sequence: s(x) takes the next tokens and gives the entries of the windows that they close."""
+    """One sequence's state: s(x) gives the entries that x completes, with the bits of the one call."""
 
     def __init__(self, compressor, depth=0, start=0):
-        error = _Error()
         self._compressor, self._depth, self._start = compressor, depth, start
-        self._state = _library.state_create(compressor._engine, depth, error)
-        _check(not self._state, error)
-
-    def __del__(self):
-        if getattr(self, "_state", None):
-            _library.dsv4_state_destroy(self._state)
+        self._state = _made(self, "shim_stream", "dsv4_state_destroy", compressor._engine, _int64("depth", depth))
 
     def __call__(self, x, stages=False):
-        """x [S, H], any S. Results as the compressor's own."""
-        if _array(x, "x").ndim != 2:
-            raise ValueError("x is a batch, but a stream is one sequence")
-        return self._compressor._run(x, self._state, self.position, stages, False)
+        """x [S, H], the sequence's next tokens, to a Result."""
+        if getattr(x, "ndim", 2) != 2:
+            raise ValueError(f"x is {_text(x.shape)}, not {_text(['S', self._compressor.hidden_dim])}")
+        return self._compressor._compress(x, self.position, stages, False, self._state)
 
     @property
     def position(self):
         """Of the next token."""
-        seen = _library.dsv4_state_tokens(self._state)
-        return _library.dsv4_state_position(self._state) if seen else self._start
+        seen = _library().dsv4_state_tokens(self._state)
+        return _library().dsv4_state_position(self._state) if seen else self._start
 
     def roll_back(self, tokens):
-        """As if the last `tokens` had never come."""
-        error = _Error()
-        _check(_library.dsv4_state_roll_back(self._state, tokens, error), error)
-
-    def copy(self):
-        """Another stream that goes on from here."""
-        other, error = Stream(self._compressor, self._depth, self._start), _Error()
-        _check(_library.dsv4_state_copy(other._state, self._state, error), error)
-        return other
+        """As if the last `tokens` had never come; their entries are the caller's to forget."""
+        _call("dsv4_state_roll_back", self._state, _int64("tokens", tokens))
 
     def save(self):
-        """The state as bytes, for any machine."""
-        size, error = _library.dsv4_state_save_size(self._state), _Error()
+        """The state as bytes, for `restore` on any machine."""
+        size = _library().dsv4_state_save_size(self._state)
         saved = ctypes.create_string_buffer(size)
-        _check(_library.dsv4_state_save(self._state, saved, size, None, error), error)
+        _call("dsv4_state_save", self._state, saved, ctypes.c_size_t(size), None)
         return saved.raw
 
     def restore(self, saved):
-        """Becomes what save gave."""
-        error = _Error()
-        _check(_library.dsv4_state_restore(self._state, bytes(saved), len(saved), error), error)
+        """Becomes the stream that `saved` came from, of a compressor with the same settings."""
+        saved = bytes(saved)
+        _call("dsv4_state_restore", self._state, saved, ctypes.c_size_t(len(saved)))
+
+    def copy(self):
+        """A stream of its own that goes on from here."""
+        other = Stream(self._compressor, self._depth, self._start)
+        _call("dsv4_state_copy", other._state, self._state)
+        return other
 
 
-def torch_function(compressor):
-    """A torch.autograd.Function: apply(x, wkv, wgate, ape, norm) compresses x with these parameters and the
-    compressor's settings, and is differentiated in all of them. The compressor must be one for training.
-    """
+def torch_function(c):
+    """A torch.autograd.Function with c's settings: apply(x, wkv, wgate, ape, norm, start=0, drop_tail=False) is out. It
+    packs the parameters that it is given, so that a module may hold and train them."""
     import torch
 
     class Compress(torch.autograd.Function):
         @staticmethod
-        def forward(ctx, x, wkv, wgate, ape, norm):
-            ctx.compressor = compressor.with_params(wkv, wgate, ape, norm)
+        def forward(ctx, x, wkv, wgate, ape, norm, start=0, drop_tail=False):
+            ctx.compressor = c.with_params(wkv, wgate, ape, norm, training=any(ctx.needs_input_grad))
             ctx.save_for_backward(x)
-            ctx.types = [None if p is None else p.dtype for p in (wkv, wgate, ape, norm)]
-            return ctx.compressor(x).out
+            ctx.where = start, drop_tail
+            return ctx.compressor(x, start, drop_tail=drop_tail).out
 
         @staticmethod
+        @torch.autograd.function.once_differentiable
         def backward(ctx, dout):
-            (x,) = ctx.saved_tensors
-            g = ctx.compressor.backward(x, dout)
-            params = zip((g.dwkv, g.dwgate, g.dape, g.dnorm), ctx.types)
-            return (g.dx, *(None if d is None else d.to(t) for d, t in params))
+            return (*ctx.compressor.backward(*ctx.saved_tensors, dout, *ctx.where), None, None)
 
     return Compress
 
 
-def _demo():
-    """A compressor of CSA's kind on random tokens: at once, as a stream, and backwards."""
-    rng = np.random.default_rng(1)
-    hidden_dim, head_dim, ratio, tokens = 256, 128, 4, 64
-    real = lambda *shape: rng.standard_normal(shape, np.float32)
-    scale = np.float32(hidden_dim**-0.5)
-    c = Compressor(real(2 * head_dim, hidden_dim) * scale, real(2 * head_dim, hidden_dim) * scale,
-                   real(ratio, 2 * head_dim), real(head_dim), rounding="none", training=True)  # fmt: skip
-    x = real(tokens, hidden_dim)
-    whole = c(x, stages=True)
-    print(f"x {x.shape} -> out {whole.out.shape}; pooled by weights {whole.weights.shape}")
+def main():
+    random = np.random.default_rng(0)
+    H, D, m = 1024, 128, 4
+    wkv, wgate = (random.standard_normal((2 * D, H), np.float32) / np.sqrt(H, dtype=np.float32) for _ in range(2))
+    ape, norm = random.standard_normal((m, 2 * D), np.float32), np.ones(D, np.float32)
+    x = random.standard_normal((2, 64, H), np.float32)
+    c = Compressor(wkv=wkv, wgate=wgate, ape=ape, norm=norm, training=True, threads=2)
+    print(f"{_header().name}, kernels {c.isa}, compiled to {_library()._name}")
+    print(f"CSA: hidden_dim {H}, head_dim {D}, ratio {c.ratio}")
+    r = c(x, stages=True)
+    print(f"c(x): x {_text(x.shape)} to out {_text(r.out.shape)}, its first numbers {r.out[0, 0, :4]}")
+    for name in ("kv", "gate", "weights", "pooled", "latent"):
+        print(f"stages: {name} {_text(getattr(r, name).shape)}")
     s = c.stream(depth=3)
-    parts = np.concatenate([s(x[:10]).out, s(x[10:21]).out, s(x[21:]).out])
-    print(f"as a stream of 10, 11 and 43 tokens: {'the same bits' if np.array_equal(parts, whole.out) else 'other bits'}")
+    pieces = [s(x[0, :30]).out, s(x[0, 30:33]).out]
     s.roll_back(3)
-    again = s(x[-3:]).out
-    print(f"three tokens taken back and given again: {'the same entry' if np.array_equal(again, whole.out[-1:]) else 'another'}")
-    print(f"saved state: {len(s.save())} bytes at position {s.position}")
-    g = c.backward(x, np.ones_like(whole.out))
-    step = np.float32(1e-2) * g.dx
-    gain = float(c(x + step).out.astype(np.float64).sum() - whole.out.astype(np.float64).sum())
-    print(f"a step along dx promises {float((step * g.dx).sum()):.4f}, gives {gain:.4f}")
-    print("gradients: " + ", ".join(f"{name} {value.shape}" for name, value in vars(g).items()))
+    pieces = pieces[:1] + [s(x[0, t:t + 1]).out for t in range(30, 64)]
+    print(f"in pieces, three tokens taken back: the same bits: {np.array_equal(np.concatenate(pieces), r.out[0])}")
+    g = c.backward(x, np.ones_like(r.out))
+    print("c.backward(x, dout):", ", ".join(f"{name} {_text(getattr(g, name).shape)}" for name in g._fields))
 
 
 if __name__ == "__main__":
-    _demo()
+    main()

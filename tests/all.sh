@@ -25,12 +25,6 @@ step() {
 }
 make_() { ${MAKE:-make} -s "$@"; }
 
-installs() {
-    make_ install DESTDIR="$tmp/root" PREFIX=/usr &&
-        printf '#define DSV4_COMPRESSOR_IMPLEMENTATION\n#include <dsv4_compressor.h>\n' >"$tmp/user.c" &&
-        $CC -c -I"$tmp/root/usr/include" "$tmp/user.c" -o "$tmp/user.o" &&
-        grep -q '^Version: [0-9]' "$tmp/root/usr/share/pkgconfig/dsv4_compressor.pc"
-}
 # TEST [OPTIONS]
 valgrind_on() {
     spawn "$*" env SOAK_SECONDS=5 valgrind --quiet --error-exitcode=9 --leak-check=full "$out/valgrind/tests/"$*
@@ -59,7 +53,7 @@ step check-own-runner make_ check BUILD="$out/own" CPPFLAGS=-DTESTS_OWN_RUNNER S
 step check-slow env TESTS_SLOW=1 ${MAKE:-make} -s check SCRIPTS='bits headers'
 step soak make_ soak SOAK_SECONDS="${SOAK_SECONDS:-600}"
 step examples make_ examples
-step install installs
+step build-systems sh tests/build_systems.sh
 step run make_ run
 step run-train make_ run-train
 step run-mpi make_ run-mpi

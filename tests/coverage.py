@@ -1,6 +1,8 @@
 #!/usr/bin/env python3
 """Lines and branches of dsv4_compressor.h from gcov's JSON; see coverage.sh. Lists what is not reached.
 
+    coverage.py JSON HEADER WITHOUT    WITHOUT, for the last line, names what was left out; may be empty
+
 A kernel is compiled once for each instruction set, as dsv4__SET_name. All of its instances have the same branches on a
 line, in the same order; a branch is taken where one of them takes it."""
 
@@ -37,7 +39,7 @@ def main():
     executed = sum(count > 0 for count in lines.values())
     print(f"line coverage {100 * executed / len(lines):.1f} % ({executed} of {len(lines)})")
     print(f"{reached} of {total} branches")
-    print(f"branch coverage {100 * reached / total:.1f} %")
+    print(f"branch coverage {100 * reached / total:.1f} %" + (f" ({sys.argv[3]})" if sys.argv[3] else ""))
 
 
 if __name__ == "__main__":

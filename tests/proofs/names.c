@@ -2,6 +2,7 @@
 // mutant: dsv4_compressor.h
 // - if ((unsigned)preset >= (unsigned)DSV4_PRESET_COUNT) return config;
 // + if ((unsigned)preset > (unsigned)DSV4_PRESET_COUNT) return config;
+// eva: -eva-precision 3 -eva-slevel 3000
 #include "proof.h"
 
 static void of_indices(void) {

@@ -1,36 +1,39 @@
-/* The arena: any size up to the buffer's own, any alignment that is a power of two, three blocks of any size, and any of
- * them given back. */
+/* An arena over 24 bytes at an address 8 past a multiple of 64, however many of them are used: a block of any 64-bit size
+ * at any alignment that is a power of two lies in what was free, aligned, or there is none; giving it back. (Eva knows no
+ * relation between two variables, such as used <= size: the small numbers are gone through one by one.) */
 // mutant: dsv4_compressor.h
 // - if (gap > arena->size - arena->used || size > arena->size - arena->used - gap) return NULL;
 // + if (gap > arena->size - arena->used || size > arena->size - arena->used) return NULL;
+// eva: -absolute-valid-range 0x1008-0x101f -eva-precision 2 -eva-slevel 100000
 #include "proof.h"
 
-enum { BUFFER = 4096 };
-static unsigned char buffer[BUFFER];
+enum { ROOM = 24 };
+static unsigned char *const buffer = (unsigned char *)0x1008;
 
-/* Writes a block's first and last byte. */
-static void use(unsigned char *block, size_t size) {
-    if (block == NULL || size == 0) return;
-    block[0] = 1;
-    block[size - 1] = 1;
+static void asks(size_t used, size_t size, size_t alignment) {
+    dsv4_arena arena = dsv4_arena_init(buffer, ROOM);
+    const dsv4_allocator allocator = dsv4_arena_allocator(&arena);
+    arena.used = used;
+    unsigned char *block = (unsigned char *)allocator.alloc(allocator.context, size, alignment);
+    //@ check used <= arena.used <= ROOM;
+    if (block == NULL) return;
+    //@ check (unsigned long)block % alignment == 0;
+    //@ check buffer + used <= block && block + size <= buffer + ROOM;
+    if (size > 0) block[0] = block[size - 1] = 1;
     REACHED(used);
+    allocator.free(allocator.context, block, size);
+    //@ check used <= arena.used <= ROOM;
+    REACHED(given_back);
 }
 
 int main(void) {
-    dsv4_arena arena = dsv4_arena_init(buffer, (size_t)any_from(0, BUFFER));
-    const dsv4_allocator allocator = dsv4_arena_allocator(&arena);
-    for (int i = 0; i < 3; i++) {
-        const size_t alignment = (size_t)1 << Frama_C_interval(0, 63);
-        const size_t size = Frama_C_unsigned_long_interval(0, SIZE_MAX);
-        unsigned char *block = (unsigned char *)allocator.alloc(allocator.context, size, alignment);
-        use(block, size);
-        //@ check arena.used <= arena.size;
-        if (block != NULL && Frama_C_interval(0, 1)) {
-            allocator.free(allocator.context, block, size);
-            REACHED(given_back);
+    for (size_t used = 0; used <= ROOM; used++)
+        for (int bit = 0; bit < 64; bit++) {
+            const size_t alignment = (size_t)1 << bit;
+            for (size_t size = 0; size <= ROOM && bit < 7; size++) asks(used, size, alignment);
+            if (bit >= 7) asks(used, Frama_C_unsigned_long_interval(0, ROOM), alignment);
+            asks(used, Frama_C_unsigned_long_interval(ROOM + 1, SIZE_MAX), alignment);
         }
-        //@ check arena.used <= arena.size;
-    }
     dsv4_arena none = dsv4_arena_init(NULL, 0);
     if (dsv4_arena_allocator(&none).alloc(&none, 1, 64) == NULL) REACHED(end);
     return 0;

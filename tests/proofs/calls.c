@@ -7,7 +7,7 @@
 // eva: -eva-split-return-function fits:full,dsv4__begin_segments:full,dsv4__begin_call:full
 #include "calls.h"
 
-static void checks(const dsv4_compressor *c, int none) {
+static void checks(const dsv4_compressor *c, int64_t count) {
     dsv4_workspace ws;
     dsv4_state states[2];
     dsv4_segment segments[SEGMENTS];
@@ -18,7 +18,7 @@ static void checks(const dsv4_compressor *c, int none) {
     ws.compressor = c;
     any_state(c, &states[0]);
     any_state(c, &states[1]);
-    any_batch(&batch, segments, states, none);
+    any_batch(&batch, segments, states, count);
     if (dsv4__begin_call(c, &batch, &ws, &call, &error) != DSV4_OK) return;
     REACHED(begun);
     if (dsv4__check_outputs(c, &call.batch, &error) != DSV4_OK) return;
@@ -31,8 +31,7 @@ static void checks(const dsv4_compressor *c, int none) {
 int main(void) {
     dsv4_compressor c;
     if (!any_compressor(&c)) return 0;
-    checks(&c, 0);
-    checks(&c, 1);
+    for (int64_t count = 0; count <= SEGMENTS; count++) checks(&c, count);
     REACHED(end);
     return 0;
 }

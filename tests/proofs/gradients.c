@@ -3,7 +3,7 @@
 // mutant: dsv4_compressor.h
 // - if (previous != NULL && previous->listed)
 // + if (previous->listed)
-// eva: -eva-split-return-function fits:full,dsv4__begin_segments:full,dsv4__begin_call:full
+// eva: -eva-split-return-function fits:full,dsv4__begin_segments:full,dsv4__begin_call:full -eva-precision 4 -eva-slevel 1000
 #include "calls.h"
 
 static void checks(const dsv4_compressor *c, int64_t count) {

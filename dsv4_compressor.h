@@ -569,7 +569,8 @@ DSV4_CHECKED DSV4_API dsv4_status dsv4_unpack(const dsv4_config *config, int64_t
  * 0 where ratio < 1 or count < 0. */
 DSV4_API int64_t dsv4_entry_count(const dsv4_config *config, const dsv4_state *state, int64_t count);
 
-/* Entries that the query at token t of a sequence may see: (t + 1) / ratio. 0 where ratio < 1 or t < 0. */
+/* Entries that the query at token t of a sequence may see: (t + 1) / ratio, INT64_MAX at most. 0 where ratio < 1 or
+ * t < 0. */
 DSV4_API int64_t dsv4_visible_entries(int64_t t, int64_t ratio);
 
 /* An additive attention mask [queries, entries]: 0 where query t = first + row sees the entry, else `hidden`. */
@@ -4607,12 +4608,14 @@ static dsv4__scratch dsv4__scratch_of(const dsv4_workspace *ws, int64_t thread) 
  * ------------------------------------------------------------------------------------------------------------ */
 
 DSV4_API int64_t dsv4_visible_entries(int64_t t, int64_t ratio) {
+    if (ratio == 1) return t < 0 ? 0 : dsv4__min(t, INT64_MAX - 1) + 1;
     return ratio < 1 || t < 0 ? 0 : t / ratio + (t % ratio == ratio - 1);
 }
 
 DSV4_API int64_t dsv4_entry_count(const dsv4_config *config, const dsv4_state *state, int64_t count) {
     if (config == NULL || config->ratio < 1 || count < 0) return 0;
-    return count / config->ratio + (dsv4_state_tokens(state) % config->ratio + count % config->ratio) / config->ratio;
+    const int64_t ratio = config->ratio, open = dsv4_state_tokens(state) % ratio;
+    return count / ratio + (open >= ratio - count % ratio); /* one more closes; their sum might not fit */
 }
 
 DSV4_API dsv4_status dsv4_mask(const dsv4_mask_spec *spec, dsv4_matrix mask, dsv4_error *error) {

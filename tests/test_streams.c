@@ -91,6 +91,8 @@ TEST a_state_counts_its_tokens_and_foretells_its_entries(const shape *of) {
     }
     ASSERT_EQ(STAGE_COUNT, results_difference(&w.whole, &r));
     ASSERT_EQ_FMT(0, (int)dsv4_state_tokens(NULL), "%d");
+    const dsv4_config longest = {.ratio = INT64_MAX}; /* of a state that has some of a window */
+    ASSERT(dsv4_entry_count(&longest, state, INT64_MAX - 1) == 1);
     results_free(&r);
     dsv4_state_destroy(state);
     workbench_free(&w);

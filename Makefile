@@ -40,7 +40,8 @@ PACKAGES := share/pkgconfig/dsv4_compressor.pc \
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help run check examples bench bench-peers run-train run-mpi install uninstall clean tests \
-        check-cross check-pytorch check-san check-all coverage lint fuzz soak mutate FORCE
+        check-cross check-pytorch check-san check-all coverage lint fuzz soak mutate \
+        prove prove-mutants FORCE
 
 ## For a start
 help: ## this list
@@ -112,6 +113,12 @@ soak: $(BUILD)/tests/test_soak ## a random serving workload for SOAK_SECONDS (60
 
 mutate: ## change the header in hundreds of places, one at a time: do the tests notice? MUTATE='--count 99'
 	@python3 tests/mutation.py --build $(BUILD)/mutation $(MUTATE)
+
+prove: ## Frama-C's Eva: no undefined behaviour in checks, sizes and conversions, for all inputs (Debian: frama-c-base)
+	@sh tests/prove.sh $(BUILD)/proofs
+
+prove-mutants: ## and whether each of these proofs fails where the header is at fault
+	@sh tests/prove.sh $(BUILD)/proofs mutants
 
 # Everything built depends on this file, which changes with the compiler and its flags alone.
 $(BUILD)/flags: FORCE

@@ -27,7 +27,7 @@ analyse() { # analyse NAME LOG DIRECTORY [OPTIONS]
 # What a log must say; all else that Eva prints of is not being sure, or of having given up, is a failure.
 proves() {
     name=$1 log=$out/$1.log
-    analyse "$name" "$log" . || { tail -5 "$log"; echo "frama-c ended with status $?, or was stopped"; return 1; }
+    analyse "$name" "$log" . || { echo "frama-c ended with status $? (124: its time was up)"; tail -5 "$log"; return 1; }
     grep -A3 -E 'eva:alarm|status (unknown|invalid)|missing-spec|[Uu]ser [Ee]rror|degenerat|recursi|NON TERMINATING' "$log" |
         head -20
     ! grep -qE 'eva:alarm|status (unknown|invalid)|missing-spec|[Uu]ser [Ee]rror|degenerat|recursi|NON TERMINATING' "$log" &&

@@ -1,9 +1,8 @@
-/* config.h - the configurations that dsv4_config_check accepts, as far as each field alone decides (but for
- * pad_gate, any number). That it accepts no
- * others is what config_check.c proves; that nothing goes wrong with these, the drivers that include this. */
+/* config.h - the configurations that dsv4_config_check accepts, as far as each field alone decides (pad_gate: any). That
+ * it accepts no others is what config_check.c proves; that nothing goes wrong with these, the drivers that include this. */
 #include "proof.h"
 
-enum { CONFIG_FIELDS = 15, ROUNDING_FIELD = 7 };
+enum { CONFIG_FIELDS = 16, ROUNDING_FIELD = 7 };
 
 /* A macro, so that Eva learns of the field itself. */
 #define FITS_REAL(value, least) \
@@ -20,11 +19,12 @@ static int fits(const dsv4_config *c, int field) {
     case 6: return c->no_gate >= 0 && c->no_gate <= 1;
     case ROUNDING_FIELD: return c->rounding <= dsv4__all_points ? 1 : 0;
     case 8: return (unsigned)c->rows < (unsigned)DSV4_ROWS_COUNT ? 1 : 0; /* a branch, for Eva to follow */
-    case 9: return FITS_REAL(c->eps, 0);
-    case 10: return FITS_REAL(c->rope_theta, 1);
-    case 11: return FITS_REAL(c->yarn_factor, 1);
-    case 12: return FITS_REAL(c->yarn_orig_ctx, 1);
-    case 13: return FITS_REAL(c->yarn_beta_fast, 0);
+    case 9: return (unsigned)c->sums <= 1 ? 1 : 0;
+    case 10: return FITS_REAL(c->eps, 0);
+    case 11: return FITS_REAL(c->rope_theta, 1);
+    case 12: return FITS_REAL(c->yarn_factor, 1);
+    case 13: return FITS_REAL(c->yarn_orig_ctx, 1);
+    case 14: return FITS_REAL(c->yarn_beta_fast, 0);
     default: return FITS_REAL(c->yarn_beta_slow, 0);
     }
 }

@@ -1,5 +1,5 @@
-/* dsv4_state_restore. Any bytes of every length up to 160 through its checks, for states of any head_dim, any depth and
- * ratio 1 to 3, with and without overlap, that fold or keep rows. Then what takes the bytes over: saved states of 0 to 7
+/* dsv4_state_restore. Any bytes of every length up to 96 through its checks, for states of any head_dim, any depth and
+ * ratio 1 to 3, with and without overlap, that fold or keep rows. Then what takes the bytes over: saved states of 0 to 5
  * tokens with any floor, at any position, other bytes any, into states of head_dim 1 and depth 0 to 2. */
 // mutant: dsv4_compressor.h
 // - for (int64_t t = dsv4__state_first(state, s, saved_floor); t < state->tokens; t++, from += state->row * 4)
@@ -7,7 +7,7 @@
 // eva: -eva-precision 2 -eva-slevel 60 -eva-auto-loop-unroll 300 -eva-slevel-function dsv4__hash:0
 #include "proof.h"
 
-enum { TOKENS = 7, MOST_DEPTH = 2, ROOM = 1024, LONGEST = 160 };
+enum { TOKENS = 5, MOST_DEPTH = 2, ROOM = 1024, LONGEST = 96 };
 
 static unsigned char bytes[ROOM];
 

@@ -2775,7 +2775,7 @@ static void DSV4__FN(hadamard)(float *row, int64_t dim) {
 
 /* Up to 128 numbers of the code to bytes, one each or two in one. */
 DSV4__INLINE void DSV4__FN(put_codes)(int wide, unsigned char *to, const float *from, int64_t count) {
-    unsigned char codes[128];
+    unsigned char codes[128] = {0};
     int64_t i = 0;
     for (; i + DSV4__VL <= count; i += DSV4__VL)
         dsv4__v_put_bytes(wide ? to + i : codes + i, DSV4__FN(to_codes)(wide, dsv4__v_load(from + i)));
@@ -4783,7 +4783,7 @@ static dsv4_status dsv4__check_packed(dsv4_matrix *matrix, int64_t rows, int64_t
 /* Where entries go, as numbers or packed. */
 static dsv4_status dsv4__check_rows(const dsv4_config *config, int64_t rows, dsv4_matrix *out, dsv4_matrix *scales,
                                     dsv4_error *error) {
-    size_t row_bytes, scale_bytes;
+    size_t row_bytes = 0, scale_bytes = 0;
     if (out->dtype != DSV4_PACKED) return dsv4__check_matrix(out, rows, config->head_dim, "out", error);
     DSV4__TRY(dsv4_row_sizes(config, &row_bytes, &scale_bytes, error));
     DSV4__TRY(dsv4__check_packed(out, rows, (int64_t)row_bytes, "out", error));
@@ -5466,7 +5466,7 @@ DSV4_API dsv4_status dsv4_quantise(const dsv4_compressor *compressor, dsv4_const
 
 DSV4_API dsv4_status dsv4_unpack(const dsv4_config *config, int64_t count, dsv4_const_matrix rows,
                                  dsv4_const_matrix scales, dsv4_matrix numbers, dsv4_error *error) {
-    size_t row_bytes, scale_bytes;
+    size_t row_bytes = 0, scale_bytes = 0;
     dsv4__unpack_job job;
     DSV4__TRY(dsv4_row_sizes(config, &row_bytes, &scale_bytes, error));
     if (count < 0) return dsv4__fail(error, DSV4_ERROR_ARGUMENT, "count is %lld", (long long)count);

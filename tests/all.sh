@@ -63,8 +63,6 @@ step check-san make_ check-san
 step check-cross make_ check-cross
 # A seed of its own for what has to pass in the same way twice; make check-pytorch draws another each time.
 step check-pytorch make_ check-pytorch PYTORCH="${PYTORCH:---seed 7}"
-! have frama-c || step prove make_ prove
-! have frama-c || step prove-mutants make_ prove-mutants
 step fuzz make_ fuzz FUZZ_SECONDS="$seconds"
 step mutate make_ mutate MUTATE="${MUTATE:---seconds 150}"
 ! have valgrind || step valgrind under_valgrind

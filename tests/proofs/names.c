@@ -24,7 +24,7 @@ static void of_texts(void) {
     ANY(text);
     text[sizeof text - 1] = '\0';
     if (dsv4_rounding_parse(text, &rounding, &error) == DSV4_OK) REACHED(parsed);
-    if (dsv4__set_by_name(text, &set, &error) == DSV4_OK) REACHED(set);
+    if (dsv4__set_by_name(text, DSV4_SUMS_PAIRS, &set, &error) == DSV4_OK) REACHED(set);
 }
 
 /* With a buffer of every size up to the longest name's and one more. */

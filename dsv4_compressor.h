@@ -2804,7 +2804,7 @@ DSV4__INLINE void DSV4__FN(get_codes)(int wide, const dsv4__unpack_job *job, int
             dsv4__v_store(numbers + i, rounded ? dsv4__v_round(value) : value);
     }
     if (i == count) return;
-    for (int64_t k = i; k < count; k++) codes[k] = wide ? from[k] : (unsigned char)(from[k / 2] >> (4 * (k % 2)) & 15);
+    for (int64_t k = i; k < count; k++) codes[k] = (unsigned char)(wide ? from[k] : from[k / 2] >> (4 * (k % 2)) & 15);
     for (; i < count; i += DSV4__VL) {
         const int64_t n = dsv4__min(count - i, DSV4__VL);
         const DSV4__VF value = dsv4__v_mul(DSV4__FN(from_codes)(wide, dsv4__v_bytes(codes + i)), all);

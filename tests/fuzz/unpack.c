@@ -1,12 +1,15 @@
-/* dsv4_unpack on arbitrary bytes: every number is its code times its block's scale, and nothing is read or written beside
- * the rows, which stand in blocks of exactly their size. */
+/* dsv4_unpack on arbitrary bytes: every number is its code times its block's scale, in fp32 and in bf16, and nothing is
+ * read or written beside the rows, which stand in blocks of exactly their size. */
 
 #include "fuzz.h"
 #include "oracle_rows.h"
 
+/* A few rows are unpacked by the scalar kernels, so many numbers by the CPU's best. */
+enum { MANY_NUMBERS = 16384 };
+
 typedef struct packed {
     dsv4_config config;
-    int64_t count, row_stride, scale_stride;
+    int64_t count, row_stride, scale_stride, number_stride;
     size_t row_bytes, scale_bytes;
     unsigned char *rows, *scales; /* the last one without the gap behind it */
 } packed;
@@ -23,17 +26,17 @@ static int make(choices *c, packed *p) {
     memset(p, 0, sizeof *p);
     p->config.hidden_dim = p->config.ratio = 1;
     p->config.rows = (dsv4_rows)choose(c, DSV4_ROWS_COUNT - 1);
-    p->config.head_dim = 1 + choose(c, 255);
+    p->config.head_dim = 1 + choose(c, 255) + 256 * choose(c, 2);
+    while (p->config.rows == DSV4_ROWS_FP4 && (p->config.head_dim & (p->config.head_dim - 1)) != 0)
+        p->config.head_dim &= p->config.head_dim - 1;
     p->config.rope_dim = 2 * (choose(c, 255) % (p->config.head_dim / 2 + 1));
     p->config.rounding = choose(c, 1) ? DSV4_ROUND_ROW : 0;
     p->count = 1 + choose(c, 7);
-    if (p->config.rows == DSV4_ROWS_FP4) {
-        while (p->config.head_dim & (p->config.head_dim - 1)) p->config.head_dim &= p->config.head_dim - 1;
-        p->config.rope_dim = 0;
-    }
+    if (choose(c, 1)) p->count += MANY_NUMBERS / p->config.head_dim;
     if (dsv4_row_sizes(&p->config, &p->row_bytes, &p->scale_bytes, NULL) != DSV4_OK) return 0;
     p->row_stride = (int64_t)p->row_bytes + choose(c, 20);
     p->scale_stride = (int64_t)p->scale_bytes + choose(c, 20);
+    p->number_stride = p->config.head_dim + choose(c, 20);
     p->rows = take(c, p->count, p->row_stride, p->row_bytes);
     p->scales = take(c, p->count, p->scale_stride, p->scale_bytes);
     return 1;
@@ -42,36 +45,48 @@ static int make(choices *c, packed *p) {
 /* Subnormal scales and products are nobody's promise. */
 static int is_promised(double value) { return value == 0 || !(fabs(value) < 0x1p-126); }
 
-static void check_number(const packed *p, const unsigned char *row, const unsigned char *scales, int64_t i, float got) {
+/* What channel i of a row holds; 0 where nothing is promised. */
+static int number_of(const packed *p, const unsigned char *row, const unsigned char *scales, int64_t i, float *number) {
     const row_rule rule = rule_of(p->config.rows);
     const int64_t coded = p->config.head_dim - (p->config.rows == DSV4_ROWS_FP8 ? p->config.rope_dim : 0);
     const unsigned char *s = scales + i / rule.block * rule.scale_bytes, *half = row + coded + 2 * (i - coded);
     if (i >= coded) {
-        const float expected = float_of_bits((uint32_t)half[0] << 16 | (uint32_t)half[1] << 24);
-        REQUIRE(isnan(expected) ? isnan(got) : bits_of_float(expected) == bits_of_float(got));
-        return;
+        *number = float_of_bits((uint32_t)half[0] << 16 | (uint32_t)half[1] << 24);
+        return 1;
     }
     double scale = rule.e4m3_scale ? signed_value(*s, e4m3_value) : *s == 255 ? NAN : ldexp(1, *s - 127);
     if (rule.scale_bytes == 4)
         scale = float_of_bits((uint32_t)s[0] | (uint32_t)s[1] << 8 | (uint32_t)s[2] << 16 | (uint32_t)s[3] << 24);
     const int code = rule.wide ? row[i] : row[i / 2] >> (4 * (i % 2)) & 15;
     const double product = signed_value(code, rule.wide ? e4m3_value : e2m1_value) * scale;
-    if (!is_promised(scale) || !is_promised(product)) return;
-    float expected = (float)product;
-    if (p->config.rounding & DSV4_ROUND_ROW) expected = bf16_of(expected);
-    REQUIRE(isnan(expected) ? isnan(got) : bits_of_float(expected) == bits_of_float(got));
+    *number = p->config.rounding & DSV4_ROUND_ROW ? bf16_of((float)product) : (float)product;
+    return is_promised(scale) && is_promised(product);
+}
+
+static void check_row(const packed *p, dsv4_dtype dtype, int64_t r, const void *numbers) {
+    for (int64_t i = 0; i < p->config.head_dim; i++) {
+        const float got = (float)number(numbers, dtype, r * p->number_stride + i);
+        float expected;
+        if (!number_of(p, p->rows + r * p->row_stride, p->scales + r * p->scale_stride, i, &expected)) continue;
+        if (dtype == DSV4_BF16) expected = bf16_of(expected);
+        REQUIRE(isnan(expected) ? isnan(got) : bits_of_float(expected) == bits_of_float(got));
+    }
 }
 
 static void check(const packed *p, dsv4_dtype dtype) {
     const dsv4_const_matrix rows = {p->rows, DSV4_PACKED, p->row_stride},
                             scales = {p->scales, DSV4_PACKED, p->scale_stride};
-    void *numbers = reserve((size_t)(p->count * p->config.head_dim) * dsv4_dtype_size(dtype));
-    REQUIRE(dsv4_unpack(&p->config, p->count, rows, scales, matrix_of(numbers, dtype), NULL) == DSV4_OK);
-    for (int64_t r = 0; r < p->count && dtype == DSV4_F32; r++)
-        for (int64_t i = 0; i < p->config.head_dim; i++)
-            check_number(p, p->rows + r * p->row_stride, p->scales + r * p->scale_stride, i,
-                         ((const float *)numbers)[r * p->config.head_dim + i]);
-    free(numbers);
+    const size_t size = dsv4_dtype_size(dtype), row = (size_t)p->config.head_dim * size;
+    const size_t stride = (size_t)p->number_stride * size, bytes = (size_t)(p->count - 1) * stride + row;
+    dsv4_matrix numbers = {reserve(bytes), dtype, p->number_stride};
+    memset(numbers.data, POISON, bytes);
+    REQUIRE(dsv4_unpack(&p->config, p->count, rows, scales, numbers, NULL) == DSV4_OK);
+    for (int64_t r = 0; r < p->count; r++) {
+        const unsigned char *end = (const unsigned char *)numbers.data + (size_t)r * stride + row;
+        check_row(p, dtype, r, numbers.data);
+        for (size_t i = 0; i < stride - row && r + 1 < p->count; i++) REQUIRE(end[i] == POISON);
+    }
+    free(numbers.data);
 }
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {

@@ -1172,7 +1172,11 @@ DSV4__INLINE void dsv4__put_halves(unsigned char *to, const float *from, int64_t
 }
 
 DSV4__INLINE void dsv4__get_bf16(dsv4_bf16 *to, const unsigned char *from, int64_t count) {
+#if defined(__BYTE_ORDER__) && __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
+    memcpy(to, from, (size_t)count * sizeof *to);
+#else
     for (int64_t i = 0; i < count; i++) to[i] = (dsv4_bf16)(from[2 * i] | from[2 * i + 1] << 8);
+#endif
 }
 
 DSV4__INLINE void dsv4__get_halves(float *to, const unsigned char *from, int64_t count) {
@@ -2784,6 +2788,10 @@ DSV4__INLINE void DSV4__FN(put_codes)(int wide, unsigned char *to, const float *
     for (i = 0; i < count && !wide; i += 2) to[i / 2] = (unsigned char)(codes[i] | codes[i + 1] << 4);
 }
 
+DSV4__INLINE DSV4__VF DSV4__FN(byte_numbers)(const unsigned char *from, DSV4__VF scale) {
+    return dsv4__v_mul(DSV4__FN(from_codes)(1, dsv4__v_bytes(from)), scale);
+}
+
 /* And back, times the block's scale: scales of eight bits make bf16 numbers, others are rounded as they are stored. */
 DSV4__INLINE void DSV4__FN(get_codes)(int wide, const dsv4__unpack_job *job, int64_t c, int64_t count, float scale) {
     const int exact = dsv4__format_of(job->config)->scale_bytes == 1;
@@ -2793,16 +2801,17 @@ DSV4__INLINE void DSV4__FN(get_codes)(int wide, const dsv4__unpack_job *job, int
     float *numbers = (float *)job->to + c;
     dsv4_bf16 *halves = (dsv4_bf16 *)job->to + c;
     unsigned char codes[128 + DSV4__VL] = {0};
+    const int64_t whole = wide ? count / DSV4__VL * DSV4__VL : 0;
     int64_t i = 0;
-    for (; wide && i + DSV4__VL <= count; i += DSV4__VL) {
-        const DSV4__VF value = dsv4__v_mul(DSV4__FN(from_codes)(1, dsv4__v_bytes(from + i)), all);
-        if (narrow && exact)
-            dsv4__v_cut(halves + i, value);
-        else if (narrow)
-            dsv4__v_narrow(halves + i, value);
-        else
-            dsv4__v_store(numbers + i, rounded ? dsv4__v_round(value) : value);
-    }
+    if (narrow && exact) /* a loop for each, as not every compiler takes what does not change out of one */
+        for (; i < whole; i += DSV4__VL) dsv4__v_cut(halves + i, DSV4__FN(byte_numbers)(from + i, all));
+    else if (narrow)
+        for (; i < whole; i += DSV4__VL) dsv4__v_narrow(halves + i, DSV4__FN(byte_numbers)(from + i, all));
+    else if (rounded)
+        for (; i < whole; i += DSV4__VL)
+            dsv4__v_store(numbers + i, dsv4__v_round(DSV4__FN(byte_numbers)(from + i, all)));
+    else
+        for (; i < whole; i += DSV4__VL) dsv4__v_store(numbers + i, DSV4__FN(byte_numbers)(from + i, all));
     if (i == count) return;
     for (int64_t k = i; k < count; k++) codes[k] = (unsigned char)(wide ? from[k] : from[k / 2] >> (4 * (k % 2)) & 15);
     for (; i < count; i += DSV4__VL) {

@@ -31,7 +31,8 @@ static void of_masks(dsv4_dtype dtype) {
     dsv4_error error;
     for (int64_t queries = 0; queries <= QUERIES; queries++)
         for (int64_t entries = 0; entries <= ENTRIES; entries++)
-            for (int64_t stride = 0; stride <= (queries > 1 ? (NUMBERS - entries) / (queries - 1) : NUMBERS); stride++) {
+            for (int64_t stride = 0; stride <= (queries > 1 ? (NUMBERS - entries) / (queries - 1) : NUMBERS);
+                 stride++) {
                 const dsv4_matrix mask = {numbers, dtype, stride};
                 ANY(spec);
                 spec.queries = queries;

@@ -20,7 +20,8 @@ static void of_files(void) {
         if (st_parse(&file, bytes + SIZE - size, size, NULL, 0)) REACHED(too_short);
     for (size_t size = 8; size <= SIZE; size++) {
         unsigned char *from = bytes + SIZE - size;
-        for (int byte = 0; byte < 8; byte++) { /* the length's highest that is not 0, or, of the first, not within the file */
+        for (int byte = 0; byte < 8;
+             byte++) { /* the length's highest that is not 0, or, of the first, not within the file */
             ANY(bytes);
             for (int i = byte + 1; i < 8; i++) from[i] = 0;
             from[byte] = Frama_C_unsigned_char_interval(byte == 0 ? (unsigned char)(size - 7) : 1, UINT8_MAX);

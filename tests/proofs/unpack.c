@@ -2,8 +2,8 @@
  * short, more than one block, a half of a pair), any rope_dim up to 4, rounded or not; rows, scales and numbers at the end
  * of memory that has no more. Arguments of any bits with any configuration: refused, or no rows to unpack. */
 // mutant: dsv4_compressor.h
-// - n = dsv4__min(c < coded ? dsv4__min(coded - c, block) : dim - c, 128);
-// + n = dsv4__min(c < coded ? block : dim - c, 128);
+// - dsv4__get_bf16((dsv4_bf16 *)job->to + coded, job->row + coded, dim - coded);
+// + dsv4__get_bf16((dsv4_bf16 *)job->to + coded, job->row + coded, dim);
 // eva: -eva-precision 2 -eva-slevel 2000 -eva-split-return-function fits:full
 #include "config.h"
 

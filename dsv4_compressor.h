@@ -3224,23 +3224,25 @@ static unsigned dsv4__cpu_offers(const dsv4__cpu *cpu) {
 }
 #endif
 
-/* Whether the system lets this process use tiles: arch_prctl(ARCH_REQ_XCOMP_PERM, XTILEDATA), as often as one likes. */
+/* What the system grants of the tiles that a CPU has: arch_prctl(ARCH_REQ_XCOMP_PERM, XTILEDATA), as often as one likes. */
 #if defined(DSV4__AMX)
-static int dsv4__tiles_allowed(void) {
+static unsigned dsv4__tiles_granted(unsigned amx) {
     int64_t status = 158;
+    if (amx == 0) return 0;
     __asm__ volatile("syscall" : "+a"(status) : "D"((int64_t)0x1023), "S"((int64_t)18) : "rcx", "r11", "memory");
-    return status == 0;
+    return status == 0 ? amx : 0;
 }
 #else
-#define dsv4__tiles_allowed() 0
+#define dsv4__tiles_granted(amx) 0u
 #endif
 
 /* What this CPU offers; tiles only where they are wanted, as the system has to be asked for them. */
 static unsigned dsv4__offers(int tiles) {
 #if defined(DSV4__CPUID)
     const dsv4__cpu cpu = dsv4__this_cpu();
-    const unsigned offers = dsv4__cpu_offers(&cpu), amx = offers & DSV4__CPU_AMX;
-    return tiles && amx && dsv4__tiles_allowed() ? offers : offers & ~amx;
+    const unsigned offers = dsv4__cpu_offers(&cpu), amx = tiles ? offers & DSV4__CPU_AMX : 0;
+    (void)amx;
+    return (offers & ~(unsigned)DSV4__CPU_AMX) | dsv4__tiles_granted(amx);
 #else
     (void)tiles;
     return 0;

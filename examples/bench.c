@@ -50,7 +50,8 @@ static void print_help(void) {
         "A case is measured against the limit that it could reach at best, in the same seconds:\n"
         "  prefill, backward, decode-32   GFLOP/s of the multiply-add that the kernel set uses for these operands:\n"
         "                                 avx512bf16: VDPBF16PS for bf16, FMA 512-bit for f32; avx512: FMA 512-bit;\n"
-        "                                 avx2: FMA 256-bit; neon, simde: FMA 128-bit; scalar: FMA scalar\n"
+        "                                 avx2: FMA 256-bit; neon, simde: FMA 128-bit; scalar: FMA scalar;\n"
+        "                                 for `tiles` amx: TDPBF16PS, avx512bf16: FMA 512-bit\n"
         "  decode-1, decode-8             GB/s of reading, for the bytes of wkv and wgate\n"
         "  pool                           GB/s of reading, for the bytes of kv and gate\n"
         "FLOPs are those of the projections: forward 4 T H coff D, backward 8 T H coff D (for dx and the weights'\n"
@@ -104,8 +105,7 @@ static double limit_rate(bench *b, const bench_case *what, const bench_peak *pea
 
 /* Limit, case, limit, case, ...: medians of both. */
 static dsv4_status measure(bench *b, bench_work *work, bench_result *result) {
-    const int pairs = result->what->dtype == DSV4_BF16 && result->what->sums == DSV4_SUMS_PAIRS;
-    const bench_peak *peak = bench_peak_of_isa(result->isa, pairs);
+    const bench_peak *peak = bench_peak_of_isa(result->isa, result->what->dtype, result->what->sums);
     double limits[ROUNDS + 1], seconds[ROUNDS];
     double start = bench_now();
     dsv4_status status = bench_run_once(work); /* warms up, and tells how many runs make a sample worth timing */

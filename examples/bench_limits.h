@@ -87,6 +87,24 @@ BENCH_PEAK_KERNEL(bench_peak_fma_512, BENCH_TARGET("avx512f"), BENCH_CHAINS, __m
 BENCH_PEAK_KERNEL(bench_peak_dpbf16, BENCH_TARGET("avx512f,avx512bf16"), BENCH_CHAINS_DPBF16, __m512, 16,
                   _mm512_loadu_ps, _mm512_storeu_ps, BENCH_AS_BF16, BENCH_DPBF16, BENCH_IGNORE)
 #endif
+#if defined(__x86_64__) && defined(DSV4__AMX)
+#define BENCH_HAS_TILES 1
+/* Six tiles of sums, [16][16], and two operands; 16 rows of 64 bytes each. What they hold are zeros: as fast. */
+static BENCH_ANY_TARGET void bench_peak_tiles(float *numbers, int64_t steps) {
+    unsigned char shapes[64] = {1};
+    (void)numbers;
+    for (int t = 0; t < 8; t++) {
+        shapes[16 + 2 * t] = 64;
+        shapes[48 + t] = 16;
+    }
+    __asm__ volatile("ldtilecfg %0" : : "m"(shapes));
+    for (int64_t step = 0; step < steps; step++)
+        __asm__ volatile(
+            "tdpbf16ps %tmm7, %tmm6, %tmm0\n\ttdpbf16ps %tmm7, %tmm6, %tmm1\n\ttdpbf16ps %tmm7, %tmm6, %tmm2\n\t"
+            "tdpbf16ps %tmm7, %tmm6, %tmm3\n\ttdpbf16ps %tmm7, %tmm6, %tmm4\n\ttdpbf16ps %tmm7, %tmm6, %tmm5");
+    __asm__ volatile("tilerelease");
+}
+#endif
 #elif defined(__aarch64__)
 #define BENCH_KEEP(v)           __asm__ volatile("" : "+w"(v))
 #define BENCH_NEON_FMA(a, b, c) vfmaq_f32(c, a, b)
@@ -119,6 +137,9 @@ static const bench_peak bench_peaks[] = {
 #ifdef BENCH_HAS_DPBF16
     {"VDPBF16PS 512-bit", "avx512bf16", bench_peak_dpbf16, BENCH_CHAINS_DPBF16, 64},
 #endif
+#ifdef BENCH_HAS_TILES
+    {"TDPBF16PS", "amx", bench_peak_tiles, 6, 2 * 16 * 16 * 32},
+#endif
 #elif defined(__aarch64__)
     {"FMA scalar", "neon", bench_peak_fma_scalar, BENCH_CHAINS, 2},
     {"FMA 128-bit", "neon", bench_peak_fma_128, BENCH_CHAINS, 8},
@@ -133,14 +154,16 @@ static const bench_peak *bench_peak_named(const char *name) {
     return &bench_peaks[0];
 }
 
-/* The instruction that a kernel set multiplies with: `pairs` of bf16, where it can. */
-static const bench_peak *bench_peak_of_isa(const char *isa, int pairs) {
+/* The instruction that a kernel set multiplies with: bf16 in the order `sums` by its own, where it has one. */
+static const bench_peak *bench_peak_of_isa(const char *isa, dsv4_dtype dtype, dsv4_sums sums) {
     static const char *const instructions[][2] = {{"avx2", "FMA 256-bit"},
                                                   {"avx512", "FMA 512-bit"},
                                                   {"neon", "FMA 128-bit"},
                                                   {"simde", "FMA 128-bit"},
                                                   {"scalar", "FMA scalar"}};
+    const int pairs = dtype == DSV4_BF16 && sums == DSV4_SUMS_PAIRS, tiles = dtype == DSV4_BF16 && !pairs;
     if (strcmp(isa, "avx512bf16") == 0) return bench_peak_named(pairs ? "VDPBF16PS 512-bit" : "FMA 512-bit");
+    if (strcmp(isa, "amx") == 0) return bench_peak_named(tiles ? "TDPBF16PS" : "FMA 512-bit");
     for (size_t i = 0; i < sizeof instructions / sizeof instructions[0]; i++)
         if (strcmp(isa, instructions[i][0]) == 0) return bench_peak_named(instructions[i][1]);
     return &bench_peaks[0];

@@ -21,7 +21,7 @@ ROUNDS = 3
 TOKENS, HIDDEN, HEAD, ROPE = 2048, 4096, 512, 64
 ATTENTION = {"csa": (4, 2), "hca": (128, 1)}  # ratio, and series of projections (2 with overlapping windows)
 CASES = [f"{attention}-flash-{dtype}-{work}" for work in ("prefill", "backward") for attention in ("csa", "hca")
-         for dtype in ("bf16", "f32")]
+         for dtype in ("bf16", "tiles", "f32")]  # tiles: bf16 in the order of AMX
 
 
 # --- the compressor in PyTorch: the child process ------------------------------------------------------------------
@@ -52,7 +52,7 @@ def torch_case(torch, name):
     """A function that runs the case once; the gradients' forward pass is done beforehand."""
     attention, _, dtype_name, work = name.split("-")
     ratio, series = ATTENTION[attention]
-    dtype = torch.bfloat16 if dtype_name == "bf16" else torch.float32
+    dtype = torch.float32 if dtype_name == "f32" else torch.bfloat16
     wanted = work == "backward"
     torch.manual_seed(1)
     x = torch.randn(TOKENS, HIDDEN).to(dtype).requires_grad_(wanted)
@@ -152,7 +152,7 @@ class OneDNN:
         if work != "prefill" or (self.isa and dtype == "f32"):
             return None
         shape = [TOKENS, HIDDEN, 2 * ATTENTION[attention][1] * HEAD]
-        run = subprocess.run([self.program, *map(str, shape), dtype], capture_output=True, text=True,
+        run = subprocess.run([self.program, *map(str, shape), "f32" if dtype == "f32" else "bf16"], capture_output=True, text=True,
                              env=environment(self.isa))
         return float(run.stdout) if run.returncode == 0 else None
 

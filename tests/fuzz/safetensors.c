@@ -8,7 +8,7 @@
 #include <math.h>
 
 static uint32_t read_all(const st_tensor *t) {
-    size_t bytes = (size_t)t->count * (t->dtype == ST_F32 ? 4 : 2);
+    size_t bytes = (size_t)t->count * st__size(t->dtype);
     uint32_t sum = 0;
     for (size_t i = 0; i < bytes; i++) {
         sum = sum * 31 + ((const unsigned char *)t->data)[i];

@@ -125,9 +125,9 @@ $(BUILD)/flags: FORCE
 	@mkdir -p $(BUILD)/tests
 	@printf '%s\n' "$$BUILT_WITH" | cmp -s - $@ || printf '%s\n' "$$BUILT_WITH" >$@
 
-# The implementation is compiled once for all tests, with a model of AMX's tiles as one more kernel set; each example is the single file that a user would write.
-$(BUILD)/dsv4.o: $(HEADER) tests/tile_model.h $(BUILD)/flags
-	$(CC) $(FLAGS) $(SIMDE) $(HEADER_FLAGS) -DDSV4__TILE_MODEL -DDSV4_COMPRESSOR_IMPLEMENTATION -x c -c $(HEADER) -o $@
+# The implementation is compiled once for all tests; each example is the single file that a user would write.
+$(BUILD)/dsv4.o: tests/implementation.c tests/implementation.h tests/tile_model.h $(HEADER) $(BUILD)/flags
+	$(CC) $(FLAGS) $(SIMDE) $(HEADER_FLAGS) -c $< -o $@
 
 $(BUILD)/tests/%: tests/%.c $(BUILD)/dsv4.o $(wildcard tests/*.h examples/*.h)
 	$(CC) $(FLAGS) $(SIMDE) $(LDFLAGS) $< $(BUILD)/dsv4.o $(LDLIBS) -o $@

@@ -1173,7 +1173,7 @@ DSV4__INLINE void dsv4__put_halves(unsigned char *to, const float *from, int64_t
 
 DSV4__INLINE void dsv4__get_bf16(dsv4_bf16 *to, const unsigned char *from, int64_t count) {
 #if defined(__BYTE_ORDER__) && __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
-    memcpy(to, from, (size_t)count * sizeof *to);
+    if (count > 0) memcpy(to, from, (size_t)count * sizeof *to);
 #else
     for (int64_t i = 0; i < count; i++) to[i] = (dsv4_bf16)(from[2 * i] | from[2 * i + 1] << 8);
 #endif

@@ -110,8 +110,10 @@ said() {
 }
 cp dsv4_compressor.h "$work"
 mkdir "$work/bin"
-have zig || { ! "${PYTHON:-python3}" -m ziglang version >/dev/null 2>&1 ||
-    printf '#!/bin/sh\nexec "%s" -m ziglang "$@"\n' "$(command -v "${PYTHON:-python3}")" >"$work/bin/zig"; }
+python=$(command -v "${PYTHON:-python3}")
+case $python in /*) ;; *) python=$PWD/$python ;; esac # the lines run in another folder
+have zig || { ! "$python" -m ziglang version >/dev/null 2>&1 ||
+    printf '#!/bin/sh\nexec "%s" -m ziglang "$@"\n' "$python" >"$work/bin/zig"; }
 chmod +x "$work/bin"/* 2>/dev/null
 cat >"$work/app.zig" <<'END'
 const dsv4 = @cImport(@cInclude("dsv4_compressor.h"));

@@ -67,7 +67,7 @@ SUPPORT float block_scale(const row_rule *rule, float amax) {
     if (rule->e4m3_scale) return (float)e4m3_value(e4m3_code((float)((double)top / 6)));
     float share = (float)((double)top * (float)(1 / rule->greatest));
     int exponent;
-    double half = frexp(share, &exponent);
+    double half = frexp((double)share, &exponent);
     return (float)ldexp(1, half == 0.5 ? exponent - 1 : exponent);
 }
 

@@ -7,7 +7,6 @@
 #     // - text, which must stand in one line of FILE and once in it
 #     // + text
 # DRIVERS="name name" takes these alone. A `// eva: OPTIONS` line adds options.
-[ "${JOBS:-2}" -le 2 ] || JOBS=2 # some take a gigabyte
 . tests/lib.sh
 out=${1:-$BUILD/proofs} mode=${2:-proofs}
 have frama-c || { echo 'no frama-c here (Debian: frama-c-base): nothing is proved'; echo '0 passed, 0 failed'; exit 1; }

@@ -1356,6 +1356,7 @@ TEST a_query_sees_the_entries_of_closed_windows(void) {
     }
     ASSERT_EQ_FMT(0, (int)dsv4_visible_entries(-1, 4), "%d");
     ASSERT_EQ_FMT(0, (int)dsv4_visible_entries(INT64_MIN, 4), "%d");
+    ASSERT_EQ_FMT(0, (int)dsv4_visible_entries(-1, 1), "%d");
     ASSERT_EQ_FMT(0, (int)dsv4_visible_entries(10, 0), "%d");
     ASSERT_EQ_FMT(0, (int)dsv4_visible_entries(10, -4), "%d");
     ASSERT(dsv4_visible_entries(INT64_MAX, 2) == (int64_t)1 << 62);

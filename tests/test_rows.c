@@ -8,6 +8,7 @@
 #include "fences.h"
 #include "golden_file.h"
 #include "gradient_support.h"
+#include "implementation.h"
 #include "oracle_rows.h"
 
 static const dsv4_rows formats[] = {DSV4_ROWS_FP8, DSV4_ROWS_FP8_KEYS, DSV4_ROWS_FP4, DSV4_ROWS_FP4_E4M3};
@@ -133,6 +134,26 @@ static dsv4_status unpack(const dsv4_config *c, const row_arrays *a, void *to, d
                        const_matrix(a->scales, DSV4_PACKED, a->scale_stride), matrix_of(to, dtype), NULL);
 }
 
+/* Whether the kernels of a set give the numbers that dsv4_unpack gave, in fp32 and as bf16. */
+static const char *sets_unpack_alike(const dsv4_config *c, const char *isa, const row_arrays *a, const float *numbers) {
+    const int64_t count = a->count * c->head_dim;
+    float *wide = reserve((size_t)count * sizeof *wide);
+    dsv4_bf16 *narrow = reserve((size_t)count * sizeof *narrow);
+    const char *fault = NULL;
+    const dsv4_const_matrix rows = const_matrix(a->rows, DSV4_PACKED, a->row_stride);
+    const dsv4_const_matrix scales = const_matrix(a->scales, DSV4_PACKED, a->scale_stride);
+    const dsv4_matrix to_wide = {wide, DSV4_F32, c->head_dim}, to_narrow = {narrow, DSV4_BF16, c->head_dim};
+    unpack_by(isa, c, a->count, rows, scales, to_wide);
+    unpack_by(isa, c, a->count, rows, scales, to_narrow);
+    for (int64_t i = 0; i < count; i++) {
+        if (!same_number(wide[i], numbers[i])) fault = "what this set unpacks";
+        if (!same_number(dsv4_bf16_to_f32(narrow[i]), bf16_of(numbers[i]))) fault = "what this set unpacks as bf16";
+    }
+    free(wide);
+    free(narrow);
+    return fault;
+}
+
 /* Whether quantised `plain`, packed, read back at once and unpacked, is what the definition says. */
 static const char *rows_fault(const dsv4_config *c, const char *isa, const void *plain, dsv4_dtype dtype,
                               int64_t count) {
@@ -144,6 +165,8 @@ static const char *rows_fault(const dsv4_config *c, const char *isa, const void 
     const char *fault = NULL;
     if (quantise(&e, plain, dtype, &a, 0) || quantise(&e, plain, dtype, &a, 1) || unpack(c, &a, back, DSV4_F32))
         fault = "refused";
+    else
+        fault = sets_unpack_alike(c, isa, &a, back);
     for (int64_t r = 0; r < count && !fault; r++) {
         const char *from = (const char *)plain + (size_t)(r * c->head_dim) * dsv4_dtype_size(dtype);
         row_truth t = row_truth_of(c, from, dtype);
@@ -605,6 +628,12 @@ TEST packed_arrays_are_checked_before_anything_is_written(void) {
                    dsv4_compress(e.compressor, &b, e.workspace, error));
     ASSERT(memory_untouched(r.a.rows, 100 * r.a.row_bytes));
     ASSERT(memory_untouched(r.a.scales, 100 * r.a.scale_bytes));
+    engine_free(&e);
+    r.m.config.rows = DSV4_ROWS_PLAIN;
+    e = engine_new(&r.m, NULL, NULL);
+    b = good;
+    ASSERT_REFUSED(DSV4_ERROR_CONFIG, "rows are plain: nothing to pack",
+                   dsv4_compress(e.compressor, &b, e.workspace, error));
     engine_free(&e);
     row_call_free(&r);
     PASS();

@@ -58,6 +58,10 @@ step run make_ run
 step run-train make_ run-train
 step run-mpi make_ run-mpi
 step lint make_ lint
+if have frama-c; then
+    step prove make_ prove
+    step prove-mutants make_ prove-mutants
+fi
 step coverage make_ coverage
 step check-san make_ check-san
 step check-cross make_ check-cross

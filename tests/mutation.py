@@ -10,7 +10,7 @@ left alone: they state what cannot happen.
 A change is first compiled with the scalar kernels alone, which takes a second; one that the tests do not notice there
 is tried with all kernel sets of this machine. It counts as caught where a test fails, crashes, or runs for ever. A change
 after which the compiler makes the same code is none, and is not counted. tests/mutation_survivors.txt lists those that
-no test can notice, with the reason; all others that survive are printed. The last line is `caught NN.N % (N of N)`."""
+no test can notice, with the reason: --only tries these too; all others that survive are printed. The last line is `caught NN.N % (N of N)`."""
 
 import argparse
 import collections
@@ -130,8 +130,8 @@ class Bench:
         os.makedirs(folder, exist_ok=True)
         with open(os.path.join(folder, HEADER), "w") as file:
             file.write(text)
-        command = [self.options.cc, "-std=c99", "-w", "-O1", "-I.", *self.flags, "-c", IMPLEMENTATION, "-o",
-                   self.name + ".o"]
+        command = [self.options.cc, "-std=c99", "-w", "-O1", "-I.", "-I" + os.path.dirname(IMPLEMENTATION),
+                   *self.flags, "-c", IMPLEMENTATION, "-o", self.name + ".o"]
         return os.path.join(folder, self.name + ".o") if run(command, 300, cwd=folder) == 0 else None
 
     def prepare(self, text):
@@ -204,6 +204,10 @@ def judge(tries, number, text, place):
     return verdict
 
 
+def described(place):
+    return f"{place.old} -> {place.new or 'nothing'}: {place.text}"
+
+
 def known_survivors():
     """Lines `old -> new: line of the header` of KNOWN; `any: line` for all changes of a line."""
     if not os.path.exists(KNOWN):
@@ -247,14 +251,19 @@ def main():
     known = known_survivors()
     counts = collections.Counter()
 
+    def is_known(place):
+        return described(place) in known or "any: " + place.text in known
+
     def task(numbered):
+        if is_known(numbered[1]) and not options.only:
+            return "known"
         return None if time.monotonic() > deadline else judge(tries, numbered[0], text, numbered[1])
 
     with concurrent.futures.ThreadPoolExecutor(options.jobs) as pool:
         for place, verdict in zip(chosen, pool.map(task, enumerate(chosen, options.first))):
             kind = verdict.split(" by ")[0] if verdict else "not tried"
-            change = f"{place.old} -> {place.new or 'nothing'}: {place.text}"
-            if kind == "survived" and (change in known or "any: " + place.text in known):
+            change = described(place)
+            if kind == "survived" and is_known(place):
                 verdict = kind = "known"
             counts[kind] += 1
             if kind == "survived" or (verdict and (options.only or options.verbose)):
@@ -263,7 +272,7 @@ def main():
     counted = counts["caught"] + counts["survived"]
     print(f"seed {options.seed}, places {options.first} to {options.first + len(chosen) - counts['not tried']} of {total}: "
           f"{counts['same code']} made no difference to the compiler, {counts['does not compile']} did not compile, "
-          f"{counts['known']} survived and are known to be equivalent")
+          f"{counts['known']} are known to be equivalent")
     print(f"caught {100 * counts['caught'] / max(counted, 1):.1f} % ({counts['caught']} of {counted})")
     return 0 if counted and counts["caught"] >= 0.95 * counted else 1
 

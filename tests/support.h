@@ -176,8 +176,9 @@ SUPPORT dsv4_allocator nan_heap(void) {
 
 /* The kernel set that a compressor gets which names none: tiles are for the order TILES alone. */
 SUPPORT const char *best_isa(dsv4_sums sums) {
-    const int tiles = strcmp(dsv4_isa_name(0), "amx") == 0;
-    return dsv4_isa_name(tiles && sums == DSV4_SUMS_PAIRS);
+    int i = strcmp(dsv4_isa_name(0), "amx") == 0 && sums == DSV4_SUMS_PAIRS;
+    i += strcmp(dsv4_isa_name(i), "amx-model") == 0; /* which is taken where it is asked for alone */
+    return dsv4_isa_name(i);
 }
 
 /* A compressor and one workspace. */

@@ -15,9 +15,9 @@ SOAK_SECONDS ?= 600
 unexport SOAK_SECONDS # make check soaks for its own second
 
 # The tests also run the kernels for other CPUs where SIMDe (Debian: libsimde-dev) is found.
-SIMDE := $(shell CC='$(CC)' sh -c '. tests/lib.sh; simde_flag')
+SIMDE := $(shell CC='$(CC)' sh -c '. tests/checks/lib.sh; simde_flag')
 WARN  := -Wall -Wextra -Wpedantic -Wconversion -Wshadow
-FLAGS  = -std=c99 $(WARN) -I. -Iexamples -Itests -pthread $(CPPFLAGS) $(CFLAGS)
+FLAGS  = -std=c99 $(WARN) -I. -Iexamples -Itests/support -pthread $(CPPFLAGS) $(CFLAGS)
 BUILT_WITH = $(CC) $(FLAGS) $(SIMDE) $(HEADER_FLAGS) $(LDFLAGS) $(LDLIBS)
 export CC BUILD FLAGS BUILT_WITH
 
@@ -25,7 +25,7 @@ HEADER   := dsv4_compressor.h
 MPICC    := $(shell command -v mpicc 2>/dev/null)
 OPENMP   := $(shell echo 'int main(void) { return 0; }' | $(CC) -fopenmp -x c - -o /dev/null 2>/dev/null && echo yes)
 SKIPPED  := $(if $(MPICC),,examples/mpi.c) $(if $(OPENMP),,examples/openmp.c)
-EXAMPLES := $(patsubst examples/%.c,$(BUILD)/%,$(filter-out $(SKIPPED),$(wildcard examples/*.c)))
+EXAMPLES := $(patsubst examples/%.c,$(BUILD)/%,$(filter-out $(SKIPPED),$(wildcard examples/*.c))) $(BUILD)/bench
 TESTS    := $(patsubst tests/%.c,$(BUILD)/tests/%,$(wildcard tests/test_*.c))
 SCRIPTS  := bits headers cli examples corpus python
 # The longest first: what is left at the end keeps every core busy.
@@ -54,7 +54,7 @@ run: $(BUILD)/sample $(BUILD)/compress ## compress a bundled sample through file
 	    --output $(BUILD)/entries.safetensors --plot $(BUILD)/gates.svg --threads $(JOBS)
 
 check: $(LOGS) ## all tests, in under two minutes on two cores; the last line is "N passed, N failed"
-	@sh tests/summary.sh $^
+	@sh tests/checks/summary.sh $^
 
 examples: $(EXAMPLES) ## every program in examples/, into build/
 	$(if $(strip $(SKIPPED)),@echo 'no compiler here for $(SKIPPED)')
@@ -78,32 +78,32 @@ bench: $(BUILD)/bench ## speed of each case as a share of this machine's own lim
 	@$(BUILD)/bench --svg $(BUILD)/bench.svg $(BENCH)
 
 bench-peers: $(BUILD)/bench ## the same beside PyTorch and oneDNN, where these are installed
-	@python3 examples/bench_peers.py $(BUILD)
+	@python3 examples/bench/bench_peers.py $(BUILD)
 
 run-train: $(BUILD)/train ## a small compressor learns a task; loss curve and gate maps as a picture
 	@$(BUILD)/train $(BUILD)
 
 run-mpi: $(filter $(BUILD)/mpi,$(EXAMPLES)) ## one sequence split over 2 and 4 processes: the same bits
-	@sh tests/run_mpi.sh $(BUILD)
+	@sh tests/checks/run_mpi.sh $(BUILD)
 
 ## For whoever changes the header
 check-all: ## all of these, the programs, valgrind; FUZZ_SECONDS (60) for each fuzzer, SOAK_SECONDS (600)
-	+@SOAK_SECONDS=$(SOAK_SECONDS) sh tests/all.sh $(BUILD)/all
+	+@SOAK_SECONDS=$(SOAK_SECONDS) sh tests/checks/all.sh $(BUILD)/all
 
 check-cross: ## the same bits on other CPUs, under emulation; says which Debian packages it lacks
-	@sh tests/cross.sh $(BUILD)/cross
+	@sh tests/checks/cross.sh $(BUILD)/cross
 
 check-pytorch: $(BUILD)/compress $(BUILD)/tests/init ## random cases beside PyTorch; PYTHON=venv/bin/python, PYTORCH='--seed 7'
 	@$(PYTHON) tests/pytorch/check.py --build $(BUILD) $(PYTORCH)
 
 check-san: ## the tests under address, undefined, memory and thread sanitizers
-	+@sh tests/sanitize.sh $(BUILD)/san
+	+@sh tests/checks/sanitize.sh $(BUILD)/san
 
 coverage: ## lines and branches of the header that the tests reach (gcc)
-	+@sh tests/coverage.sh $(BUILD)/coverage
+	+@sh tests/checks/coverage.sh $(BUILD)/coverage
 
 lint: ## gcc -fanalyzer, clang-tidy, cppcheck
-	@sh tests/lint.sh $(BUILD)/lint
+	@sh tests/checks/lint.sh $(BUILD)/lint
 
 fuzz: ## every harness of tests/fuzz for FUZZ_SECONDS (60) each (clang)
 	@sh tests/fuzz/fuzz.sh $(BUILD)/fuzz $(FUZZ_SECONDS)
@@ -112,13 +112,13 @@ soak: $(BUILD)/tests/test_soak ## a random serving workload for SOAK_SECONDS (60
 	@SOAK_SECONDS=$(SOAK_SECONDS) $<
 
 mutate: ## change the header in hundreds of places, one at a time: do the tests notice? MUTATE='--count 99'
-	@python3 tests/mutation.py --build $(BUILD)/mutation $(MUTATE)
+	@python3 tests/checks/mutation.py --build $(BUILD)/mutation $(MUTATE)
 
 prove: ## Frama-C's Eva: no undefined behaviour in checks, sizes and conversions, for all inputs (Debian: frama-c-base)
-	@sh tests/prove.sh $(BUILD)/proofs
+	@sh tests/checks/prove.sh $(BUILD)/proofs
 
 prove-mutants: ## and whether each of these proofs fails where the header is at fault
-	@sh tests/prove.sh $(BUILD)/proofs mutants
+	@sh tests/checks/prove.sh $(BUILD)/proofs mutants
 
 # Everything built depends on this file, which changes with the compiler and its flags alone.
 $(BUILD)/flags: FORCE
@@ -126,10 +126,10 @@ $(BUILD)/flags: FORCE
 	@printf '%s\n' "$$BUILT_WITH" | cmp -s - $@ || printf '%s\n' "$$BUILT_WITH" >$@
 
 # The implementation is compiled once for all tests; each example is the single file that a user would write.
-$(BUILD)/dsv4.o: tests/implementation.c tests/implementation.h tests/tile_model.h $(HEADER) $(BUILD)/flags
+$(BUILD)/dsv4.o: tests/support/implementation.c tests/support/implementation.h tests/support/tile_model.h $(HEADER) $(BUILD)/flags
 	$(CC) $(FLAGS) $(SIMDE) $(HEADER_FLAGS) -c $< -o $@
 
-$(BUILD)/tests/%: tests/%.c $(BUILD)/dsv4.o $(wildcard tests/*.h examples/*.h)
+$(BUILD)/tests/%: tests/%.c $(BUILD)/dsv4.o $(wildcard tests/support/*.h examples/*.h)
 	$(CC) $(FLAGS) $(SIMDE) $(LDFLAGS) $< $(BUILD)/dsv4.o $(LDLIBS) -o $@
 
 # The command line around the tests' object, which is there already.
@@ -144,14 +144,16 @@ $(BUILD)/openmp: private CFLAGS += -fopenmp
 $(BUILD)/mpi: private CC = mpicc
 $(BUILD)/%: examples/%.c $(HEADER) $(wildcard examples/*.h) $(BUILD)/flags
 	$(CC) $(FLAGS) $(LDFLAGS) $< $(LDLIBS) -o $@
+$(BUILD)/bench: examples/bench/bench.c $(HEADER) $(wildcard examples/*.h examples/bench/*.h) $(BUILD)/flags
+	$(CC) $(FLAGS) $(LDFLAGS) $< $(LDLIBS) -o $@
 
 tests: $(TESTS)
 
-# A test's output and exit status; tests/summary.sh adds them up.
+# A test's output and exit status; tests/checks/summary.sh adds them up.
 log = @$1 >$@ 2>&1; echo "exit status $$?" >>$@
-$(BUILD)/tests/cli.sh.log $(BUILD)/tests/python.sh.log: $(BUILD)/tests/compress
-$(BUILD)/tests/examples.sh.log $(BUILD)/tests/corpus.sh.log: $(BUILD)/dsv4.o
-$(BUILD)/tests/%.sh.log: tests/%.sh FORCE | $(BUILD)/flags
+$(BUILD)/tests/checks/cli.sh.log $(BUILD)/tests/checks/python.sh.log: $(BUILD)/tests/compress
+$(BUILD)/tests/checks/examples.sh.log $(BUILD)/tests/checks/corpus.sh.log: $(BUILD)/dsv4.o
+$(BUILD)/tests/%.sh.log: tests/checks/%.sh FORCE | $(BUILD)/flags
 	$(call log,sh $<)
 $(BUILD)/tests/%.log: $(BUILD)/tests/% FORCE
 	$(call log,$<)

@@ -662,10 +662,10 @@ DSV4_CHECKED DSV4_API dsv4_status dsv4_backward(const dsv4_compressor *compresso
  *
  * TO ADD
  *     a kernel set       a block in 3g, a stamp behind 3h, a row in 3i; then check-cross or a CPU that runs it
- *     a rounding point   DSV4_ROUNDING_POINTS (2c), the kernel that rounds there (3h), tests/oracle.h, tests/pytorch
- *     a row format       DSV4_ROW_FORMATS (2c), dsv4__row_formats (3e), store and unpack (3h), tests/oracle_rows.h
- *     a stage            dsv4_stages (2g), check_outputs and its task (3n), tests/support.h
- *     a gradient         dsv4_gradients (2h), 3o, tests/oracle_backward.h
+ *     a rounding point   DSV4_ROUNDING_POINTS (2c), the kernel that rounds there (3h), tests/support/oracle.h, tests/pytorch
+ *     a row format       DSV4_ROW_FORMATS (2c), dsv4__row_formats (3e), store and unpack (3h), tests/support/oracle_rows.h
+ *     a stage            dsv4_stages (2g), check_outputs and its task (3n), tests/support/support.h
+ *     a gradient         dsv4_gradients (2h), 3o, tests/support/oracle_backward.h
  * ============================================================================================================ */
 
 /* ------------------------------------------------------------------------------------------------------------

@@ -513,7 +513,8 @@ static int read_preset(job *j) {
 
 static const char *const sums_names[] = {[DSV4_SUMS_PAIRS] = "pairs", [DSV4_SUMS_TILES] = "tiles"};
 
-/* What is said of a choice that has a name, by the option or the file; `where` is the line's beginning if it is wrong. */
+/* What is said of a choice that has a name, by the option or the file; `where` is the line's beginning if it is
+ * wrong. */
 static const char *said_name(job *j, int which, const char *option, const char *standard, char *where, size_t size) {
     const char *key = told_key(TOLD + which), *text = option;
     j->named_from[which] = OPTION;

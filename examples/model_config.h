@@ -1,8 +1,6 @@
-/* model_config.h - what a model's config.json says of its compressors' RoPE and norm.
- *
- * As DeepSeek releases it (`compress_rope_theta`, `rope_scaling`), as transformers writes it (`rope_parameters`, flat or
- * with the parts `main` and `compress`), and either as the `text_config` of a model that sees pictures too.
- */
+/* model_config.h - what a model's config.json says of its compressors' RoPE and norm.  As DeepSeek releases it
+ * (`compress_rope_theta`, `rope_scaling`), as transformers writes it (`rope_parameters`, flat or with the parts
+ * `main` and `compress`), and either as the `text_config` of a model that sees pictures too. */
 
 #ifndef MODEL_CONFIG_H
 #define MODEL_CONFIG_H

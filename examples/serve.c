@@ -1,10 +1,10 @@
-/* serve.c - a serving loop with a paged cache: prompts in chunks, speculative decoding with roll back, a shared prefix.
- *
- * Entries are kept as the published models keep them, FP8 rows with their scales, in pages of 64. A sequence has a table
- * of pages; each step is one call of dsv4_compress with a segment from every sequence, which writes its entries straight
- * into their pages: entry_rows says where. Guesses that turn out wrong are rolled back, their entries overwritten by the
- * next ones. One sequence continues another's prompt: it copies the state and points at the same pages. At the end every
- * sequence's rows are compared with those of one call over all of its tokens. */
+/* serve.c - a serving loop with a paged cache: prompts in chunks, speculative decoding with roll back, a shared
+ * prefix.  Entries are kept as the published models keep them, FP8 rows with their scales, in pages of 64. A
+ * sequence has a table of pages; each step is one call of dsv4_compress with a segment from every sequence, which
+ * writes its entries straight into their pages: entry_rows says where. Guesses that turn out wrong are rolled back,
+ * their entries overwritten by the next ones. One sequence continues another's prompt: it copies the state and
+ * points at the same pages. At the end every sequence's rows are compared with those of one call over all of its
+ * tokens. */
 #define _POSIX_C_SOURCE 200809L
 #define DSV4_COMPRESSOR_IMPLEMENTATION
 #include "dsv4_compressor.h"

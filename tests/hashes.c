@@ -1,6 +1,6 @@
 /* hashes: prints what every machine must come to, after making sure that all kernel sets of this one agree.
  *
- *     cc -I. -Itests tests/hashes.c -o hashes -lm && ./hashes | diff tests/hashes.txt -
+ *     cc -I. -Itests/support tests/hashes.c -o hashes -lm && ./hashes | diff tests/hashes.txt -
  *     hashes --write       writes tests/hashes.txt anew: for a deliberate change of numerics only */
 
 #ifndef DSV4_COMPRESSOR_IMPLEMENTATION

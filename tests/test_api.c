@@ -19,13 +19,13 @@ static const char *failure(dsv4_status wanted, dsv4_status got, const dsv4_error
     return NULL;
 }
 
-#define ASSERT_FAILS(status, words, call)                                                 \
-    do {                                                                                  \
-        dsv4_error error;                                                                 \
-        memset(&error, 0, sizeof error);                                                  \
-        const dsv4_status got_status = (call);                                            \
-        const char *wrong = failure(status, got_status, &error, words);                   \
-        ASSERTm(wrong, !wrong);                                                           \
+#define ASSERT_FAILS(status, words, call)                               \
+    do {                                                                \
+        dsv4_error error;                                               \
+        memset(&error, 0, sizeof error);                                \
+        const dsv4_status got_status = (call);                          \
+        const char *wrong = failure(status, got_status, &error, words); \
+        ASSERTm(wrong, !wrong);                                         \
     } while (0)
 
 /* An address that no number of `size` bytes may have. */
@@ -82,7 +82,8 @@ TEST all_65536_bf16_numbers_are_widened_exactly_and_come_back(void) {
     PASS();
 }
 
-/* Around every bf16 number: just above it, just below, on, and just above the middle of its step, just below the next. */
+/* Around every bf16 number: just above it, just below, on, and just above the middle of its step, just below the
+ * next. */
 static const uint32_t lower_halves[] = {0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF};
 
 TEST rounding_is_to_nearest_with_ties_to_even(void) {
@@ -140,7 +141,7 @@ TEST arrays_of_any_length_at_any_offset_are_converted_within_bounds(size_t least
     ASSERT(least <= MANY);
     for (int i = 0; i < ROOM; i++) wide[i] = (float)(i + 1) * 1.00390625f;
     for (size_t count = least; count <= least + MOST; count++) {
-        for (size_t offset = 0; offset < OFFSETS; offset += least > 0 ? 5 : 1) {
+        for (size_t offset = 0; offset<OFFSETS; offset += least> 0 ? 5 : 1) {
             memset(narrow, POISON, sizeof narrow);
             memset(back, POISON, sizeof back);
             dsv4_bf16_from_f32_array(narrow + offset, wide + offset, count);
@@ -287,47 +288,47 @@ TEST a_name_that_does_not_fit_is_refused(void) {
 }
 
 /* name, what is set, the words its message must hold */
-#define BAD_CONFIGS(X)                                                     \
-    X(no_hidden_dim, c->hidden_dim = 0, "hidden_dim 0")                    \
-    X(negative_hidden_dim, c->hidden_dim = -7, "hidden_dim -7")            \
-    X(huge_hidden_dim, c->hidden_dim = INT64_MAX, "9223372036854775807")   \
-    X(no_head_dim, c->head_dim = 0, "head_dim 0")                          \
-    X(negative_head_dim, c->head_dim = -1, "head_dim -1")                  \
-    X(huge_head_dim, c->head_dim = (int64_t)1 << 31, "2147483648")         \
-    X(no_ratio, c->ratio = 0, "ratio 0")                                   \
-    X(negative_ratio, c->ratio = -4, "ratio -4")                           \
-    X(huge_ratio, c->ratio = (int64_t)1 << 40, "1099511627776")            \
-    X(odd_rope_dim, c->rope_dim = 7, "rope_dim 7")                         \
-    X(negative_rope_dim, c->rope_dim = -2, "rope_dim -2")                  \
-    X(rope_dim_beyond_head_dim, c->rope_dim = 26, "rope_dim 26 24")        \
-    X(no_gate_with_a_window, c->no_gate = 1, "no_gate 8")                  \
-    X(no_gate_with_overlap, (c->no_gate = 1, c->ratio = 1), "no_gate 2")   \
+#define BAD_CONFIGS(X)                                                              \
+    X(no_hidden_dim, c->hidden_dim = 0, "hidden_dim 0")                             \
+    X(negative_hidden_dim, c->hidden_dim = -7, "hidden_dim -7")                     \
+    X(huge_hidden_dim, c->hidden_dim = INT64_MAX, "9223372036854775807")            \
+    X(no_head_dim, c->head_dim = 0, "head_dim 0")                                   \
+    X(negative_head_dim, c->head_dim = -1, "head_dim -1")                           \
+    X(huge_head_dim, c->head_dim = (int64_t)1 << 31, "2147483648")                  \
+    X(no_ratio, c->ratio = 0, "ratio 0")                                            \
+    X(negative_ratio, c->ratio = -4, "ratio -4")                                    \
+    X(huge_ratio, c->ratio = (int64_t)1 << 40, "1099511627776")                     \
+    X(odd_rope_dim, c->rope_dim = 7, "rope_dim 7")                                  \
+    X(negative_rope_dim, c->rope_dim = -2, "rope_dim -2")                           \
+    X(rope_dim_beyond_head_dim, c->rope_dim = 26, "rope_dim 26 24")                 \
+    X(no_gate_with_a_window, c->no_gate = 1, "no_gate 8")                           \
+    X(no_gate_with_overlap, (c->no_gate = 1, c->ratio = 1), "no_gate 2")            \
     X(no_gate_ratio_2, (c->no_gate = 1, c->ratio = 2, c->overlap = 0), "no_gate 2") \
-    X(unknown_rounding, c->rounding = 2048, "rounding 0x800")              \
-    X(overlap_two, c->overlap = 2, "overlap 2")                            \
-    X(negative_overlap, c->overlap = -1, "overlap -1")                     \
-    X(no_ape_two, c->no_ape = 2, "no_ape 2")                               \
-    X(negative_no_gate, c->no_gate = -1, "no_gate -1")                     \
-    X(negative_eps, c->eps = -1e-6f, "eps -1e-06")                         \
-    X(nan_eps, c->eps = NAN, "eps nan")                                    \
-    X(infinite_eps, c->eps = INFINITY, "eps inf")                          \
-    X(positive_pad_gate, c->pad_gate = 1, "pad_gate 1")                    \
-    X(pad_gate_just_above_nought, c->pad_gate = 0.5f, "pad_gate 0.5")      \
-    X(nan_pad_gate, c->pad_gate = NAN, "pad_gate nan")                     \
-    X(unknown_sums, c->sums = (dsv4_sums)2, "sums 2 PAIRS TILES")          \
-    X(negative_sums, c->sums = (dsv4_sums)-1, "sums -1")                   \
-    X(theta_one, c->rope_theta = 1, "rope_theta 1")                        \
-    X(negative_theta, c->rope_theta = -5, "rope_theta -5")                 \
-    X(theta_beyond_range, c->rope_theta = 2e30, "rope_theta 2e+30")        \
-    X(nan_theta, c->rope_theta = NAN, "rope_theta nan")                    \
-    X(infinite_theta, c->rope_theta = INFINITY, "rope_theta inf")          \
-    X(yarn_factor_below_1, c->yarn_factor = 0.5, "yarn_factor 0.5")        \
-    X(huge_yarn_factor, c->yarn_factor = 1e31, "yarn_factor 1e+31 most")   \
-    X(nan_yarn_factor, c->yarn_factor = NAN, "yarn_factor nan")            \
-    X(yarn_ctx_below_1, c->yarn_orig_ctx = 0.5, "yarn_orig_ctx 0.5")       \
-    X(negative_yarn_ctx, c->yarn_orig_ctx = -1, "yarn_orig_ctx -1")        \
-    X(negative_beta_fast, c->yarn_beta_fast = -1, "yarn_beta_fast -1")     \
-    X(nan_beta_slow, c->yarn_beta_slow = NAN, "yarn_beta_slow nan")        \
+    X(unknown_rounding, c->rounding = 2048, "rounding 0x800")                       \
+    X(overlap_two, c->overlap = 2, "overlap 2")                                     \
+    X(negative_overlap, c->overlap = -1, "overlap -1")                              \
+    X(no_ape_two, c->no_ape = 2, "no_ape 2")                                        \
+    X(negative_no_gate, c->no_gate = -1, "no_gate -1")                              \
+    X(negative_eps, c->eps = -1e-6f, "eps -1e-06")                                  \
+    X(nan_eps, c->eps = NAN, "eps nan")                                             \
+    X(infinite_eps, c->eps = INFINITY, "eps inf")                                   \
+    X(positive_pad_gate, c->pad_gate = 1, "pad_gate 1")                             \
+    X(pad_gate_just_above_nought, c->pad_gate = 0.5f, "pad_gate 0.5")               \
+    X(nan_pad_gate, c->pad_gate = NAN, "pad_gate nan")                              \
+    X(unknown_sums, c->sums = (dsv4_sums)2, "sums 2 PAIRS TILES")                   \
+    X(negative_sums, c->sums = (dsv4_sums)-1, "sums -1")                            \
+    X(theta_one, c->rope_theta = 1, "rope_theta 1")                                 \
+    X(negative_theta, c->rope_theta = -5, "rope_theta -5")                          \
+    X(theta_beyond_range, c->rope_theta = 2e30, "rope_theta 2e+30")                 \
+    X(nan_theta, c->rope_theta = NAN, "rope_theta nan")                             \
+    X(infinite_theta, c->rope_theta = INFINITY, "rope_theta inf")                   \
+    X(yarn_factor_below_1, c->yarn_factor = 0.5, "yarn_factor 0.5")                 \
+    X(huge_yarn_factor, c->yarn_factor = 1e31, "yarn_factor 1e+31 most")            \
+    X(nan_yarn_factor, c->yarn_factor = NAN, "yarn_factor nan")                     \
+    X(yarn_ctx_below_1, c->yarn_orig_ctx = 0.5, "yarn_orig_ctx 0.5")                \
+    X(negative_yarn_ctx, c->yarn_orig_ctx = -1, "yarn_orig_ctx -1")                 \
+    X(negative_beta_fast, c->yarn_beta_fast = -1, "yarn_beta_fast -1")              \
+    X(nan_beta_slow, c->yarn_beta_slow = NAN, "yarn_beta_slow nan")                 \
     X(negative_beta_slow, c->yarn_beta_slow = -3, "yarn_beta_slow -3")
 
 #define SPOIL_CONFIG(name, code, words) \
@@ -357,7 +358,8 @@ TEST a_bad_configuration_is_refused_everywhere(const struct bad_config *bad) {
     memset(numbers, POISON, sizeof numbers);
     ASSERT_FAILS(DSV4_ERROR_CONFIG, bad->words, dsv4_config_check(&c, &error));
     ASSERT_FAILS(DSV4_ERROR_CONFIG, bad->words, dsv4_config_params(&c, info, &error));
-    ASSERT_FAILS(DSV4_ERROR_CONFIG, bad->words, dsv4_param_init(&c, DSV4_NORM, 1, matrix_of(numbers, DSV4_F32), &error));
+    ASSERT_FAILS(DSV4_ERROR_CONFIG, bad->words,
+                 dsv4_param_init(&c, DSV4_NORM, 1, matrix_of(numbers, DSV4_F32), &error));
     ASSERT_FAILS(DSV4_ERROR_CONFIG, bad->words, dsv4_rope_frequencies(&c, numbers, 16, &error));
     ASSERT_FAILS(DSV4_ERROR_CONFIG, bad->words, dsv4_compressor_size(&c, &w.m.params, NULL, &bytes, &error));
     ASSERT_FAILS(DSV4_ERROR_CONFIG, bad->words,
@@ -371,22 +373,22 @@ TEST a_bad_configuration_is_refused_everywhere(const struct bad_config *bad) {
 }
 
 /* Values on the allowed side of each bound. */
-#define BORDER_CONFIGS(X)                                                                         \
-    X(theta_above_one, c->rope_theta = 1.0000001)                                                 \
-    X(largest_theta, c->rope_theta = 1e30)                                                        \
-    X(yarn_factor_one, c->yarn_factor = 1)                                                        \
-    X(yarn_ctx_one, c->yarn_orig_ctx = 1)                                                         \
-    X(small_beta, c->yarn_beta_slow = 1e-30)                                                      \
-    X(smallest_eps, c->eps = FLT_MIN)                                                             \
-    X(pad_just_below_nought, c->pad_gate = -FLT_MIN)                                              \
-    X(infinite_pad, c->pad_gate = -INFINITY)                                                      \
-    X(sums_of_tiles, c->sums = DSV4_SUMS_TILES)                                                   \
-    X(rope_over_all, c->rope_dim = c->head_dim)                                                   \
-    X(all_rounding, c->rounding = 2047)                                                           \
-    X(largest_ratio, c->ratio = INT32_MAX)                                                        \
-    X(largest_hidden_dim, c->hidden_dim = INT32_MAX)                                              \
-    X(largest_head_dim, c->head_dim = INT32_MAX)                                                  \
-    X(smallest, (c->hidden_dim = 1, c->head_dim = 1, c->ratio = 1, c->rope_dim = 0))              \
+#define BORDER_CONFIGS(X)                                                            \
+    X(theta_above_one, c->rope_theta = 1.0000001)                                    \
+    X(largest_theta, c->rope_theta = 1e30)                                           \
+    X(yarn_factor_one, c->yarn_factor = 1)                                           \
+    X(yarn_ctx_one, c->yarn_orig_ctx = 1)                                            \
+    X(small_beta, c->yarn_beta_slow = 1e-30)                                         \
+    X(smallest_eps, c->eps = FLT_MIN)                                                \
+    X(pad_just_below_nought, c->pad_gate = -FLT_MIN)                                 \
+    X(infinite_pad, c->pad_gate = -INFINITY)                                         \
+    X(sums_of_tiles, c->sums = DSV4_SUMS_TILES)                                      \
+    X(rope_over_all, c->rope_dim = c->head_dim)                                      \
+    X(all_rounding, c->rounding = 2047)                                              \
+    X(largest_ratio, c->ratio = INT32_MAX)                                           \
+    X(largest_hidden_dim, c->hidden_dim = INT32_MAX)                                 \
+    X(largest_head_dim, c->head_dim = INT32_MAX)                                     \
+    X(smallest, (c->hidden_dim = 1, c->head_dim = 1, c->ratio = 1, c->rope_dim = 0)) \
     X(no_gate_alone, (c->no_gate = 1, c->ratio = 1, c->overlap = 0))
 #define BORDER_CONFIG(name, code) \
     static void border_##name(dsv4_config *c) { (void)(code); }
@@ -462,9 +464,12 @@ TEST parameter_functions_check_their_arguments(void) {
     ASSERT_FAILS(DSV4_ERROR_NULL, "info", dsv4_config_params(&c, NULL, &error));
     ASSERT_FAILS(DSV4_ERROR_NULL, "config", dsv4_param_init(NULL, DSV4_NORM, 1, matrix_of(data, DSV4_F32), &error));
     ASSERT_FAILS(DSV4_ERROR_NULL, "norm", dsv4_param_init(&c, DSV4_NORM, 1, matrix_of(NULL, DSV4_F32), &error));
-    ASSERT_FAILS(DSV4_ERROR_ALIGNMENT, "norm 4", dsv4_param_init(&c, DSV4_NORM, 1, matrix_of(crooked(data, 4), DSV4_F32), &error));
-    ASSERT_FAILS(DSV4_ERROR_ALIGNMENT, "norm 2", dsv4_param_init(&c, DSV4_NORM, 1, matrix_of(crooked(data, 2), DSV4_BF16), &error));
-    ASSERT_FAILS(DSV4_ERROR_ARGUMENT, "dtype 9", dsv4_param_init(&c, DSV4_NORM, 1, matrix_of(data, (dsv4_dtype)9), &error));
+    ASSERT_FAILS(DSV4_ERROR_ALIGNMENT, "norm 4",
+                 dsv4_param_init(&c, DSV4_NORM, 1, matrix_of(crooked(data, 4), DSV4_F32), &error));
+    ASSERT_FAILS(DSV4_ERROR_ALIGNMENT, "norm 2",
+                 dsv4_param_init(&c, DSV4_NORM, 1, matrix_of(crooked(data, 2), DSV4_BF16), &error));
+    ASSERT_FAILS(DSV4_ERROR_ARGUMENT, "dtype 9",
+                 dsv4_param_init(&c, DSV4_NORM, 1, matrix_of(data, (dsv4_dtype)9), &error));
     ASSERT_FAILS(DSV4_ERROR_ARGUMENT, "4", dsv4_param_init(&c, DSV4_PARAM_COUNT, 1, matrix_of(data, DSV4_F32), &error));
     ASSERT_FAILS(DSV4_ERROR_ARGUMENT, "-1", dsv4_param_init(&c, (dsv4_param)-1, 1, matrix_of(data, DSV4_F32), &error));
     ASSERT_FAILS(DSV4_ERROR_ARGUMENT, "2", dsv4_param_init(&v41, DSV4_APE, 1, matrix_of(data, DSV4_F32), &error));
@@ -523,10 +528,12 @@ TEST frequencies_of_wild_settings_are_those_of_the_formula(void) {
         oracle_frequencies(&oc, expected);
         ASSERT_EQ(DSV4_OK, dsv4_rope_frequencies(&c, got, 8, NULL));
         for (int k = 0; k < 8; k++) {
-            if (c.rope_theta < 1.1) ASSERT(got[k] <= 1 && got[k] >= 0.0624f);
-            else ASSERTm(note("theta %g ctx %g betas %g %g pair %d: %.9g, not %.9g", c.rope_theta, c.yarn_orig_ctx,
-                         c.yarn_beta_fast, c.yarn_beta_slow, k, (double)got[k], expected[k]),
-                    (double)got[k] == expected[k]);
+            if (c.rope_theta < 1.1)
+                ASSERT(got[k] <= 1 && got[k] >= 0.0624f);
+            else
+                ASSERTm(note("theta %g ctx %g betas %g %g pair %d: %.9g, not %.9g", c.rope_theta, c.yarn_orig_ctx,
+                             c.yarn_beta_fast, c.yarn_beta_slow, k, (double)got[k], expected[k]),
+                        (double)got[k] == expected[k]);
         }
     }
     PASS();
@@ -561,9 +568,12 @@ TEST cos_and_sin_are_within_one_step(void) {
     double worst = 0;
     for (int i = 0; i < 300000; i++) {
         float angle, cosine, sine;
-        if (i < 100000) angle = float_of_bits((uint32_t)dice_next(&d) & 0x7FFFFFFF);        /* any magnitude */
-        else if (i < 200000) angle = (float)(dice_below(&d, 1048576) * (1 + dice_below(&d, 2048))); /* up to 2^31 */
-        else angle = (float)(turns[i % 10] * 1.5707963267948966 * (double)(1 + dice_below(&d, 64))); /* next to a zero */
+        if (i < 100000)
+            angle = float_of_bits((uint32_t)dice_next(&d) & 0x7FFFFFFF); /* any magnitude */
+        else if (i < 200000)
+            angle = (float)(dice_below(&d, 1048576) * (1 + dice_below(&d, 2048))); /* up to 2^31 */
+        else
+            angle = (float)(turns[i % 10] * 1.5707963267948966 * (double)(1 + dice_below(&d, 64))); /* next to a zero */
         if (!isfinite(angle)) continue;
         dsv4_cos_sin(angle, &cosine, &sine);
         worst = fmax(worst, fmax(steps_off(cosine, cos((double)angle)), steps_off(sine, sin((double)angle))));
@@ -574,7 +584,8 @@ TEST cos_and_sin_are_within_one_step(void) {
     PASS();
 }
 
-/* Angles whose sine all but falls in the middle between two numbers of fp32, so that every term of the series counts. */
+/* Angles whose sine all but falls in the middle between two numbers of fp32, so that every term of the series
+ * counts. */
 TEST the_hardest_sines_are_correctly_rounded(void) {
     static const struct {
         uint32_t angle;
@@ -606,8 +617,8 @@ TEST cos_and_sin_of_special_angles(void) {
 
 /* Entries at positions where fp32 counts in twos, in thousands, and not at all. */
 TEST rope_is_right_at_any_position(void) {
-    static const int64_t positions[] = {0, 1048575, 1048576, 16777216, 16777219, 2147483647, 2147483648, 4294967297,
-                                        (int64_t)1 << 40, ((int64_t)1 << 50) + 3};
+    static const int64_t positions[] = {0,          1048575,    1048576,    16777216,         16777219,
+                                        2147483647, 2147483648, 4294967297, (int64_t)1 << 40, ((int64_t)1 << 50) + 3};
     for (size_t i = 0; i < sizeof positions / sizeof *positions; i++) {
         for (int of = 0; of < 3; of++) {
             workbench w = workbench_new(&shapes[of == 0 ? 1 : of == 1 ? 5 : 8], 3, 3);
@@ -615,7 +626,8 @@ TEST rope_is_right_at_any_position(void) {
             w.s.position = positions[i];
             ASSERT_EQ(DSV4_OK, compress_whole(&w.e, &w.s, &r, NULL));
             stray v = oracle_judge(&w.m, &w.s, &r);
-            ASSERTm(note("position %lld: %s[%d] is %.9g", (long long)positions[i], stage_name(v.stage), (int)v.index, v.got),
+            ASSERTm(note("position %lld: %s[%d] is %.9g", (long long)positions[i], stage_name(v.stage), (int)v.index,
+                         v.got),
                     v.stage == STAGE_COUNT);
             results_free(&r);
             workbench_free(&w);
@@ -716,18 +728,18 @@ TEST an_arena_of_exactly_the_sizes_named_holds_everything(const shape *of) {
 
 /* ---- Creating and destroying ------------------------------------------------------------------------------- */
 
-#define BAD_PARAMS(X)                                                                              \
-    X(no_wkv, p->wkv.data = NULL, DSV4_ERROR_NULL, "wkv")                                          \
-    X(no_wgate, p->wgate.data = NULL, DSV4_ERROR_NULL, "wgate")                                    \
-    X(no_ape, p->ape.data = NULL, DSV4_ERROR_NULL, "ape")                                          \
-    X(no_norm, p->norm.data = NULL, DSV4_ERROR_NULL, "norm")                                       \
-    X(crooked_wkv, p->wkv.data = (const char *)p->wkv.data + 2, DSV4_ERROR_ALIGNMENT, "wkv 4")     \
+#define BAD_PARAMS(X)                                                                                  \
+    X(no_wkv, p->wkv.data = NULL, DSV4_ERROR_NULL, "wkv")                                              \
+    X(no_wgate, p->wgate.data = NULL, DSV4_ERROR_NULL, "wgate")                                        \
+    X(no_ape, p->ape.data = NULL, DSV4_ERROR_NULL, "ape")                                              \
+    X(no_norm, p->norm.data = NULL, DSV4_ERROR_NULL, "norm")                                           \
+    X(crooked_wkv, p->wkv.data = (const char *)p->wkv.data + 2, DSV4_ERROR_ALIGNMENT, "wkv 4")         \
     X(crooked_wgate, p->wgate.data = (const char *)p->wgate.data + 1, DSV4_ERROR_ALIGNMENT, "wgate 4") \
-    X(crooked_ape, p->ape.data = (const char *)p->ape.data + 3, DSV4_ERROR_ALIGNMENT, "ape 4")     \
-    X(crooked_norm, p->norm.data = (const char *)p->norm.data + 2, DSV4_ERROR_ALIGNMENT, "norm 4") \
-    X(dtype_of_wkv, p->wkv.dtype = (dsv4_dtype)5, DSV4_ERROR_ARGUMENT, "wkv 5")                    \
-    X(dtype_of_wgate, p->wgate.dtype = (dsv4_dtype)-3, DSV4_ERROR_ARGUMENT, "wgate -3")            \
-    X(dtype_of_ape, p->ape.dtype = (dsv4_dtype)3, DSV4_ERROR_ARGUMENT, "ape 3")                    \
+    X(crooked_ape, p->ape.data = (const char *)p->ape.data + 3, DSV4_ERROR_ALIGNMENT, "ape 4")         \
+    X(crooked_norm, p->norm.data = (const char *)p->norm.data + 2, DSV4_ERROR_ALIGNMENT, "norm 4")     \
+    X(dtype_of_wkv, p->wkv.dtype = (dsv4_dtype)5, DSV4_ERROR_ARGUMENT, "wkv 5")                        \
+    X(dtype_of_wgate, p->wgate.dtype = (dsv4_dtype)-3, DSV4_ERROR_ARGUMENT, "wgate -3")                \
+    X(dtype_of_ape, p->ape.dtype = (dsv4_dtype)3, DSV4_ERROR_ARGUMENT, "ape 3")                        \
     X(dtype_of_norm, p->norm.dtype = (dsv4_dtype)7, DSV4_ERROR_ARGUMENT, "norm 7")
 #define SPOIL_PARAMS(name, code, status, words) \
     static void params_##name(dsv4_params *p) { (void)(code); }
@@ -1128,78 +1140,81 @@ TEST kernel_sets_are_listed_best_first_and_scalar_last(void) {
 
 /* ---- Compressing ------------------------------------------------------------------------------------------- */
 
-/* A good call of two segments, to be spoilt: 4 tokens without a state, 4 for a state that has seen 2 (positions from
- * 1000). Ratio 4, H 48, D 24, overlap, fp32. Segments 0 and 1 are s[0] and s[1]. */
-typedef struct spoilt {
+/* A good call of two segments, to be made wrong: 4 tokens without a state, 4 for a state that has seen 2 (positions
+ * from 1000). Ratio 4, H 48, D 24, overlap, fp32. Segments 0 and 1 are s[0] and s[1]. */
+typedef struct bad_call_parts {
     dsv4_batch *b;
     dsv4_segment *s;
     engine *e;
     const engine *other;
-} spoilt;
+} bad_call_parts;
 
-#define BAD_CALLS(X)                                                                                        \
-    X(no_compressor, c->e->compressor = NULL, DSV4_ERROR_NULL, "compressor")                                \
-    X(no_batch, c->b = NULL, DSV4_ERROR_NULL, "batch")                                                      \
-    X(no_workspace, c->e->workspace = NULL, DSV4_ERROR_NULL, "workspace")                                   \
-    X(workspace_of_another, c->e->workspace = c->other->workspace, DSV4_ERROR_ARGUMENT, "workspace")        \
-    X(negative_tokens, c->b->tokens = -3, DSV4_ERROR_ARGUMENT, "tokens -3")                                 \
-    X(negative_segment_count, c->b->segment_count = -2, DSV4_ERROR_ARGUMENT, "segment_count -2")            \
-    X(negative_entries, c->b->entries = -9, DSV4_ERROR_ARGUMENT, "entries -9")                              \
-    X(no_segments, c->b->segments = NULL, DSV4_ERROR_NULL, "segments")                                      \
-    X(forgotten_segment_count, c->b->segment_count = 0, DSV4_ERROR_ARGUMENT, "segment_count 0 8")           \
-    X(no_dtype_of_x, c->b->x.dtype = (dsv4_dtype)0, DSV4_ERROR_ARGUMENT, "dtype of x is not given")         \
-    X(no_dtype_of_out, c->b->out.dtype = (dsv4_dtype)0, DSV4_ERROR_ARGUMENT, "dtype of out is not given")   \
-    X(no_x, c->b->x.data = NULL, DSV4_ERROR_NULL, "x")                                                           \
-    X(crooked_x, c->b->x.data = (const char *)c->b->x.data + 2, DSV4_ERROR_ALIGNMENT, "x 2 4")                        \
-    X(crooked_bf16_x, (c->b->x.dtype = DSV4_BF16, c->b->x.data = (const char *)c->b->x.data + 1),                     \
-      DSV4_ERROR_ALIGNMENT, "x 1 2")                                                                        \
-    X(dtype_of_x, c->b->x.dtype = (dsv4_dtype)6, DSV4_ERROR_ARGUMENT, "x 6")                                \
-    X(short_x_stride, c->b->x.stride = 47, DSV4_ERROR_ARGUMENT, "stride of x 47 48")                           \
-    X(negative_x_stride, c->b->x.stride = -48, DSV4_ERROR_ARGUMENT, "stride of x -48")                         \
-    X(huge_x_stride, c->b->x.stride = INT64_MAX / 4, DSV4_ERROR_OVERFLOW, "stride of x")                       \
-    X(kv_without_gate, c->b->kv = c->b->x.data, DSV4_ERROR_NULL, "gate")                                         \
-    X(crooked_kv, (c->b->kv = (const float *)(const void *)((const char *)c->b->x.data + 2), c->b->gate = c->b->x.data), \
-      DSV4_ERROR_ALIGNMENT, "kv 2 4")                                                                       \
-    X(crooked_gate, (c->b->kv = c->b->x.data, c->b->gate = (const float *)(const void *)((const char *)c->b->x.data + 1)), \
-      DSV4_ERROR_ALIGNMENT, "gate 1 4")                                                                     \
-    X(no_out, c->b->out.data = NULL, DSV4_ERROR_NULL, "out")                                                     \
-    X(crooked_out, c->b->out.data = (char *)c->b->out.data + 2, DSV4_ERROR_ALIGNMENT, "out 2 4")                      \
-    X(crooked_bf16_out, (c->b->out.dtype = DSV4_BF16, c->b->out.data = (char *)c->b->out.data + 1),                   \
-      DSV4_ERROR_ALIGNMENT, "out 1 2")                                                                      \
-    X(dtype_of_out, c->b->out.dtype = (dsv4_dtype)-1, DSV4_ERROR_ARGUMENT, "out -1")                        \
-    X(short_out_stride, c->b->out.stride = 23, DSV4_ERROR_ARGUMENT, "stride of out 23 24")                     \
-    X(vast_weights, c->b->entries = (int64_t)(SIZE_MAX / 4 / 400), DSV4_ERROR_OVERFLOW, "stages.weights")   \
-    X(huge_out_stride, c->b->out.stride = INT64_MAX, DSV4_ERROR_OVERFLOW, "stride of out")                     \
-    X(crooked_kv_stage, c->b->stages.kv = crooked(c->b->stages.kv, 4), DSV4_ERROR_ALIGNMENT, "stages.kv 2") \
-    X(crooked_gate_stage, c->b->stages.gate = crooked(c->b->stages.gate, 4), DSV4_ERROR_ALIGNMENT, "stages.gate") \
-    X(crooked_weights, c->b->stages.weights = crooked(c->b->stages.weights, 4), DSV4_ERROR_ALIGNMENT, "stages.weights") \
+#define BAD_CALLS(X)                                                                                                \
+    X(no_compressor, c->e->compressor = NULL, DSV4_ERROR_NULL, "compressor")                                        \
+    X(no_batch, c->b = NULL, DSV4_ERROR_NULL, "batch")                                                              \
+    X(no_workspace, c->e->workspace = NULL, DSV4_ERROR_NULL, "workspace")                                           \
+    X(workspace_of_another, c->e->workspace = c->other->workspace, DSV4_ERROR_ARGUMENT, "workspace")                \
+    X(negative_tokens, c->b->tokens = -3, DSV4_ERROR_ARGUMENT, "tokens -3")                                         \
+    X(negative_segment_count, c->b->segment_count = -2, DSV4_ERROR_ARGUMENT, "segment_count -2")                    \
+    X(negative_entries, c->b->entries = -9, DSV4_ERROR_ARGUMENT, "entries -9")                                      \
+    X(no_segments, c->b->segments = NULL, DSV4_ERROR_NULL, "segments")                                              \
+    X(forgotten_segment_count, c->b->segment_count = 0, DSV4_ERROR_ARGUMENT, "segment_count 0 8")                   \
+    X(no_dtype_of_x, c->b->x.dtype = (dsv4_dtype)0, DSV4_ERROR_ARGUMENT, "dtype of x is not given")                 \
+    X(no_dtype_of_out, c->b->out.dtype = (dsv4_dtype)0, DSV4_ERROR_ARGUMENT, "dtype of out is not given")           \
+    X(no_x, c->b->x.data = NULL, DSV4_ERROR_NULL, "x")                                                              \
+    X(crooked_x, c->b->x.data = (const char *)c->b->x.data + 2, DSV4_ERROR_ALIGNMENT, "x 2 4")                      \
+    X(crooked_bf16_x, (c->b->x.dtype = DSV4_BF16, c->b->x.data = (const char *)c->b->x.data + 1),                   \
+      DSV4_ERROR_ALIGNMENT, "x 1 2")                                                                                \
+    X(dtype_of_x, c->b->x.dtype = (dsv4_dtype)6, DSV4_ERROR_ARGUMENT, "x 6")                                        \
+    X(short_x_stride, c->b->x.stride = 47, DSV4_ERROR_ARGUMENT, "stride of x 47 48")                                \
+    X(negative_x_stride, c->b->x.stride = -48, DSV4_ERROR_ARGUMENT, "stride of x -48")                              \
+    X(huge_x_stride, c->b->x.stride = INT64_MAX / 4, DSV4_ERROR_OVERFLOW, "stride of x")                            \
+    X(kv_without_gate, c->b->kv = c->b->x.data, DSV4_ERROR_NULL, "gate")                                            \
+    X(crooked_kv,                                                                                                   \
+      (c->b->kv = (const float *)(const void *)((const char *)c->b->x.data + 2), c->b->gate = c->b->x.data),        \
+      DSV4_ERROR_ALIGNMENT, "kv 2 4")                                                                               \
+    X(crooked_gate,                                                                                                 \
+      (c->b->kv = c->b->x.data, c->b->gate = (const float *)(const void *)((const char *)c->b->x.data + 1)),        \
+      DSV4_ERROR_ALIGNMENT, "gate 1 4")                                                                             \
+    X(no_out, c->b->out.data = NULL, DSV4_ERROR_NULL, "out")                                                        \
+    X(crooked_out, c->b->out.data = (char *)c->b->out.data + 2, DSV4_ERROR_ALIGNMENT, "out 2 4")                    \
+    X(crooked_bf16_out, (c->b->out.dtype = DSV4_BF16, c->b->out.data = (char *)c->b->out.data + 1),                 \
+      DSV4_ERROR_ALIGNMENT, "out 1 2")                                                                              \
+    X(dtype_of_out, c->b->out.dtype = (dsv4_dtype)-1, DSV4_ERROR_ARGUMENT, "out -1")                                \
+    X(short_out_stride, c->b->out.stride = 23, DSV4_ERROR_ARGUMENT, "stride of out 23 24")                          \
+    X(vast_weights, c->b->entries = (int64_t)(SIZE_MAX / 4 / 400), DSV4_ERROR_OVERFLOW, "stages.weights")           \
+    X(huge_out_stride, c->b->out.stride = INT64_MAX, DSV4_ERROR_OVERFLOW, "stride of out")                          \
+    X(crooked_kv_stage, c->b->stages.kv = crooked(c->b->stages.kv, 4), DSV4_ERROR_ALIGNMENT, "stages.kv 2")         \
+    X(crooked_gate_stage, c->b->stages.gate = crooked(c->b->stages.gate, 4), DSV4_ERROR_ALIGNMENT, "stages.gate")   \
+    X(crooked_weights, c->b->stages.weights = crooked(c->b->stages.weights, 4), DSV4_ERROR_ALIGNMENT,               \
+      "stages.weights")                                                                                             \
     X(crooked_pooled, c->b->stages.pooled = crooked(c->b->stages.pooled, 4), DSV4_ERROR_ALIGNMENT, "stages.pooled") \
     X(crooked_latent, c->b->stages.latent = crooked(c->b->stages.latent, 4), DSV4_ERROR_ALIGNMENT, "stages.latent") \
-    X(token_before_x, c->s[0].token = -1, DSV4_ERROR_BOUNDS, "segment 0 -1")                                \
-    X(token_past_x, c->s[0].token = 5, DSV4_ERROR_BOUNDS, "segment 0 5 4 8")                                \
-    X(token_far_past_x, c->s[1].token = INT64_MAX, DSV4_ERROR_BOUNDS, "segment 1 9223372036854775807")      \
-    X(negative_count, c->s[1].count = -4, DSV4_ERROR_BOUNDS, "segment 1 -4")                                \
-    X(count_past_x, c->s[1].count = 5, DSV4_ERROR_BOUNDS, "segment 1 4 5 8")                                \
-    X(huge_count, c->s[1].count = INT64_MAX, DSV4_ERROR_BOUNDS, "segment 1 9223372036854775807")            \
-    X(negative_position, c->s[0].position = -1, DSV4_ERROR_BOUNDS, "segment 0 position -1")                 \
-    X(huge_position, c->s[0].position = (int64_t)1 << 62, DSV4_ERROR_BOUNDS, "segment 0 4611686018427387904") \
-    X(position_that_ends_too_far, c->s[0].position = ((int64_t)1 << 62) - 4, DSV4_ERROR_BOUNDS, "segment 0") \
-    X(entry_before_out, c->s[0].entry = -1, DSV4_ERROR_BOUNDS, "segment 0 entries -1")                      \
-    X(entry_past_out, c->s[1].entry = 2, DSV4_ERROR_BOUNDS, "segment 1 entries 2")                          \
-    X(entry_far_past_out, c->s[1].entry = INT64_MAX, DSV4_ERROR_BOUNDS, "segment 1 9223372036854775807")    \
-    X(too_few_entries, c->b->entries = 1, DSV4_ERROR_BOUNDS, "segment 1 entries 1")                         \
-    X(too_few_tokens, c->b->tokens = 7, DSV4_ERROR_BOUNDS, "segment 1 tokens 7")                            \
-    X(length_not_divided, c->s[0].count = 3, DSV4_ERROR_LENGTH, "segment 0 3 4")                            \
-    X(position_too_low, c->s[1].position = 1001, DSV4_ERROR_STATE, "segment 1 1001 1002")                   \
-    X(position_too_high, c->s[1].position = 1003, DSV4_ERROR_STATE, "segment 1 1003 1002")                  \
+    X(token_before_x, c->s[0].token = -1, DSV4_ERROR_BOUNDS, "segment 0 -1")                                        \
+    X(token_past_x, c->s[0].token = 5, DSV4_ERROR_BOUNDS, "segment 0 5 4 8")                                        \
+    X(token_far_past_x, c->s[1].token = INT64_MAX, DSV4_ERROR_BOUNDS, "segment 1 9223372036854775807")              \
+    X(negative_count, c->s[1].count = -4, DSV4_ERROR_BOUNDS, "segment 1 -4")                                        \
+    X(count_past_x, c->s[1].count = 5, DSV4_ERROR_BOUNDS, "segment 1 4 5 8")                                        \
+    X(huge_count, c->s[1].count = INT64_MAX, DSV4_ERROR_BOUNDS, "segment 1 9223372036854775807")                    \
+    X(negative_position, c->s[0].position = -1, DSV4_ERROR_BOUNDS, "segment 0 position -1")                         \
+    X(huge_position, c->s[0].position = (int64_t)1 << 62, DSV4_ERROR_BOUNDS, "segment 0 4611686018427387904")       \
+    X(position_that_ends_too_far, c->s[0].position = ((int64_t)1 << 62) - 4, DSV4_ERROR_BOUNDS, "segment 0")        \
+    X(entry_before_out, c->s[0].entry = -1, DSV4_ERROR_BOUNDS, "segment 0 entries -1")                              \
+    X(entry_past_out, c->s[1].entry = 2, DSV4_ERROR_BOUNDS, "segment 1 entries 2")                                  \
+    X(entry_far_past_out, c->s[1].entry = INT64_MAX, DSV4_ERROR_BOUNDS, "segment 1 9223372036854775807")            \
+    X(too_few_entries, c->b->entries = 1, DSV4_ERROR_BOUNDS, "segment 1 entries 1")                                 \
+    X(too_few_tokens, c->b->tokens = 7, DSV4_ERROR_BOUNDS, "segment 1 tokens 7")                                    \
+    X(length_not_divided, c->s[0].count = 3, DSV4_ERROR_LENGTH, "segment 0 3 4")                                    \
+    X(position_too_low, c->s[1].position = 1001, DSV4_ERROR_STATE, "segment 1 1001 1002")                           \
+    X(position_too_high, c->s[1].position = 1003, DSV4_ERROR_STATE, "segment 1 1003 1002")                          \
     X(state_twice, (c->s[0].state = c->s[1].state, c->s[0].position = 1002), DSV4_ERROR_STATE, "segment 1")
 #define SPOIL_CALL(name, code, status, words) \
-    static void call_##name(spoilt *c) { (void)(code); }
+    static void call_##name(bad_call_parts *c) { (void)(code); }
 BAD_CALLS(SPOIL_CALL)
 
 static const struct bad_call {
     const char *name;
-    void (*spoil)(spoilt *c);
+    void (*spoil)(bad_call_parts *c);
     dsv4_status status;
     const char *words;
 } bad_calls[] = {
@@ -1221,7 +1236,7 @@ TEST a_bad_call_is_refused_and_changes_nothing(const struct bad_call *bad) {
 
     dsv4_segment segments[2] = {segment_new(0, 4, 0, 0, NULL), segment_new(4, 4, w.s.position + 2, 1, state)};
     dsv4_batch b = batch_new(&w.s, &r, segments, 2), good = b;
-    spoilt c = {&b, segments, &e, &other};
+    bad_call_parts c = {&b, segments, &e, &other};
     bad->spoil(&c);
     ASSERT_FAILS(bad->status, bad->words, dsv4_compress(e.compressor, c.b, e.workspace, &error));
     ASSERT_EQ(bad->status, dsv4_compress(e.compressor, c.b, e.workspace, NULL));
@@ -1274,7 +1289,8 @@ TEST thousands_of_short_segments_share_a_call(void) {
     enum { COUNT = 10000, MOST = 5 };
     workbench w = workbench_new(&shapes[10], 1, 13); /* ratio 2 */
     sequence s = shape_sequence(&shapes[10], COUNT * MOST, 14);
-    results r = results_new(&w.config, w.out_dtype, s.tokens, COUNT * MOST / 2), one = results_new(&w.config, w.out_dtype, s.tokens, 2);
+    results r = results_new(&w.config, w.out_dtype, s.tokens, COUNT * MOST / 2),
+            one = results_new(&w.config, w.out_dtype, s.tokens, 2);
     dsv4_segment *segments = reserve(COUNT * sizeof *segments);
     dice d = {15};
     int64_t token = 0, entry = 0;
@@ -1379,7 +1395,8 @@ TEST entries_of_a_call_are_counted_without_overflow(void) {
     PASS();
 }
 
-#define mask_of(...) &(dsv4_mask_spec){__VA_ARGS__} /* ratio, first, queries, entries, hidden */
+#define mask_of(...) \
+    &(dsv4_mask_spec) { __VA_ARGS__ } /* ratio, first, queries, entries, hidden */
 
 TEST the_mask_hides_what_a_query_does_not_see(void) {
     static const int64_t ratios[] = {1, 3, 4, 128}, firsts[] = {0, 1, 3, 126, 1000};
@@ -1392,7 +1409,8 @@ TEST the_mask_hides_what_a_query_does_not_see(void) {
         memset(wide, POISON, sizeof wide);
         memset(narrow, POISON, sizeof narrow);
         ASSERT_EQ(DSV4_OK, dsv4_mask(mask_of(ratio, first, QUERIES, ENTRIES, value), matrix_of(wide, DSV4_F32), NULL));
-        ASSERT_EQ(DSV4_OK, dsv4_mask(mask_of(ratio, first, QUERIES, ENTRIES, value), matrix_of(narrow, DSV4_BF16), NULL));
+        ASSERT_EQ(DSV4_OK,
+                  dsv4_mask(mask_of(ratio, first, QUERIES, ENTRIES, value), matrix_of(narrow, DSV4_BF16), NULL));
         for (int64_t k = 0; k < QUERIES * ENTRIES; k++) {
             float expected = k % ENTRIES < (first + k / ENTRIES + 1) / ratio ? 0 : value;
             ASSERT_EQ_FMT((double)expected, (double)wide[k], "%g");
@@ -1420,29 +1438,38 @@ TEST the_mask_checks_its_arguments(void) {
     const float h = -1;
     memset(mask, POISON, sizeof mask);
     ASSERT_FAILS(DSV4_ERROR_ARGUMENT, "ratio 0", dsv4_mask(mask_of(0, 0, 4, 4, h), matrix_of(mask, DSV4_F32), &error));
-    ASSERT_FAILS(DSV4_ERROR_ARGUMENT, "ratio -1", dsv4_mask(mask_of(-1, 0, 4, 4, h), matrix_of(mask, DSV4_F32), &error));
-    ASSERT_FAILS(DSV4_ERROR_ARGUMENT, "first -1", dsv4_mask(mask_of(4, -1, 4, 4, h), matrix_of(mask, DSV4_F32), &error));
-    ASSERT_FAILS(DSV4_ERROR_ARGUMENT, "queries -4", dsv4_mask(mask_of(4, 0, -4, 4, h), matrix_of(mask, DSV4_F32), &error));
-    ASSERT_FAILS(DSV4_ERROR_ARGUMENT, "entries -4", dsv4_mask(mask_of(4, 0, 4, -4, h), matrix_of(mask, DSV4_F32), &error));
-    ASSERT_FAILS(DSV4_ERROR_ARGUMENT, "9223372036854775807", dsv4_mask(mask_of(4, INT64_MAX, 4, 4, h), matrix_of(mask, DSV4_F32), &error));
+    ASSERT_FAILS(DSV4_ERROR_ARGUMENT, "ratio -1",
+                 dsv4_mask(mask_of(-1, 0, 4, 4, h), matrix_of(mask, DSV4_F32), &error));
+    ASSERT_FAILS(DSV4_ERROR_ARGUMENT, "first -1",
+                 dsv4_mask(mask_of(4, -1, 4, 4, h), matrix_of(mask, DSV4_F32), &error));
+    ASSERT_FAILS(DSV4_ERROR_ARGUMENT, "queries -4",
+                 dsv4_mask(mask_of(4, 0, -4, 4, h), matrix_of(mask, DSV4_F32), &error));
+    ASSERT_FAILS(DSV4_ERROR_ARGUMENT, "entries -4",
+                 dsv4_mask(mask_of(4, 0, 4, -4, h), matrix_of(mask, DSV4_F32), &error));
+    ASSERT_FAILS(DSV4_ERROR_ARGUMENT, "9223372036854775807",
+                 dsv4_mask(mask_of(4, INT64_MAX, 4, 4, h), matrix_of(mask, DSV4_F32), &error));
     ASSERT_FAILS(DSV4_ERROR_ARGUMENT, "queries 9223372036854775807",
                  dsv4_mask(mask_of(4, 0, INT64_MAX, 0, h), matrix_of(mask, DSV4_F32), &error));
-    ASSERT_FAILS(DSV4_ERROR_OVERFLOW, "mask", dsv4_mask(mask_of(4, 0, INT64_MAX / 8, INT64_MAX / 8, h), matrix_of(mask, DSV4_F32), &error));
-    ASSERT_FAILS(DSV4_ERROR_ARGUMENT, "dtype 3", dsv4_mask(mask_of(4, 0, 4, 4, h), matrix_of(mask, (dsv4_dtype)3), &error));
+    ASSERT_FAILS(DSV4_ERROR_OVERFLOW, "mask",
+                 dsv4_mask(mask_of(4, 0, INT64_MAX / 8, INT64_MAX / 8, h), matrix_of(mask, DSV4_F32), &error));
+    ASSERT_FAILS(DSV4_ERROR_ARGUMENT, "dtype 3",
+                 dsv4_mask(mask_of(4, 0, 4, 4, h), matrix_of(mask, (dsv4_dtype)3), &error));
     ASSERT_FAILS(DSV4_ERROR_NULL, "mask", dsv4_mask(mask_of(4, 0, 4, 4, h), matrix_of(NULL, DSV4_F32), &error));
-    ASSERT_EQ(DSV4_OK, dsv4_mask(mask_of(4, 0, 4, 0, h), matrix_of(mask, DSV4_F32), NULL)); /* nothing to write is fine */
+    ASSERT_EQ(DSV4_OK,
+              dsv4_mask(mask_of(4, 0, 4, 0, h), matrix_of(mask, DSV4_F32), NULL)); /* nothing to write is fine */
     ASSERT_EQ(DSV4_OK, dsv4_mask(mask_of(4, 0, 0, 4, h), matrix_of(mask, DSV4_F32), NULL));
-    ASSERT_FAILS(DSV4_ERROR_ALIGNMENT, "mask 4", dsv4_mask(mask_of(4, 0, 3, 4, h), matrix_of(crooked(mask, 4), DSV4_F32), &error));
+    ASSERT_FAILS(DSV4_ERROR_ALIGNMENT, "mask 4",
+                 dsv4_mask(mask_of(4, 0, 3, 4, h), matrix_of(crooked(mask, 4), DSV4_F32), &error));
     ASSERT(memory_untouched(mask, sizeof mask));
     PASS();
 }
 
 /* ---- The suite --------------------------------------------------------------------------------------------- */
 
-#define FOR_EVERY(table, count, test)                    \
-    for (int i = 0; i < (int)(count); i++) {             \
-        greatest_set_test_suffix(table[i].name);         \
-        RUN_TESTp(test, &table[i]);                      \
+#define FOR_EVERY(table, count, test)            \
+    for (int i = 0; i < (int)(count); i++) {     \
+        greatest_set_test_suffix(table[i].name); \
+        RUN_TESTp(test, &table[i]);              \
     }
 
 SUITE(api) {

@@ -1,5 +1,5 @@
-/* One answer: the output's bits do not depend on the kernel set, the threads (pthread), the cuts, the order of segments,
- * what shares the call, where arrays lie. And what it costs in memory. */
+/* One answer: the output's bits do not depend on the kernel set, the threads (pthread), the cuts, the order of
+ * segments, what shares the call, where arrays lie. And what it costs in memory. */
 
 #define _POSIX_C_SOURCE 200809L
 
@@ -14,15 +14,16 @@ static results compress_with(const workbench *w, const char *isa, const dsv4_par
                              int cut_count) {
     engine e = engine_new(&w->m, isa, parallel);
     results r = workbench_results(w);
-    dsv4_status status = cuts ? compress_cut(&e, &w->s, &r, cuts, cut_count, NULL) : compress_whole(&e, &w->s, &r, NULL);
+    dsv4_status status =
+        cuts ? compress_cut(&e, &w->s, &r, cuts, cut_count, NULL) : compress_whole(&e, &w->s, &r, NULL);
     if (status != DSV4_OK) memset(r.stage[STAGE_KV], POISON, r.bytes[STAGE_KV]);
     engine_free(&e);
     return r;
 }
 
-#define ASSERT_SAME_BITS(expected, got, what)                                              \
-    do {                                                                                   \
-        int stage_found = results_difference(expected, got);                               \
+#define ASSERT_SAME_BITS(expected, got, what)                                                       \
+    do {                                                                                            \
+        int stage_found = results_difference(expected, got);                                        \
         ASSERTm(note("%s differs: %s", stage_name(stage_found), what), stage_found == STAGE_COUNT); \
     } while (0)
 
@@ -69,12 +70,12 @@ TEST layers_of_one_configuration_share_a_workspace(int table, int i) {
 
 TEST every_parallel_for_gives_the_bits_of_one_thread(int table, int i) {
     workbench w = workbench_of(table, i);
-    for (int t = 0; t < TEMPER_COUNT; t++) {
-        crew c;
-        dsv4_parallel parallel = temper_parallel(&tempers[t], &c);
+    for (int t = 0; t < SCHEDULE_COUNT; t++) {
+        team c;
+        dsv4_parallel parallel = schedule_parallel(&schedules[t], &c);
         results r = compress_with(&w, NULL, &parallel, NULL, 0);
-        ASSERT_SAME_BITS(&w.whole, &r, tempers[t].name);
-        if (table && tempers[t].threads > 1) ASSERTm("the callback was used", c.calls > 0);
+        ASSERT_SAME_BITS(&w.whole, &r, schedules[t].name);
+        if (table && schedules[t].threads > 1) ASSERTm("the callback was used", c.calls > 0);
         results_free(&r);
     }
     workbench_free(&w);
@@ -87,11 +88,11 @@ TEST all_of_it_together_gives_the_same_bits(int table, int i) {
     workbench w = workbench_of(table, i);
     const char *isa;
     for (int k = 0; (isa = dsv4_isa_name(k)) != NULL; k++) {
-        for (int t = 0; t < TEMPER_COUNT; t++) {
-            crew c;
-            dsv4_parallel parallel = temper_parallel(&tempers[t], &c);
+        for (int t = 0; t < SCHEDULE_COUNT; t++) {
+            team c;
+            dsv4_parallel parallel = schedule_parallel(&schedules[t], &c);
             results r = compress_with(&w, isa, &parallel, cuts[(k + t) % 3], 3);
-            ASSERT_SAME_BITS(&w.whole, &r, note("%s %s", isa, tempers[t].name));
+            ASSERT_SAME_BITS(&w.whole, &r, note("%s %s", isa, schedules[t].name));
             results_free(&r);
         }
     }
@@ -106,14 +107,14 @@ TEST multiply_adds_are_rounded_once(void) {
         float x0, x1, w1;
         uint32_t sum;
     } cases[] = {
-        {0x1.000002p0f, 0x1.0002p0f, 0x1.fffcp-26f, 0x3F800001},       /* 2^-24 - 2^-54: below the middle */
+        {0x1.000002p0f, 0x1.0002p0f, 0x1.fffcp-26f, 0x3F800001}, /* 2^-24 - 2^-54: below the middle */
         {-0x1.000002p0f, -0x1.0002p0f, 0x1.fffcp-26f, 0xBF800001},
-        {1, 13325, 0x1.3ac5p-38f, 0x3F800001},                         /* 2^-24 + 2^-54: above it */
+        {1, 13325, 0x1.3ac5p-38f, 0x3F800001}, /* 2^-24 + 2^-54: above it */
         {-1, 13325, -0x1.3ac5p-38f, 0xBF800001},
-        {1, 11801, 5823191 * 0x1p-60f, 0x3F800001},                    /* 2^-24 + 2^-52 - 2^-60 */
+        {1, 11801, 5823191 * 0x1p-60f, 0x3F800001}, /* 2^-24 + 2^-52 - 2^-60 */
         {0x1.000002p0f, 13325, -0x1.3ac5p-38f, 0x3F800000},
         {0x1.000004p0f, -0x1.0002p0f, 0x1.fffcp-26f, 0x3F800002},
-        {1, 0x1p-24f, 1, 0x3F800000},                                  /* exactly the middle: to even */
+        {1, 0x1p-24f, 1, 0x3F800000}, /* exactly the middle: to even */
         {0x1.000002p0f, 0x1p-24f, 1, 0x3F800002},
     };
     dsv4_config c = {0};
@@ -247,7 +248,8 @@ TEST stages_are_by_request_and_change_nothing(const shape *of) {
         for (int stage = 0; stage < STAGE_COUNT; stage++) {
             if (stage == wanted || stage == STAGE_OUT)
                 ASSERT_MEM_EQ(w.whole.stage[stage], r.stage[stage], r.bytes[stage]);
-            else ASSERT(memory_untouched(r.stage[stage], r.bytes[stage]));
+            else
+                ASSERT(memory_untouched(r.stage[stage], r.bytes[stage]));
         }
         results_free(&r);
     }
@@ -255,7 +257,8 @@ TEST stages_are_by_request_and_change_nothing(const shape *of) {
     PASS();
 }
 
-/* Projections from elsewhere: what stages.kv and stages.gate gave, handed back instead of x, in one call and in cuts. */
+/* Projections from elsewhere: what stages.kv and stages.gate gave, handed back instead of x, in one call and in
+ * cuts. */
 TEST given_projections_give_the_same_entries(int table, int i) {
     workbench w = workbench_of(table, i);
     for (int way = 2; way <= 7; way++) { /* in one to three parts, without the stage of weights and with it */
@@ -265,8 +268,8 @@ TEST given_projections_give_the_same_entries(int table, int i) {
         *r.no_weights = !weights;
         for (int part = 0; part < parts; part++) {
             int64_t from = w.s.tokens * part / parts, to = w.s.tokens * (part + 1) / parts;
-            dsv4_segment segment = segment_new(from, to - from, w.s.position + from, from / w.config.ratio,
-                                               parts == 1 ? NULL : state);
+            dsv4_segment segment =
+                segment_new(from, to - from, w.s.position + from, from / w.config.ratio, parts == 1 ? NULL : state);
             dsv4_batch b = batch_new(&w.s, &r, &segment, 1);
             b.x.data = NULL;
             b.kv = w.whole.stage[STAGE_KV];
@@ -293,9 +296,9 @@ TEST objects_take_the_memory_they_announce(const shape *of) {
             dsv4_allocator a = ledger_allocator(&l);
             dsv4_options options = {0};
             options.training = training;
-            crew c;
-            const temper two = {"", forward_run, threads};
-            dsv4_parallel parallel = temper_parallel(&two, &c);
+            team c;
+            const schedule two = {"", forward_run, threads};
+            dsv4_parallel parallel = schedule_parallel(&two, &c);
             dsv4_compressor *compressor = NULL;
             dsv4_workspace *workspace = NULL;
             dsv4_state *state = NULL;
@@ -371,17 +374,17 @@ TEST published_models_keep_to_their_memory(dsv4_preset preset, dsv4_dtype dtype)
 
 /* ---- The suite --------------------------------------------------------------------------------------------- */
 
-#define FOR_EVERY_SHAPE(test)                                                                        \
-    for (int table = 0; table < 2; table++) {                                                        \
-        for (int i = 0; i < (table ? (int)LONG_SHAPE_COUNT : (int)SHAPE_COUNT); i++) {               \
-            greatest_set_test_suffix(tables[table][i].name);                                         \
-            RUN_TESTp(test, table, i);                                                               \
-        }                                                                                            \
+#define FOR_EVERY_SHAPE(test)                                                          \
+    for (int table = 0; table < 2; table++) {                                          \
+        for (int i = 0; i < (table ? (int)LONG_SHAPE_COUNT : (int)SHAPE_COUNT); i++) { \
+            greatest_set_test_suffix(tables[table][i].name);                           \
+            RUN_TESTp(test, table, i);                                                 \
+        }                                                                              \
     }
-#define FOR_EVERY_SMALL_SHAPE(test)                                                                  \
-    for (int i = 0; i < SHAPE_COUNT; i++) {                                                          \
-        greatest_set_test_suffix(shapes[i].name);                                                    \
-        RUN_TESTp(test, &shapes[i]);                                                                 \
+#define FOR_EVERY_SMALL_SHAPE(test)               \
+    for (int i = 0; i < SHAPE_COUNT; i++) {       \
+        greatest_set_test_suffix(shapes[i].name); \
+        RUN_TESTp(test, &shapes[i]);              \
     }
 
 SUITE(bits) {

@@ -1,5 +1,5 @@
-/* The caller's floating-point environment: healthy input, scores of -INFINITY among it, raises no exception but "inexact"
- * and "underflow", so that a caller who traps the others is not stopped. */
+/* The caller's floating-point environment: healthy input, scores of -INFINITY among it, raises no exception but
+ * "inexact" and "underflow", so that a caller who traps the others is not stopped. */
 
 #define _GNU_SOURCE /* feenableexcept */
 
@@ -33,7 +33,7 @@ static void mask_first_tokens(model *m) {
         set_number(m->data[DSV4_APE], m->params.ape.dtype, i, -INFINITY);
 }
 
-/* A lesson of a shape: creation, one call forward, one in cuts through a state, one back. */
+/* A backward_case of a shape: creation, one call forward, one in cuts through a state, one back. */
 static int everything_works(const shape *of, const char *isa, scores what) {
     static const int64_t cuts[] = {1, 3, 7};
     model m = shape_model(of, 11);
@@ -41,7 +41,7 @@ static int everything_works(const shape *of, const char *isa, scores what) {
     if (what.masked) mask_first_tokens(&m);
     sequence s = shape_sequence(of, 5 * of->ratio, 12);
     s.position = 4711;
-    lesson l = lesson_new(m, s, of->out, 13);
+    backward_case l = backward_case_new(m, s, of->out, 13);
     results r = results_new(&l.config, of->out, s.tokens, l.entries);
     gradient_set got = gradient_set_new(&l.config, DSV4_F32, s.tokens);
     engine e = trainer_new(&l.m, isa, NULL);
@@ -51,14 +51,15 @@ static int everything_works(const shape *of, const char *isa, scores what) {
     engine_free(&e);
     gradient_set_free(&got);
     results_free(&r);
-    lesson_free(&l);
+    backward_case_free(&l);
     return works;
 }
 
 TEST healthy_input_raises_no_flag(const shape *of, const char *isa) {
     static const scores all[] = {{0, 0}, {-1e4f, 0}, {0, 1}, {-FLT_MAX, 1}};
     for (size_t i = 0; i < sizeof all / sizeof *all; i++) {
-        if (all[i].masked && (of->ratio == 1 || of->no_ape)) continue; /* nothing is left to weigh, or nothing to mask by */
+        if (all[i].masked && (of->ratio == 1 || of->no_ape))
+            continue; /* nothing is left to weigh, or nothing to mask by */
         feclearexcept(FE_ALL_EXCEPT);
         ASSERT(everything_works(of, isa, all[i]));
         const int raised = fetestexcept(alarming);

@@ -10,7 +10,9 @@ static unsigned nearest(unsigned upper, unsigned lower) {
     return upper + (lower > 0x8000 || (lower == 0x8000 && (upper & 1) == 1));
 }
 
-static int is_nan_of(unsigned upper, unsigned lower) { return (upper & 0x7F80) == 0x7F80 && ((upper & 0x7F) | lower) != 0; }
+static int is_nan_of(unsigned upper, unsigned lower) {
+    return (upper & 0x7F80) == 0x7F80 && ((upper & 0x7F) | lower) != 0;
+}
 
 /* A NaN stays a quiet one of its sign. */
 static int rounds_right(unsigned upper, unsigned lower, unsigned got) {
@@ -23,7 +25,8 @@ static unsigned first_wrong(unsigned upper, float *wide, dsv4_bf16 *narrow) {
     for (unsigned lower = 0; lower < HALVES; lower++) wide[lower] = float_of_bits(upper << 16 | lower);
     dsv4_bf16_from_f32_array(narrow, wide, HALVES);
     for (unsigned lower = 0; lower < HALVES; lower++)
-        if (!rounds_right(upper, lower, narrow[lower]) || narrow[lower] != dsv4_bf16_from_f32(wide[lower])) return lower;
+        if (!rounds_right(upper, lower, narrow[lower]) || narrow[lower] != dsv4_bf16_from_f32(wide[lower]))
+            return lower;
     return HALVES;
 }
 
@@ -38,8 +41,8 @@ TEST fp32_numbers_round_to_the_nearest_bf16(void) {
     PASS();
 }
 
-/* How a kernel set is made to round any number: with x, wkv and so the pooled row all 1, RMSNorm's mean is exactly 1, and
- * an entry is norm itself, as rounded on its way out. */
+/* How a kernel set is made to round any number: with x, wkv and so the pooled row all 1, RMSNorm's mean is exactly
+ * 1, and an entry is norm itself, as rounded on its way out. */
 static dsv4_config mirror_config(uint32_t rounding) {
     dsv4_config c = {0};
     c.hidden_dim = c.ratio = 1;

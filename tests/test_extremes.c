@@ -21,8 +21,7 @@ static void fence(fenced *f, void **array, size_t bytes) {
 /* Every width from one vector to three, every mix of types: parameters, tokens and results end at a guard page. */
 TEST nothing_is_read_or_written_past_the_end(const char *isa, int narrow) {
     for (int tail = 0; tail <= 34; tail++) {
-        shape of = {"", 16 + tail, 17 + tail, 2, (17 + tail) / 2 * 2, tail % 2, 0, 0, 0, {DSV4_F32}, DSV4_F32, DSV4_F32,
-                    tail % 2 ? DSV4_SUMS_TILES : DSV4_SUMS_PAIRS};
+        shape of = tail_shape(tail, 2, (17 + tail) / 2 * 2, DSV4_F32, DSV4_F32);
         for (int i = 0; i < DSV4_PARAM_COUNT; i++) of.param[i] = (narrow + tail) % 3 ? DSV4_BF16 : DSV4_F32;
         of.x = narrow ? DSV4_BF16 : DSV4_F32;
         of.out = narrow ? DSV4_BF16 : DSV4_F32;
@@ -66,7 +65,7 @@ typedef struct fences {
 static void fence_one(fences *f, void **array, size_t bytes) { fence(&f->all[f->count++], array, bytes); }
 
 /* Everything that a backward call is given; `r` for its kv and gate. */
-static fences fence_lesson(lesson *l, gradient_set *g, results *r) {
+static fences fence_lesson(backward_case *l, gradient_set *g, results *r) {
     fences f = {0};
     for (int i = 0; i < DSV4_PARAM_COUNT; i++) {
         dsv4_const_matrix *param = model_array(&l->m.params, i);
@@ -82,23 +81,22 @@ static fences fence_lesson(lesson *l, gradient_set *g, results *r) {
 }
 
 /* Frees what is in fenced memory, and then the rest. */
-static void fenced_lesson_free(fences *f, lesson *l, gradient_set *g, results *r) {
+static void fenced_lesson_free(fences *f, backward_case *l, gradient_set *g, results *r) {
     for (int i = 0; i < f->count; i++) fenced_free(&f->all[i]);
     memset(l->m.data, 0, sizeof l->m.data);
     memset(g->data, 0, sizeof g->data);
     l->s.x = l->dout = r->stage[STAGE_KV] = r->stage[STAGE_GATE] = NULL;
     results_free(r);
-    lesson_free(l);
+    backward_case_free(l);
 }
 
 /* The same on the way back: recomputing, and from the forward pass's rows. */
 TEST gradients_do_not_pass_the_end(const char *isa, int narrow) {
     for (int tail = 0; tail <= 34; tail++) {
         const dsv4_dtype dtype = narrow ? DSV4_BF16 : DSV4_F32;
-        shape of = {"", 16 + tail, 17 + tail, 1 + tail % 3, 2, tail % 2, 0, 0, 0, {DSV4_F32}, dtype, dtype,
-                    tail % 2 ? DSV4_SUMS_TILES : DSV4_SUMS_PAIRS};
+        shape of = tail_shape(tail, 1 + tail % 3, 2, dtype, dtype);
         for (int i = 0; i < DSV4_PARAM_COUNT; i++) of.param[i] = (narrow + tail) % 3 ? DSV4_BF16 : DSV4_F32;
-        lesson l = lesson_of(&of, 11, 1);
+        backward_case l = backward_case_of(&of, 11, 1);
         results r = results_new(&l.config, DSV4_F32, l.s.tokens, l.entries);
         gradient_set plain = gradient_set_new(&l.config, dtype, l.s.tokens);
         gradient_set g = gradient_set_new(&l.config, dtype, l.s.tokens);
@@ -108,7 +106,7 @@ TEST gradients_do_not_pass_the_end(const char *isa, int narrow) {
         fences f = fence_lesson(&l, &g, &r);
         engine e = trainer_new(&l.m, isa, NULL);
         dsv4_segment whole = segment_new(0, l.s.tokens, l.s.position, 0, NULL);
-        dsv4_batch b = lesson_batch(&l, &whole, 1);
+        dsv4_batch b = backward_case_batch(&l, &whole, 1);
         dsv4_gradients to = gradients_into(&g, l.dout, dtype);
         for (int given = 0; given <= 1; given++) {
             b.kv = given ? r.stage[STAGE_KV] : NULL;
@@ -160,9 +158,9 @@ TEST saved_states_do_not_pass_the_end(void) {
 static const struct {
     const char *name;
     uint32_t bits;
-} specials[] = {{"nan", 0x7FC00000},     {"negative_nan", 0xFFC10000}, {"infinity", 0x7F800000},
-                {"minus_infinity", 0xFF800000}, {"largest", 0x7F7F0000}, {"lowest", 0xFF7F0000},
-                {"subnormal", 0x00010000}, {"minus_zero", 0x80000000}};
+} specials[] = {
+    {"nan", 0x7FC00000},     {"negative_nan", 0xFFC10000}, {"infinity", 0x7F800000},  {"minus_infinity", 0xFF800000},
+    {"largest", 0x7F7F0000}, {"lowest", 0xFF7F0000},       {"subnormal", 0x00010000}, {"minus_zero", 0x80000000}};
 enum { SPECIAL_COUNT = sizeof specials / sizeof *specials };
 
 /* Equal bits, or both NaN: payloads are nobody's promise. */
@@ -195,7 +193,8 @@ TEST a_special_token_touches_its_own_windows_alone(const shape *of, int special)
     PASS();
 }
 
-/* A special number anywhere in the parameters: no kernel set crashes, all agree on what is NaN and on every other bit. */
+/* A special number anywhere in the parameters: no kernel set crashes, all agree on what is NaN and on every other
+ * bit. */
 TEST special_parameters_give_one_answer(const shape *of, int special) {
     for (int p = 0; p < DSV4_PARAM_COUNT; p++) {
         workbench w = workbench_new(of, 3, 5);
@@ -237,8 +236,10 @@ TEST a_nan_in_norm_stays_in_its_channel(void) {
         int64_t plain = w.config.head_dim - w.config.rope_dim, partner = channel < plain ? channel : channel ^ 1;
         for (int64_t i = 0; i < r.count[STAGE_OUT]; i++) {
             int64_t at = i % w.config.head_dim;
-            if (at == channel || at == partner) ASSERT(isnan(result(&r, STAGE_OUT, i)));
-            else ASSERT(result(&w.whole, STAGE_OUT, i) == result(&r, STAGE_OUT, i));
+            if (at == channel || at == partner)
+                ASSERT(isnan(result(&r, STAGE_OUT, i)));
+            else
+                ASSERT(result(&w.whole, STAGE_OUT, i) == result(&r, STAGE_OUT, i));
         }
         norm[channel] = kept;
         results_free(&r);
@@ -251,23 +252,14 @@ TEST a_nan_in_norm_stays_in_its_channel(void) {
 /* ---- Sizes ------------------------------------------------------------------------------------------------- */
 
 TEST the_oddest_sizes_stream_as_they_compress_whole(void) {
-    static const shape odd[] = {
-        {"ratio_4096", 1, 1, 4096, 0, 0, 0, 0, 0, {DSV4_F32, DSV4_F32, DSV4_F32, DSV4_F32}, DSV4_F32, DSV4_F32, DSV4_SUMS_PAIRS},
-        {"overlap_4096", 2, 3, 4096, 2, 1, 0, 0, DSV4_ROUNDING_MAXTEXT, {DSV4_BF16, DSV4_F32, DSV4_F32, DSV4_F32},
-         DSV4_F32, DSV4_BF16, DSV4_SUMS_PAIRS},
-        {"head_dim_1", 5, 1, 4, 0, 1, 0, 0, 0, {DSV4_F32, DSV4_F32, DSV4_F32, DSV4_F32}, DSV4_BF16, DSV4_F32, DSV4_SUMS_PAIRS},
-        {"wide", 3, 1030, 2, 1030, 1, 0, 0, DSV4_ROUNDING_DEEPSEEK, {DSV4_BF16, DSV4_BF16, DSV4_F32, DSV4_BF16},
-         DSV4_BF16, DSV4_BF16, DSV4_SUMS_TILES},
-        {"tall", 9001, 2, 3, 2, 0, 0, 0, 0, {DSV4_F32, DSV4_F32, DSV4_F32, DSV4_F32}, DSV4_F32, DSV4_F32, DSV4_SUMS_PAIRS},
-    };
     static const int64_t cuts[][3] = {{1000, 1, 3000}, {4095, 2, 4097}, {223, 225, 1}};
-    for (size_t i = 0; i < sizeof odd / sizeof *odd; i++) {
-        workbench w = workbench_new(&odd[i], odd[i].ratio > 1000 ? 3 : 40, 7);
+    for (int i = 0; i < ODD_SHAPE_COUNT; i++) {
+        workbench w = workbench_new(&odd_shapes[i], odd_shapes[i].ratio > 1000 ? 3 : 40, 7);
         for (int k = 0; k < 3; k++) {
             results cut = workbench_results(&w);
             ASSERT_EQ(DSV4_OK, compress_cut(&w.e, &w.s, &cut, cuts[k], 3, NULL));
             int stage = results_difference(&w.whole, &cut);
-            ASSERTm(note("%s: %s differs", odd[i].name, stage_name(stage)), stage == STAGE_COUNT);
+            ASSERTm(note("%s: %s differs", odd_shapes[i].name, stage_name(stage)), stage == STAGE_COUNT);
             results_free(&cut);
         }
         workbench_free(&w);
@@ -279,8 +271,12 @@ TEST the_oddest_sizes_stream_as_they_compress_whole(void) {
  * sequence at its position. TESTS_SLOW in the environment: at the head_dim of V4. */
 TEST a_stream_of_a_million_tokens_keeps_its_bits(void) {
     enum { TOKENS = 1 << 20, PERIOD = 1000 };
-    shape of = {"", 2, 32, 4, 16, 1, 0, 0, DSV4_ROUNDING_DEEPSEEK, {DSV4_BF16, DSV4_BF16, DSV4_F32, DSV4_BF16},
-                DSV4_BF16, DSV4_BF16, DSV4_SUMS_PAIRS};
+    shape of = tail_shape(1, 4, 16, DSV4_BF16, DSV4_BF16);
+    of.hidden_dim = 2;
+    of.head_dim = 32;
+    of.rounding = DSV4_ROUNDING_DEEPSEEK;
+    of.sums = DSV4_SUMS_PAIRS;
+    for (int i = 0; i < DSV4_PARAM_COUNT; i++) of.param[i] = i == DSV4_APE ? DSV4_F32 : DSV4_BF16;
     if (getenv("TESTS_SLOW")) of.head_dim = 512, of.rope_dim = 64;
     workbench w = workbench_new(&of, PERIOD / 4, 8);
     results chunk = workbench_results(&w), alone = workbench_results(&w);
@@ -294,8 +290,8 @@ TEST a_stream_of_a_million_tokens_keeps_its_bits(void) {
         dsv4_segment two = segment_new(4 * probe, 8, t + 4 * probe, 0, NULL); /* window probe + 1, and the one before */
         b = batch_new(&w.s, &alone, &two, 1);
         ASSERT_EQ(DSV4_OK, dsv4_compress(w.e.compressor, &b, w.e.workspace, NULL));
-        ASSERT_MEM_EQ((char *)alone.stage[STAGE_OUT] + row,
-                      (char *)chunk.stage[STAGE_OUT] + (size_t)(probe + 1) * row, row);
+        ASSERT_MEM_EQ((char *)alone.stage[STAGE_OUT] + row, (char *)chunk.stage[STAGE_OUT] + (size_t)(probe + 1) * row,
+                      row);
     }
     ASSERT_EQ_FMT((int)TOKENS, (int)dsv4_state_tokens(state), "%d");
     dsv4_state_destroy(state);
@@ -307,7 +303,8 @@ TEST a_stream_of_a_million_tokens_keeps_its_bits(void) {
 
 /* ---- Special values in one row of a window ----------------------------------------------------------------- */
 
-/* A window of four rows whose projections are given, disjoint, D 1: in one call, or cut after `cut` rows through a state. */
+/* A window of four rows whose projections are given, disjoint, D 1: in one call, or cut after `cut` rows through a
+ * state. */
 typedef struct window_case {
     float kv[4], gate[4];
 } window_case;

@@ -1,11 +1,11 @@
-/* What can fail is made to fail, and what arrays may do they do: allocations, arenas, addresses, guard pages, numbers that
- * are none in the backward pass, one compressor in many threads (pthread). */
+/* What can fail is made to fail, and what arrays may do they do: allocations, arenas, addresses, guard pages,
+ * numbers that are none in the backward pass, one compressor in many threads (pthread). */
 
 #define _DEFAULT_SOURCE /* MAP_ANONYMOUS */
 #define _POSIX_C_SOURCE 200809L
 
 #include "fences.h"
-#include "ordeal.h"
+#include "arrays.h"
 #include "runner.h"
 #include "threads.h"
 
@@ -16,8 +16,12 @@ static const struct making {
     const char *name;
     int training, bf16_gradients, threads;
     int64_t depth;
-} makings[] = {{"plain", 0, 0, 1, 0}, {"deep", 0, 0, 1, 9}, {"threads_5", 0, 0, 5, 1}, {"training", 1, 0, 1, 2},
-               {"training_threads_3", 1, 0, 3, 0}, {"bf16_gradients", 1, 1, 2, 3}};
+} makings[] = {{"plain", 0, 0, 1, 0},
+               {"deep", 0, 0, 1, 9},
+               {"threads_5", 0, 0, 5, 1},
+               {"training", 1, 0, 1, 2},
+               {"training_threads_3", 1, 0, 3, 0},
+               {"bf16_gradients", 1, 1, 2, 3}};
 enum { MAKING_COUNT = sizeof makings / sizeof *makings, OBJECTS = 3 };
 
 /* The three objects, in the order in which they are made. */
@@ -29,7 +33,7 @@ typedef struct objects {
 
 static dsv4_status make_object(objects *o, int which, const workbench *w, const struct making *how,
                                const dsv4_allocator *a) {
-    static crew c;
+    static team c;
     const dsv4_options options = {NULL, how->training, how->bf16_gradients};
     const dsv4_parallel parallel = {forward_run, &c, how->threads};
     if (which == 0) return dsv4_compressor_create(&w->config, &w->m.params, &options, a, &o->compressor, NULL);
@@ -37,7 +41,8 @@ static dsv4_status make_object(objects *o, int which, const workbench *w, const 
     return dsv4_state_create(o->compressor, how->depth, a, &o->state, NULL);
 }
 
-static dsv4_status object_size(const objects *o, int which, const workbench *w, const struct making *how, size_t *bytes) {
+static dsv4_status object_size(const objects *o, int which, const workbench *w, const struct making *how,
+                               size_t *bytes) {
     const dsv4_options options = {NULL, how->training, how->bf16_gradients};
     if (which == 0) return dsv4_compressor_size(&w->config, &w->m.params, &options, bytes, NULL);
     if (which == 1) return dsv4_workspace_size(o->compressor, how->threads, bytes, NULL);
@@ -130,8 +135,8 @@ TEST any_address_that_the_type_allows_gives_the_same_bits(const shape *of) {
     enum { ROUNDS = 16, AROUND = 128 };
     int sets = 1; /* scalar at least */
     while (dsv4_isa_name(sets)) sets++;
-    ordeal o = ordeal_new(of, 3 * of->ratio, of->out, 73);
-    ordeal_list(&o);
+    caller_arrays o = caller_arrays_new(of, 3 * of->ratio, of->out, 73);
+    caller_arrays_list(&o);
     for (int round = 0; round < ROUNDS; round++) {
         unsigned char *memory[PLACES] = {0}, *base[PLACES] = {0};
         void *kept[PLACES] = {0};
@@ -139,64 +144,69 @@ TEST any_address_that_the_type_allows_gives_the_same_bits(const shape *of) {
             const place *p = &o.places[i];
             memory[i] = reserve(p->bytes + 4 * AROUND);
             memset(memory[i], POISON, p->bytes + 4 * AROUND);
-            base[i] = memory[i] + AROUND + (64 - (uintptr_t)memory[i] % 64) + (size_t)((round + 5 * i) % 16) * p->number;
+            base[i] =
+                memory[i] + AROUND + (64 - (uintptr_t)memory[i] % 64) + (size_t)((round + 5 * i) % 16) * p->number;
             kept[i] = *p->pointer;
             ASSERT(kept[i] != NULL);
             *p->pointer = memcpy(base[i], kept[i], p->bytes);
         }
-        const char *wrong = ordeal_run(&o, dsv4_isa_name(round % sets));
+        const char *wrong = caller_arrays_run(&o, dsv4_isa_name(round % sets));
         for (int i = 0; i < o.count; i++) {
             const place *p = &o.places[i];
             ASSERT(memory_untouched(memory[i], (size_t)(base[i] - memory[i])));
-            ASSERT(memory_untouched(base[i] + p->bytes, p->bytes + 4 * AROUND - (size_t)(base[i] - memory[i]) - p->bytes));
+            ASSERT(
+                memory_untouched(base[i] + p->bytes, p->bytes + 4 * AROUND - (size_t)(base[i] - memory[i]) - p->bytes));
             *p->pointer = kept[i];
             free(memory[i]);
         }
         ASSERTm(note("round %d: %s", round, wrong ? wrong : ""), !wrong);
     }
-    ordeal_free(&o);
+    caller_arrays_free(&o);
     PASS();
 }
 
-static dsv4_status run_call(ordeal *o, ordeal_call call, engine *e) {
+static dsv4_status run_call(caller_arrays *o, array_call call, engine *e) {
     engine other = {0};
     dsv4_status status;
     switch (call) {
     case CALL_CREATE:
-        status = ordeal_create(o, NULL, &other);
+        status = caller_arrays_create(o, NULL, &other);
         engine_free(&other);
         return status;
-    case CALL_COMPRESS: return ordeal_compress(o, e);
-    case CALL_POOL: return ordeal_pool(o, e);
-    default: return ordeal_backward(o, e, 0);
+    case CALL_COMPRESS:
+        return caller_arrays_compress(o, e);
+    case CALL_POOL:
+        return caller_arrays_pool(o, e);
+    default:
+        return caller_arrays_backward(o, e, 0);
     }
 }
 
 /* Every array, one at a time, at each address between two that its type allows. */
 TEST a_crooked_pointer_is_refused_and_nothing_written(const shape *of) {
-    ordeal o = ordeal_new(of, 3 * of->ratio, of->out, 74);
+    caller_arrays o = caller_arrays_new(of, 3 * of->ratio, of->out, 74);
     engine e = {0};
-    ordeal_list(&o);
-    ASSERT_EQ(DSV4_OK, ordeal_create(&o, NULL, &e));
+    caller_arrays_list(&o);
+    ASSERT_EQ(DSV4_OK, caller_arrays_create(&o, NULL, &e));
     for (int i = 0; i < o.count; i++) {
         const place *p = &o.places[i];
         void *straight = *p->pointer;
         for (size_t crooked = 1; crooked < p->number; crooked++) {
-            ordeal_poison(&o);
+            caller_arrays_poison(&o);
             *p->pointer = (char *)straight + crooked;
             dsv4_status status = run_call(&o, p->call, &e);
             const int read_again = !p->written && (p->call == CALL_COMPRESS || p->call == CALL_POOL); /* by backward */
-            dsv4_status again = read_again ? ordeal_backward(&o, &e, 1) : status;
+            dsv4_status again = read_again ? caller_arrays_backward(&o, &e, 1) : status;
             *p->pointer = straight;
             ASSERTm(note("%s, %d bytes off", p->name, (int)crooked), status == DSV4_ERROR_ALIGNMENT && again == status);
             for (int k = 0; k < o.count; k++)
                 if (o.places[k].written) ASSERT(memory_untouched(*o.places[k].pointer, o.places[k].bytes));
         }
     }
-    const char *wrong = ordeal_run(&o, NULL); /* and the next calls work */
+    const char *wrong = caller_arrays_run(&o, NULL); /* and the next calls work */
     ASSERTm(wrong, !wrong);
     engine_free(&e);
-    ordeal_free(&o);
+    caller_arrays_free(&o);
     PASS();
 }
 
@@ -206,25 +216,24 @@ TEST a_crooked_pointer_is_refused_and_nothing_written(const shape *of) {
 TEST no_call_passes_the_end_of_an_array(const char *isa, int narrow) {
     for (int tail = 0; tail <= 34; tail++) {
         const dsv4_dtype type = narrow ? DSV4_BF16 : DSV4_F32;
-        shape of = {"", 16 + tail, 17 + tail, 2, (17 + tail) / 2 * 2, tail % 2, 0, 0, 0, {DSV4_F32}, type, type,
-                    tail % 2 ? DSV4_SUMS_TILES : DSV4_SUMS_PAIRS};
+        shape of = tail_shape(tail, 2, (17 + tail) / 2 * 2, type, type);
         for (int i = 0; i < DSV4_PARAM_COUNT; i++) of.param[i] = (narrow + tail + i) % 3 ? DSV4_BF16 : DSV4_F32;
-        ordeal o = ordeal_new(&of, 10, type, 75);
+        caller_arrays o = caller_arrays_new(&of, 10, type, 75);
         fenced fences[PLACES];
         void *kept[PLACES] = {0};
-        ordeal_list(&o);
+        caller_arrays_list(&o);
         for (int i = 0; i < o.count; i++) {
             kept[i] = *o.places[i].pointer;
             fences[i] = fenced_copy(kept[i], o.places[i].bytes);
             *o.places[i].pointer = fences[i].data;
         }
-        const char *wrong = ordeal_run(&o, isa);
+        const char *wrong = caller_arrays_run(&o, isa);
         for (int i = 0; i < o.count; i++) {
             *o.places[i].pointer = kept[i];
             fenced_free(&fences[i]);
         }
         ASSERTm(note("tail %d: %s", tail, wrong ? wrong : ""), !wrong);
-        ordeal_free(&o);
+        caller_arrays_free(&o);
     }
     PASS();
 }
@@ -237,7 +246,7 @@ enum { SPECIAL_COUNT = sizeof specials / sizeof *specials };
 /* A special number in the gradient of an entry reaches dx of the windows that it pooled, and no other. */
 TEST a_special_gradient_reaches_its_own_tokens_alone(const shape *of) {
     enum { WINDOWS = 6 };
-    lesson l = lesson_of(of, WINDOWS * of->ratio, 76);
+    backward_case l = backward_case_of(of, WINDOWS * of->ratio, 76);
     const int64_t window_numbers = of->ratio * l.config.hidden_dim;
     for (int64_t entry = 0; entry < WINDOWS; entry++) {
         for (int special = 0; special < SPECIAL_COUNT; special++) {
@@ -257,7 +266,7 @@ TEST a_special_gradient_reaches_its_own_tokens_alone(const shape *of) {
             gradient_set_free(&got);
         }
     }
-    lesson_free(&l);
+    backward_case_free(&l);
     PASS();
 }
 
@@ -266,9 +275,9 @@ static int same_number(double x, double y) { return (isnan(x) && isnan(y)) || (x
 
 /* NaN and the infinities anywhere in the inputs: no kernel set crashes, all agree on every gradient. */
 TEST special_inputs_give_one_gradient(const shape *of) {
-    ordeal o = ordeal_new(of, 3 * of->ratio, DSV4_F32, 77);
+    caller_arrays o = caller_arrays_new(of, 3 * of->ratio, DSV4_F32, 77);
     gradient_set *scalar = &o.whole, *got = &o.g;
-    ordeal_list(&o);
+    caller_arrays_list(&o);
     for (int i = 0; i < o.count; i++) {
         const place *p = &o.places[i];
         const dsv4_dtype dtype = p->number == 4 ? DSV4_F32 : DSV4_BF16;
@@ -279,41 +288,32 @@ TEST special_inputs_give_one_gradient(const shape *of) {
             set_number(*p->pointer, dtype, at, float_of_bits(specials[special]));
             for (int k = -1; isa; isa = dsv4_isa_name(++k)) {
                 engine e = {0};
-                ASSERT_EQ(DSV4_OK, ordeal_create(&o, isa, &e));
-                ASSERT_EQ(DSV4_OK, ordeal_backward(&o, &e, p->call == CALL_POOL));
+                ASSERT_EQ(DSV4_OK, caller_arrays_create(&o, isa, &e));
+                ASSERT_EQ(DSV4_OK, caller_arrays_backward(&o, &e, p->call == CALL_POOL));
                 engine_free(&e);
                 for (int which = 0; which < GRADIENTS; which++) {
                     if (k < 0 && got->bytes[which]) memcpy(scalar->data[which], got->data[which], got->bytes[which]);
                     for (int64_t n = 0; n < got->count[which]; n++)
                         ASSERTm(note("%s in %s, %s[%d]", isa, p->name, gradient_name(which), (int)n),
-                                same_number(number(scalar->data[which], DSV4_F32, n), number(got->data[which], DSV4_F32, n)));
+                                same_number(number(scalar->data[which], DSV4_F32, n),
+                                            number(got->data[which], DSV4_F32, n)));
                 }
             }
             set_number(*p->pointer, dtype, at, kept);
         }
     }
-    ordeal_free(&o);
+    caller_arrays_free(&o);
     PASS();
 }
 
 /* ---- Sizes, backward ----------------------------------------------------------------------------------------- */
 
-static const shape odd_shapes[] = {
-    {"ratio_4096", 1, 1, 4096, 0, 0, 0, 0, 0, {DSV4_F32, DSV4_F32, DSV4_F32, DSV4_F32}, DSV4_F32, DSV4_F32, DSV4_SUMS_PAIRS},
-    {"overlap_4096", 2, 3, 4096, 2, 1, 0, 0, DSV4_ROUNDING_MAXTEXT, {DSV4_BF16, DSV4_F32, DSV4_F32, DSV4_F32}, DSV4_F32,
-     DSV4_BF16, DSV4_SUMS_PAIRS},
-    {"head_dim_1", 5, 1, 4, 0, 1, 0, 0, 0, {DSV4_F32, DSV4_F32, DSV4_F32, DSV4_F32}, DSV4_BF16, DSV4_F32, DSV4_SUMS_PAIRS},
-    {"hidden_dim_1", 1, 40, 1, 2, 1, 0, 0, 0, {DSV4_BF16, DSV4_BF16, DSV4_BF16, DSV4_BF16}, DSV4_BF16, DSV4_BF16, DSV4_SUMS_PAIRS},
-    {"tall", 9001, 2, 3, 2, 0, 0, 0, 0, {DSV4_F32, DSV4_F32, DSV4_F32, DSV4_F32}, DSV4_F32, DSV4_F32, DSV4_SUMS_PAIRS},
-};
-enum { ODD_SHAPE_COUNT = sizeof odd_shapes / sizeof *odd_shapes };
-
 TEST the_oddest_sizes_have_gradients(const shape *of) {
-    ordeal o = ordeal_new(of, of->ratio * (of->ratio > 1000 ? 2 : 20), DSV4_F32, 78);
+    caller_arrays o = caller_arrays_new(of, of->ratio * (of->ratio > 1000 ? 2 : 20), DSV4_F32, 78);
     const char *isa;
-    ordeal_list(&o);
+    caller_arrays_list(&o);
     for (int k = 0; (isa = dsv4_isa_name(k)) != NULL; k++) {
-        const char *wrong = ordeal_run(&o, isa);
+        const char *wrong = caller_arrays_run(&o, isa);
         ASSERTm(note("%s: %s", isa, wrong ? wrong : ""), !wrong);
     }
     oracle_gradients expected = oracle_gradients_of(&o.l);
@@ -322,16 +322,17 @@ TEST the_oddest_sizes_have_gradients(const shape *of) {
         ASSERTm(note("%s strays by %.3g of its largest", gradient_name(which), far), far <= 5e-6);
     }
     oracle_gradients_free(&expected);
-    ordeal_free(&o);
+    caller_arrays_free(&o);
     PASS();
 }
 
 /* Ten thousand sequences of nought to five tokens in one backward call: dx is that of each alone. */
 TEST thousands_of_short_sequences_share_a_backward_call(void) {
     enum { COUNT = 10000, MOST = 5 };
-    lesson l = lesson_of(&shapes[10], COUNT * MOST, 79); /* ratio 2 */
+    backward_case l = backward_case_of(&shapes[10], COUNT * MOST, 79); /* ratio 2 */
     dsv4_segment *segments = reserve(COUNT * sizeof *segments);
-    gradient_set all = gradient_set_new(&l.config, DSV4_F32, l.s.tokens), one = gradient_set_new(&l.config, DSV4_F32, l.s.tokens);
+    gradient_set all = gradient_set_new(&l.config, DSV4_F32, l.s.tokens),
+                 one = gradient_set_new(&l.config, DSV4_F32, l.s.tokens);
     dice d = {80};
     int64_t token = 0, entry = 0;
     for (int i = 0; i < COUNT; i++) {
@@ -339,20 +340,21 @@ TEST thousands_of_short_sequences_share_a_backward_call(void) {
         token += segments[i].count;
         entry += segments[i].count / 2;
     }
-    dsv4_batch b = lesson_batch(&l, segments, COUNT);
+    dsv4_batch b = backward_case_batch(&l, segments, COUNT);
     dsv4_gradients to = gradients_into(&all, l.dout, l.dout_dtype);
     ASSERT_EQ(DSV4_OK, dsv4_backward(l.e.compressor, &b, &to, l.e.workspace, NULL));
     to = gradients_into(&one, l.dout, l.dout_dtype);
     for (int i = 0; i < COUNT; i += 97) {
         const size_t row = (size_t)l.config.hidden_dim * 4, from = (size_t)segments[i].token * row;
-        b = lesson_batch(&l, &segments[i], 1);
+        b = backward_case_batch(&l, &segments[i], 1);
         ASSERT_EQ(DSV4_OK, dsv4_backward(l.e.compressor, &b, &to, l.e.workspace, NULL));
-        ASSERT_MEM_EQ((char *)one.data[ORACLE_DX] + from, (char *)all.data[ORACLE_DX] + from, (size_t)segments[i].count * row);
+        ASSERT_MEM_EQ((char *)one.data[ORACLE_DX] + from, (char *)all.data[ORACLE_DX] + from,
+                      (size_t)segments[i].count * row);
     }
     gradient_set_free(&one);
     gradient_set_free(&all);
     free(segments);
-    lesson_free(&l);
+    backward_case_free(&l);
     PASS();
 }
 
@@ -373,8 +375,8 @@ static void *call_often(void *argument) {
     c->same = dsv4_workspace_create(e.compressor, NULL, &heap, &e.workspace, NULL) == DSV4_OK;
     for (int round = 0; round < 5 && c->same; round++) {
         results r = workbench_results(c->w);
-        const dsv4_status status = round % 2 ? compress_whole(&e, &c->w->s, &r, NULL)
-                                             : compress_cut(&e, &c->w->s, &r, lengths, 3, NULL);
+        const dsv4_status status =
+            round % 2 ? compress_whole(&e, &c->w->s, &r, NULL) : compress_cut(&e, &c->w->s, &r, lengths, 3, NULL);
         c->same = status == DSV4_OK && results_difference(&c->w->whole, &r) == STAGE_COUNT;
         results_free(&r);
     }
@@ -403,10 +405,10 @@ TEST many_threads_share_a_compressor(const shape *of) {
 
 /* ---- The suite --------------------------------------------------------------------------------------------- */
 
-#define FOR_EVERY_SHAPE(test)                                \
-    for (int i = 0; i < SHAPE_COUNT; i++) {                  \
-        greatest_set_test_suffix(shapes[i].name);            \
-        RUN_TESTp(test, &shapes[i]);                         \
+#define FOR_EVERY_SHAPE(test)                     \
+    for (int i = 0; i < SHAPE_COUNT; i++) {       \
+        greatest_set_test_suffix(shapes[i].name); \
+        RUN_TESTp(test, &shapes[i]);              \
     }
 
 SUITE(faults) {

@@ -5,12 +5,14 @@
 #include "runner.h"
 #include "golden_file.h"
 
+/* clang-format off */
 static const char *const files[] = {
     "csa_deepseek", "csa_deepseek_far", "csa_loud", "csa_maxtext", "csa_maxtext_f32_params", "csa_none",
     "csa_none_odd_width", "csa_none_one_window", "csa_rotated", "csa_transformers", "csa_transformers_5_8",
     "grad_csa", "grad_hca", "hca_deepseek", "hca_maxtext", "hca_none", "hca_none_ratio16", "hca_rotated",
     "hca_transformers", "hca_transformers_5_8", "indexer_deepseek", "v41_ratio1", "v41_ratio2",
 };
+/* clang-format on */
 
 TEST agrees_with_pytorch(const char *file, const char *isa) {
     static char message[256];
@@ -18,7 +20,8 @@ TEST agrees_with_pytorch(const char *file, const char *isa) {
     PASS();
 }
 
-/* The weights of every channel of every window sum to one, whatever was rounded: no row is counted twice or left out. */
+/* The weights of every channel of every window sum to one, whatever was rounded: no row is counted twice or left
+ * out. */
 TEST weights_sum_to_one(const char *file) {
     golden g = golden_open(file);
     results r = {0};

@@ -12,9 +12,9 @@ static const shape *const tables[2] = {shapes, long_shapes};
 static const int table_size[2] = {SHAPE_COUNT, LONG_SHAPE_COUNT};
 
 /* Seven windows and a bit, or many hundred tokens. */
-static lesson lesson_in(int table, int i) {
+static backward_case backward_case_in(int table, int i) {
     const shape *of = &tables[table][i];
-    return lesson_of(of, table ? 900 : 7 * of->ratio + of->ratio / 2, 51);
+    return backward_case_of(of, table ? 900 : 7 * of->ratio + of->ratio / 2, 51);
 }
 
 /* How near a gradient has to come, as a share of its tensor's largest magnitude. */
@@ -23,10 +23,10 @@ static const double near_enough = 5e-6;
 /* What central differences in double are off by, where the loss is about 10 and the step 1/2048. */
 static const double difference_error = 1e-10;
 
-#define ASSERT_SAME_GRADIENTS(expected, got, first, what)                                            \
-    do {                                                                                             \
-        int found = gradient_difference(expected, got, first);                                       \
-        ASSERTm(note("%s differs: %s", gradient_name(found), what), found == GRADIENTS);             \
+#define ASSERT_SAME_GRADIENTS(expected, got, first, what)                                \
+    do {                                                                                 \
+        int found = gradient_difference(expected, got, first);                           \
+        ASSERTm(note("%s differs: %s", gradient_name(found), what), found == GRADIENTS); \
     } while (0)
 
 /* ---- Right ------------------------------------------------------------------------------------------------- */
@@ -64,7 +64,7 @@ TEST agrees_with_pytorch(const char *file, const char *isa) {
 }
 
 /* A small compressor of random odd sizes. One matrix at least is fp32, so that dkv and dgate are not rounded. */
-static lesson random_lesson(uint64_t seed) {
+static backward_case random_lesson(uint64_t seed) {
     dice d = {seed};
     dsv4_config c = {0};
     dsv4_dtype type[DSV4_PARAM_COUNT];
@@ -86,13 +86,13 @@ static lesson random_lesson(uint64_t seed) {
     sequence s = sequence_new(&c, x, tokens, seed + 1);
     s.position = dice_below(&d, 100000);
     c.sums = dice_below(&d, 2) ? DSV4_SUMS_TILES : DSV4_SUMS_PAIRS;
-    return lesson_new(model_new(&c, type, seed + 2), s, dice_below(&d, 2) ? DSV4_BF16 : DSV4_F32, seed + 3);
+    return backward_case_new(model_new(&c, type, seed + 2), s, dice_below(&d, 2) ? DSV4_BF16 : DSV4_F32, seed + 3);
 }
 
 /* The header's gradient against differences of the forward oracle, at some elements of every array. */
 TEST agrees_with_central_differences(uint64_t seed) {
     enum { SAMPLES = 50 };
-    lesson l = random_lesson(seed);
+    backward_case l = random_lesson(seed);
     oracle_task t = oracle_task_of(&l);
     for (int which = 0; which < GRADIENTS; which++) {
         const int64_t count = l.whole.count[which], samples = count < SAMPLES ? count : SAMPLES;
@@ -100,40 +100,40 @@ TEST agrees_with_central_differences(uint64_t seed) {
         for (int64_t i = 0; i < count; i++) largest = fmax(largest, fabs(number(l.whole.data[which], DSV4_F32, i)));
         for (int64_t k = 0; k < samples; k++) {
             const int64_t i = k * count / samples;
-            const double expected = oracle_difference(&t.config, &t.params, &t.lesson, which, i);
+            const double expected = oracle_difference(&t.config, &t.params, &t.backward_case, which, i);
             ASSERT_IN_RANGE(expected, number(l.whole.data[which], DSV4_F32, i),
                             near_enough * largest + difference_error);
         }
     }
     oracle_task_free(&t);
-    lesson_free(&l);
+    backward_case_free(&l);
     PASS();
 }
 
 /* The chain rule in double is the derivative of the forward oracle: what the next test builds on. */
 TEST the_oracle_agrees_with_itself(uint64_t seed) {
-    lesson l = random_lesson(seed);
+    backward_case l = random_lesson(seed);
     oracle_task t = oracle_task_of(&l);
-    oracle_stages s = oracle_stages_new(&t.config, t.lesson.tokens);
-    oracle_forward(&t.config, &t.params, t.lesson.x, t.lesson.start, &s);
-    oracle_gradients g = oracle_backward(&t.config, &t.params, &t.lesson, &s);
+    oracle_stages s = oracle_stages_new(&t.config, t.backward_case.tokens);
+    oracle_forward(&t.config, &t.params, t.backward_case.x, t.backward_case.start, &s);
+    oracle_gradients g = oracle_backward(&t.config, &t.params, &t.backward_case, &s);
     for (int which = 0; which < GRADIENTS; which++) {
         const double largest = largest_of(g.value[which], g.count[which]);
         for (int64_t i = 0; i < g.count[which]; i += g.count[which] / 20 + 1) {
-            const double expected = oracle_difference(&t.config, &t.params, &t.lesson, which, i);
+            const double expected = oracle_difference(&t.config, &t.params, &t.backward_case, which, i);
             ASSERT_IN_RANGE(expected, g.value[which][i], 1e-8 * largest + difference_error);
         }
     }
     oracle_gradients_free(&g);
     oracle_stages_free(&s);
     oracle_task_free(&t);
-    lesson_free(&l);
+    backward_case_free(&l);
     PASS();
 }
 
 /* Every element of every gradient, every rounding preset and mix of types: rounding counts as the identity. */
 TEST agrees_with_the_chain_rule_in_double(int table, int i) {
-    lesson l = lesson_in(table, i);
+    backward_case l = backward_case_in(table, i);
     oracle_gradients expected = oracle_gradients_of(&l);
     for (int which = 0; which < GRADIENTS; which++) {
         ASSERT_EQ(expected.count[which], l.whole.count[which]);
@@ -141,16 +141,16 @@ TEST agrees_with_the_chain_rule_in_double(int table, int i) {
         ASSERTm(note("%s strays by %.3g of its largest", gradient_name(which), far), far <= near_enough);
     }
     oracle_gradients_free(&expected);
-    lesson_free(&l);
+    backward_case_free(&l);
     PASS();
 }
 
 /* ---- The same bits ----------------------------------------------------------------------------------------- */
 
-/* The lesson's gradients through a compressor made for the occasion; in one call, or in cuts. */
-static gradient_set gradients_with(const lesson *l, const char *isa, const temper *t, const int64_t *cuts) {
-    crew c;
-    dsv4_parallel parallel = temper_parallel(t, &c);
+/* The backward_case's gradients through a compressor made for the occasion; in one call, or in cuts. */
+static gradient_set gradients_with(const backward_case *l, const char *isa, const schedule *t, const int64_t *cuts) {
+    team c;
+    dsv4_parallel parallel = schedule_parallel(t, &c);
     engine e = trainer_new(&l->m, isa, &parallel);
     gradient_set got = gradient_set_new(&l->config, DSV4_F32, l->s.tokens);
     dsv4_status status = cuts ? backward_cut(l, &e, cuts, 3, &got) : backward_whole(l, &e, &got);
@@ -160,45 +160,45 @@ static gradient_set gradients_with(const lesson *l, const char *isa, const tempe
 }
 
 TEST every_kernel_set_gives_the_same_gradients(int table, int i) {
-    lesson l = lesson_in(table, i);
+    backward_case l = backward_case_in(table, i);
     const char *isa;
     for (int k = 0; (isa = dsv4_isa_name(k)) != NULL; k++) {
-        gradient_set got = gradients_with(&l, isa, &tempers[k % TEMPER_COUNT], NULL);
+        gradient_set got = gradients_with(&l, isa, &schedules[k % SCHEDULE_COUNT], NULL);
         ASSERT_SAME_GRADIENTS(&l.whole, &got, ORACLE_DX, isa);
         gradient_set_free(&got);
     }
-    lesson_free(&l);
+    backward_case_free(&l);
     PASS();
 }
 
 TEST every_parallel_for_gives_the_same_gradients(int table, int i) {
-    lesson l = lesson_in(table, i);
-    for (int t = 0; t < TEMPER_COUNT; t++) {
-        gradient_set got = gradients_with(&l, NULL, &tempers[t], NULL);
-        ASSERT_SAME_GRADIENTS(&l.whole, &got, ORACLE_DX, tempers[t].name);
+    backward_case l = backward_case_in(table, i);
+    for (int t = 0; t < SCHEDULE_COUNT; t++) {
+        gradient_set got = gradients_with(&l, NULL, &schedules[t], NULL);
+        ASSERT_SAME_GRADIENTS(&l.whole, &got, ORACLE_DX, schedules[t].name);
         gradient_set_free(&got);
     }
-    lesson_free(&l);
+    backward_case_free(&l);
     PASS();
 }
 
 /* A sequence whose length the ratio divides: cut into parts, it has no tail to drop. */
-static lesson even_lesson(int table, int i) {
+static backward_case even_lesson(int table, int i) {
     const shape *of = &tables[table][i];
-    return lesson_of(of, (table ? long_windows(of) : 7) * of->ratio, 52);
+    return backward_case_of(of, (table ? long_windows(of) : 7) * of->ratio, 52);
 }
 
 /* To the bit; and the sums of any cut are right. A long sequence meets one kernel set a cut. */
 TEST every_cut_gives_the_same_dx(int table, int i) {
     enum { CUTS = 4 };
     static const int64_t cuts[CUTS][3] = {{1, 1, 1}, {5, 3, 2}, {230, 1, 97}, {300, 257, 3}};
-    lesson l = even_lesson(table, i);
+    backward_case l = even_lesson(table, i);
     oracle_gradients expected = oracle_gradients_of(&l);
     const char *isa;
     for (int k = table; k < CUTS; k++) {
         for (int set = 0; (isa = dsv4_isa_name(set)) != NULL; set++) {
             if (table && set != k % 3) continue;
-            gradient_set got = gradients_with(&l, isa, &tempers[(k + set) % TEMPER_COUNT], cuts[k]);
+            gradient_set got = gradients_with(&l, isa, &schedules[(k + set) % SCHEDULE_COUNT], cuts[k]);
             ASSERT_MEM_EQ(l.whole.data[ORACLE_DX], got.data[ORACLE_DX], got.bytes[ORACLE_DX]);
             for (int which = ORACLE_DWKV; which < GRADIENTS; which++)
                 ASSERTm(gradient_name(which), gradient_stray(&got, &expected, which) <= near_enough);
@@ -206,20 +206,20 @@ TEST every_cut_gives_the_same_dx(int table, int i) {
         }
     }
     oracle_gradients_free(&expected);
-    lesson_free(&l);
+    backward_case_free(&l);
     PASS();
 }
 
 TEST cuts_at_multiples_of_256_give_the_same_sums(int i) {
     static const int64_t cuts[][3] = {{256, 256, 256}, {512, 256, 256}, {256, 512, 256}};
-    lesson l = even_lesson(1, i);
+    backward_case l = even_lesson(1, i);
     for (int k = 0; k < 3; k++) {
         gradient_set got = gradient_set_new(&l.config, DSV4_F32, l.s.tokens);
         ASSERT_EQ(DSV4_OK, backward_cut(&l, &l.e, cuts[k], 3, &got));
         ASSERT_SAME_GRADIENTS(&l.whole, &got, ORACLE_DX, note("cut %d", k));
         gradient_set_free(&got);
     }
-    lesson_free(&l);
+    backward_case_free(&l);
     PASS();
 }
 
@@ -231,12 +231,12 @@ TEST thousands_of_tokens_give_the_sums_of_their_parts(int hidden_dim, int head_d
     c.head_dim = head_dim;
     c.ratio = 4;
     c.overlap = 1;
-    lesson l = lesson_new(model_of(&c, dtype, 83), sequence_new(&c, dtype, 10 * 256 + 64, 84), dtype, 85);
+    backward_case l = backward_case_new(model_of(&c, dtype, 83), sequence_new(&c, dtype, 10 * 256 + 64, 84), dtype, 85);
     gradient_set got = gradient_set_new(&c, DSV4_F32, l.s.tokens);
     ASSERT_EQ(DSV4_OK, backward_cut(&l, &l.e, cut, 10, &got));
     ASSERT_SAME_GRADIENTS(&l.whole, &got, ORACLE_DX, "in parts");
     gradient_set_free(&got);
-    lesson_free(&l);
+    backward_case_free(&l);
     PASS();
 }
 
@@ -244,7 +244,7 @@ TEST thousands_of_tokens_give_the_sums_of_their_parts(int hidden_dim, int head_d
  * nothing. */
 TEST blocks_are_counted_from_the_first_token(int i) {
     static const int64_t once[] = {100, 100000}, often[] = {100, 156, 256, 256, 256, 256};
-    lesson l = even_lesson(1, i);
+    backward_case l = even_lesson(1, i);
     gradient_set a = gradient_set_new(&l.config, DSV4_F32, l.s.tokens);
     gradient_set b = gradient_set_new(&l.config, DSV4_F32, l.s.tokens);
     ASSERT_EQ(DSV4_OK, backward_cut(&l, &l.e, once, 2, &a));
@@ -252,17 +252,17 @@ TEST blocks_are_counted_from_the_first_token(int i) {
     ASSERT_SAME_GRADIENTS(&a, &b, ORACLE_DX, "cut once more");
     gradient_set_free(&a);
     gradient_set_free(&b);
-    lesson_free(&l);
+    backward_case_free(&l);
     PASS();
 }
 
 /* Projections that the forward pass wrote down, given beside x. */
 TEST kept_projections_give_the_bits_of_recomputing(int table, int i) {
-    lesson l = lesson_in(table, i);
+    backward_case l = backward_case_in(table, i);
     results r = results_new(&l.config, DSV4_F32, l.s.tokens, l.entries);
     gradient_set got = gradient_set_new(&l.config, DSV4_F32, l.s.tokens);
     dsv4_segment whole = segment_new(0, l.s.tokens, l.s.position, 0, NULL);
-    dsv4_batch b = lesson_batch(&l, &whole, 1);
+    dsv4_batch b = backward_case_batch(&l, &whole, 1);
     dsv4_gradients to = gradients_into(&got, l.dout, l.dout_dtype);
     ASSERT_EQ(DSV4_OK, compress_whole(&l.e, &l.s, &r, NULL));
     b.kv = r.stage[STAGE_KV];
@@ -271,21 +271,21 @@ TEST kept_projections_give_the_bits_of_recomputing(int table, int i) {
     ASSERT_SAME_GRADIENTS(&l.whole, &got, ORACLE_DX, "kept");
     gradient_set_free(&got);
     results_free(&r);
-    lesson_free(&l);
+    backward_case_free(&l);
     PASS();
 }
 
 /* The first gradient by which one call of all documents differs from a call of each, accumulated in order; -1 where a
  * call fails. */
-static int packed_difference(const lesson *l, const dsv4_segment *documents, int count) {
+static int packed_difference(const backward_case *l, const dsv4_segment *documents, int count) {
     gradient_set together = gradient_set_new(&l->config, DSV4_F32, l->s.tokens);
     gradient_set apart = gradient_set_new(&l->config, DSV4_F32, l->s.tokens);
     dsv4_gradients to = gradients_into(&together, l->dout, l->dout_dtype);
-    dsv4_batch b = lesson_batch(l, documents, count);
+    dsv4_batch b = backward_case_batch(l, documents, count);
     int failed = dsv4_backward(l->e.compressor, &b, &to, l->e.workspace, NULL) != DSV4_OK;
     to = gradients_into(&apart, l->dout, l->dout_dtype);
     for (int k = 0; k < count; k++) {
-        b = lesson_batch(l, &documents[k], 1);
+        b = backward_case_batch(l, &documents[k], 1);
         to.accumulate = k > 0;
         failed |= dsv4_backward(l->e.compressor, &b, &to, l->e.workspace, NULL) != DSV4_OK;
     }
@@ -300,7 +300,7 @@ TEST packed_documents_are_separate_calls_in_order(int table, int i) {
     enum { COUNT = 5 };
     static const int share[COUNT + 1] = {0, 13, 14, 55, 81, 97}; /* of 97 parts; in the order below */
     static const int order[COUNT] = {2, 0, 4, 1, 3};
-    lesson l = lesson_in(table, i);
+    backward_case l = backward_case_in(table, i);
     dsv4_segment documents[COUNT];
     int64_t entry = 0;
     for (int k = 0; k < COUNT; k++) {
@@ -309,7 +309,7 @@ TEST packed_documents_are_separate_calls_in_order(int table, int i) {
         entry += (to - from) / l.config.ratio;
     }
     ASSERT_EQ_FMT((int)GRADIENTS, packed_difference(&l, documents, COUNT), "%d");
-    lesson_free(&l);
+    backward_case_free(&l);
     PASS();
 }
 
@@ -321,30 +321,32 @@ TEST a_wide_gate_beside_a_narrow_wkv_agrees_with_the_chain_rule(void) {
     c.head_dim = 18;
     c.ratio = 4;
     c.overlap = 1;
-    lesson l = lesson_new(model_new(&c, types, 71), sequence_new(&c, DSV4_BF16, 20, 72), DSV4_F32, 73);
+    backward_case l = backward_case_new(model_new(&c, types, 71), sequence_new(&c, DSV4_BF16, 20, 72), DSV4_F32, 73);
     oracle_gradients expected = oracle_gradients_of(&l);
     for (int which = 0; which < GRADIENTS; which++)
         ASSERTm(gradient_name(which), gradient_stray(&l.whole, &expected, which) <= near_enough);
     oracle_gradients_free(&expected);
-    lesson_free(&l);
+    backward_case_free(&l);
     PASS();
 }
 
 /* A whole sequence, of which no gradient is carried, beside a part of another one. */
 TEST whole_sequences_and_parts_share_a_call(void) {
-    lesson l = lesson_of(&shapes[1], 20, 74); /* ratio 4 */
+    backward_case l = backward_case_of(&shapes[1], 20, 74); /* ratio 4 */
     const int64_t lengths[] = {8, 12};
-    lesson_parts p = lesson_cut(&l, &l.e, lengths, 2);
-    gradient_set together = gradient_set_new(&l.config, DSV4_F32, 20), apart = gradient_set_new(&l.config, DSV4_F32, 20);
-    const dsv4_segment segments[2] = {segment_new(0, 8, 0, 0, NULL), segment_new(8, 12, l.s.position + 8, 2, p.state[1])};
+    backward_parts p = backward_case_cut(&l, &l.e, lengths, 2);
+    gradient_set together = gradient_set_new(&l.config, DSV4_F32, 20),
+                 apart = gradient_set_new(&l.config, DSV4_F32, 20);
+    const dsv4_segment segments[2] = {segment_new(0, 8, 0, 0, NULL),
+                                      segment_new(8, 12, l.s.position + 8, 2, p.state[1])};
     const dsv4_segment_gradient carried[2] = {{NULL, NULL}, {NULL, p.gradient[1]}};
     dsv4_gradients to = gradients_into(&together, l.dout, l.dout_dtype);
-    dsv4_batch b = lesson_batch(&l, segments, 2);
+    dsv4_batch b = backward_case_batch(&l, segments, 2);
     to.segments = carried;
     ASSERT_EQ(DSV4_OK, dsv4_backward(l.e.compressor, &b, &to, l.e.workspace, NULL));
     to = gradients_into(&apart, l.dout, l.dout_dtype);
     for (int k = 0; k < 2; k++) {
-        b = lesson_batch(&l, &segments[k], 1);
+        b = backward_case_batch(&l, &segments[k], 1);
         to.segments = &carried[k];
         to.accumulate = k;
         ASSERT_EQ(DSV4_OK, dsv4_backward(l.e.compressor, &b, &to, l.e.workspace, NULL));
@@ -352,8 +354,8 @@ TEST whole_sequences_and_parts_share_a_call(void) {
     ASSERT_SAME_GRADIENTS(&together, &apart, ORACLE_DX, "together");
     gradient_set_free(&together);
     gradient_set_free(&apart);
-    lesson_parts_free(&p);
-    lesson_free(&l);
+    backward_case_parts_free(&p);
+    backward_case_free(&l);
     PASS();
 }
 
@@ -364,23 +366,24 @@ TEST a_document_may_end_anywhere_in_a_chunk(void) {
     c.head_dim = 4;
     c.ratio = 1;
     c.overlap = 1;
-    lesson l = lesson_new(model_of(&c, DSV4_F32, 63), sequence_new(&c, DSV4_F32, 256, 64), DSV4_F32, 65);
+    backward_case l = backward_case_new(model_of(&c, DSV4_F32, 63), sequence_new(&c, DSV4_F32, 256, 64), DSV4_F32, 65);
     for (int64_t first = 200; first < 256; first++) {
         const dsv4_segment documents[2] = {segment_new(0, first, 0, 0, NULL),
                                            segment_new(first, 256 - first, 0, first, NULL)};
-        ASSERTm(note("%d and %d tokens", (int)first, (int)(256 - first)), packed_difference(&l, documents, 2) == GRADIENTS);
+        ASSERTm(note("%d and %d tokens", (int)first, (int)(256 - first)),
+                packed_difference(&l, documents, 2) == GRADIENTS);
     }
-    lesson_free(&l);
+    backward_case_free(&l);
     PASS();
 }
 
 TEST hundreds_of_short_documents_are_separate_calls_in_order(void) {
     enum { COUNT = 300 };
-    lesson l = lesson_of(&shapes[10], 2 * COUNT, 66); /* ratio 2 */
+    backward_case l = backward_case_of(&shapes[10], 2 * COUNT, 66); /* ratio 2 */
     dsv4_segment documents[COUNT];
     for (int k = 0; k < COUNT; k++) documents[k] = segment_new(2 * k, 2, 7 * k, k, NULL);
     ASSERT_EQ_FMT((int)GRADIENTS, packed_difference(&l, documents, COUNT), "%d");
-    lesson_free(&l);
+    backward_case_free(&l);
     PASS();
 }
 
@@ -398,12 +401,12 @@ TEST what_many_parts_carry_is_what_each_carries_alone(const struct carried_case 
     c.head_dim = 4;
     c.ratio = of->ratio;
     c.overlap = 1;
-    lesson l = lesson_new(model_of(&c, DSV4_F32, 67), sequence_new(&c, DSV4_F32, 1500, 68), DSV4_F32, 69);
+    backward_case l = backward_case_new(model_of(&c, DSV4_F32, 67), sequence_new(&c, DSV4_F32, 1500, 68), DSV4_F32, 69);
     l.entries = l.s.tokens / 8; /* more than the sequence alone would give */
     free(l.dout);
     l.dout = random_array(DSV4_F32, l.entries * c.head_dim, 70, 1);
     const int64_t lengths[] = {SEEN, l.s.tokens};
-    lesson_parts p = lesson_cut(&l, &l.e, lengths, 2);
+    backward_parts p = backward_case_cut(&l, &l.e, lengths, 2);
     dsv4_segment segments[MOST];
     dsv4_segment_gradient carried[MOST];
     int64_t token = 0, entry = 0;
@@ -419,13 +422,13 @@ TEST what_many_parts_carry_is_what_each_carries_alone(const struct carried_case 
     dsv4_gradients to = {0};
     to.dout = (dsv4_const_matrix){l.dout, l.dout_dtype, 0};
     to.segments = carried;
-    dsv4_batch b = lesson_batch(&l, segments, of->count);
+    dsv4_batch b = backward_case_batch(&l, segments, of->count);
     ASSERT_EQ(DSV4_OK, dsv4_backward(l.e.compressor, &b, &to, l.e.workspace, NULL));
     const size_t size = dsv4_state_save_size(carried[0].previous);
     unsigned char *together = reserve(size), *alone = reserve(size);
     for (int k = 0; k < of->count; k++) {
         ASSERT_EQ(DSV4_OK, dsv4_state_save(carried[k].previous, together, size, NULL, NULL));
-        b = lesson_batch(&l, &segments[k], 1);
+        b = backward_case_batch(&l, &segments[k], 1);
         to.segments = &carried[k];
         ASSERT_EQ(DSV4_OK, dsv4_backward(l.e.compressor, &b, &to, l.e.workspace, NULL));
         ASSERT_EQ(DSV4_OK, dsv4_state_save(carried[k].previous, alone, size, NULL, NULL));
@@ -437,8 +440,8 @@ TEST what_many_parts_carry_is_what_each_carries_alone(const struct carried_case 
         dsv4_state_destroy(segments[k].state);
         dsv4_state_destroy(carried[k].previous);
     }
-    lesson_parts_free(&p);
-    lesson_free(&l);
+    backward_case_parts_free(&p);
+    backward_case_free(&l);
     PASS();
 }
 
@@ -446,9 +449,9 @@ TEST what_many_parts_carry_is_what_each_carries_alone(const struct carried_case 
 
 /* Rows further apart than they are wide, and arrays that are not wanted, change no number and touch nothing else. */
 TEST each_gradient_is_optional_and_strides_do_not_matter(const shape *of) {
-    lesson l = lesson_of(of, 5 * of->ratio, 53);
+    backward_case l = backward_case_of(of, 5 * of->ratio, 53);
     dsv4_segment whole = segment_new(0, l.s.tokens, l.s.position, 0, NULL);
-    dsv4_batch b = lesson_batch(&l, &whole, 1);
+    dsv4_batch b = backward_case_batch(&l, &whole, 1);
     const int64_t dx_stride = l.config.hidden_dim + 5, dout_stride = l.config.head_dim + 3;
     const size_t row = (size_t)l.config.hidden_dim * 4, number_size = dsv4_dtype_size(l.dout_dtype);
     char *dout = reserve((size_t)(dout_stride * l.entries) * number_size);
@@ -465,8 +468,10 @@ TEST each_gradient_is_optional_and_strides_do_not_matter(const shape *of) {
         to.dout.stride = dout_stride;
         ASSERT_EQ(DSV4_OK, dsv4_backward(l.e.compressor, &b, &to, l.e.workspace, NULL));
         for (int i = ORACLE_DWKV; i < GRADIENTS; i++) {
-            if (i == wanted && got.count[i]) ASSERT_MEM_EQ(l.whole.data[i], got.data[i], got.bytes[i]);
-            else ASSERT(memory_untouched(got.data[i], got.bytes[i]));
+            if (i == wanted && got.count[i])
+                ASSERT_MEM_EQ(l.whole.data[i], got.data[i], got.bytes[i]);
+            else
+                ASSERT(memory_untouched(got.data[i], got.bytes[i]));
         }
         for (int64_t t = 0; t < l.s.tokens; t++) {
             const char *at = (char *)got.data[ORACLE_DX] + (size_t)(t * dx_stride) * 4;
@@ -476,7 +481,7 @@ TEST each_gradient_is_optional_and_strides_do_not_matter(const shape *of) {
         gradient_set_free(&got);
     }
     free(dout);
-    lesson_free(&l);
+    backward_case_free(&l);
     PASS();
 }
 
@@ -498,8 +503,8 @@ static int is_spread(const void *apart, const void *rows, int64_t count, int64_t
     return 1;
 }
 
-/* The lesson's compressor from parameters whose rows lie apart. */
-static engine spread_trainer(const lesson *l) {
+/* The backward_case's compressor from parameters whose rows lie apart. */
+static engine spread_trainer(const backward_case *l) {
     model m = l->m;
     for (int i = 0; i < DSV4_PARAM_COUNT; i++) {
         dsv4_const_matrix *param = model_array(&m.params, i);
@@ -515,7 +520,7 @@ static engine spread_trainer(const lesson *l) {
 
 /* Forward and backward, sums from anew and on; what lies between the rows is neither read nor written. */
 TEST parameters_and_their_gradients_may_have_strides(const shape *of, dsv4_dtype dtype, int accumulate) {
-    lesson l = lesson_of(of, 5 * of->ratio, 57);
+    backward_case l = backward_case_of(of, 5 * of->ratio, 57);
     engine e = spread_trainer(&l);
     results dense = results_new(&l.config, of->out, l.s.tokens, l.entries);
     results r = results_new(&l.config, of->out, l.s.tokens, l.entries);
@@ -538,7 +543,7 @@ TEST parameters_and_their_gradients_may_have_strides(const shape *of, dsv4_dtype
         targets[i]->data =
             spread(targets[i]->data, info->rows, info->columns * number_size, targets[i]->stride * number_size);
     }
-    const dsv4_batch b = lesson_batch(&l, NULL, 0);
+    const dsv4_batch b = backward_case_batch(&l, NULL, 0);
     to.accumulate = apart.accumulate = accumulate;
     ASSERT_EQ(DSV4_OK, dsv4_backward(l.e.compressor, &b, &to, l.e.workspace, NULL));
     ASSERT_EQ(DSV4_OK, dsv4_backward(e.compressor, &b, &apart, e.workspace, NULL));
@@ -555,18 +560,18 @@ TEST parameters_and_their_gradients_may_have_strides(const shape *of, dsv4_dtype
     results_free(&r);
     results_free(&dense);
     engine_free(&e);
-    lesson_free(&l);
+    backward_case_free(&l);
     PASS();
 }
 
 /* The easy call, with a tail that is dropped. */
 TEST no_segments_are_one_whole_sequence(const shape *of) {
-    lesson l = lesson_of(of, 6 * of->ratio - 1, 58);
+    backward_case l = backward_case_of(of, 6 * of->ratio - 1, 58);
     gradient_set explicit = gradient_set_new(&l.config, DSV4_F32, l.s.tokens);
     gradient_set easy = gradient_set_new(&l.config, DSV4_F32, l.s.tokens);
     l.s.position = 0;
     ASSERT_EQ(DSV4_OK, backward_whole(&l, &l.e, &explicit));
-    dsv4_batch b = lesson_batch(&l, NULL, 0);
+    dsv4_batch b = backward_case_batch(&l, NULL, 0);
     const dsv4_gradients to = gradients_into(&easy, l.dout, l.dout_dtype);
     b.drop_tail = 0;
     if (of->ratio > 1) ASSERT_EQ(DSV4_ERROR_LENGTH, dsv4_backward(l.e.compressor, &b, &to, l.e.workspace, NULL));
@@ -576,16 +581,16 @@ TEST no_segments_are_one_whole_sequence(const shape *of) {
     ASSERT_SAME_GRADIENTS(&explicit, &easy, 0, "without segments");
     gradient_set_free(&easy);
     gradient_set_free(&explicit);
-    lesson_free(&l);
+    backward_case_free(&l);
     PASS();
 }
 
 /* Accumulating begins with what the arrays hold: on zeros it overwrites, on the first half it gives the whole. */
 TEST accumulating_goes_on_from_what_the_arrays_hold(const shape *of) {
-    lesson l = lesson_of(of, 4 * of->ratio, 54);
+    backward_case l = backward_case_of(of, 4 * of->ratio, 54);
     gradient_set got = gradient_set_new(&l.config, DSV4_F32, l.s.tokens);
     dsv4_segment whole = segment_new(0, l.s.tokens, l.s.position, 0, NULL);
-    dsv4_batch b = lesson_batch(&l, &whole, 1);
+    dsv4_batch b = backward_case_batch(&l, &whole, 1);
     dsv4_gradients to = gradients_into(&got, l.dout, l.dout_dtype);
     to.accumulate = 1;
     for (int i = ORACLE_DWKV; i < GRADIENTS; i++)
@@ -599,29 +604,29 @@ TEST accumulating_goes_on_from_what_the_arrays_hold(const shape *of) {
         }
     ASSERT_MEM_EQ(l.whole.data[ORACLE_DX], got.data[ORACLE_DX], got.bytes[ORACLE_DX]);
     gradient_set_free(&got);
-    lesson_free(&l);
+    backward_case_free(&l);
     PASS();
 }
 
 /* Sums are made in fp32 and rounded once, at the end of a call. */
 TEST bf16_gradients_are_the_rounded_fp32_ones(int table, int i) {
-    lesson l = lesson_in(table, i);
+    backward_case l = backward_case_in(table, i);
     gradient_set got = gradient_set_new(&l.config, DSV4_BF16, l.s.tokens);
     ASSERT_EQ(DSV4_OK, backward_whole(&l, &l.e, &got));
     for (int which = 0; which < GRADIENTS; which++)
         for (int64_t k = 0; k < got.count[which]; k++)
             ASSERT_EQ(dsv4_bf16_from_f32(((float *)l.whole.data[which])[k]), ((dsv4_bf16 *)got.data[which])[k]);
     gradient_set_free(&got);
-    lesson_free(&l);
+    backward_case_free(&l);
     PASS();
 }
 
 TEST bf16_gradients_accumulate_too(int i) {
-    lesson l = lesson_in(1, i);
+    backward_case l = backward_case_in(1, i);
     gradient_set got = gradient_set_new(&l.config, DSV4_BF16, l.s.tokens);
     gradient_set wide = gradient_set_new(&l.config, DSV4_F32, l.s.tokens);
     dsv4_segment whole = segment_new(0, l.s.tokens, l.s.position, 0, NULL);
-    dsv4_batch b = lesson_batch(&l, &whole, 1);
+    dsv4_batch b = backward_case_batch(&l, &whole, 1);
     for (int which = ORACLE_DWKV; which < GRADIENTS; which++)
         for (int64_t k = 0; k < got.count[which]; k++) {
             set_number(got.data[which], DSV4_BF16, k, (float)(k % 5) - 2);
@@ -637,15 +642,15 @@ TEST bf16_gradients_accumulate_too(int i) {
             ASSERT_EQ(dsv4_bf16_from_f32(((float *)wide.data[which])[k]), ((dsv4_bf16 *)got.data[which])[k]);
     gradient_set_free(&got);
     gradient_set_free(&wide);
-    lesson_free(&l);
+    backward_case_free(&l);
     PASS();
 }
 
 /* What is carried to the part before comes out the same alone as beside everything else. */
 TEST the_carried_gradient_can_be_had_alone(int table, int i) {
-    lesson l = even_lesson(table, i);
+    backward_case l = even_lesson(table, i);
     const int64_t lengths[] = {l.s.tokens * 3 / 7, l.s.tokens};
-    lesson_parts p = lesson_cut(&l, &l.e, lengths, 2);
+    backward_parts p = backward_case_cut(&l, &l.e, lengths, 2);
     gradient_set got = gradient_set_new(&l.config, DSV4_F32, l.s.tokens);
     dsv4_gradients everything = gradients_into(&got, l.dout, l.dout_dtype), nothing = {0};
     nothing.dout = (dsv4_const_matrix){l.dout, l.dout_dtype, 0};
@@ -662,8 +667,8 @@ TEST the_carried_gradient_can_be_had_alone(int table, int i) {
     free(saved[0]);
     free(saved[1]);
     gradient_set_free(&got);
-    lesson_parts_free(&p);
-    lesson_free(&l);
+    backward_case_parts_free(&p);
+    backward_case_free(&l);
     PASS();
 }
 
@@ -677,9 +682,9 @@ TEST training_changes_no_entry_and_advances_no_state(const shape *of) {
     results_free(&r);
     engine_free(&e);
     workbench_free(&w);
-    lesson l = lesson_of(of, 6 * of->ratio, 55);
+    backward_case l = backward_case_of(of, 6 * of->ratio, 55);
     const int64_t lengths[] = {2 * of->ratio + of->ratio / 2, l.s.tokens};
-    lesson_parts p = lesson_cut(&l, &l.e, lengths, 2);
+    backward_parts p = backward_case_cut(&l, &l.e, lengths, 2);
     gradient_set got = gradient_set_new(&l.config, DSV4_F32, l.s.tokens);
     ASSERT_EQ(2, p.count);
     const size_t size = dsv4_state_save_size(p.state[1]);
@@ -691,8 +696,8 @@ TEST training_changes_no_entry_and_advances_no_state(const shape *of) {
     free(before);
     free(after);
     gradient_set_free(&got);
-    lesson_parts_free(&p);
-    lesson_free(&l);
+    backward_case_parts_free(&p);
+    backward_case_free(&l);
     PASS();
 }
 
@@ -721,8 +726,8 @@ static dsv4_config small_csa(void) {
     return c;
 }
 
-static lesson small_lesson(const dsv4_config *c, int64_t tokens) {
-    return lesson_new(model_of(c, DSV4_F32, 56), sequence_new(c, DSV4_F32, tokens, 57), DSV4_F32, 58);
+static backward_case small_lesson(const dsv4_config *c, int64_t tokens) {
+    return backward_case_new(model_of(c, DSV4_F32, 56), sequence_new(c, DSV4_F32, tokens, 57), DSV4_F32, 58);
 }
 
 /* A sequence of one window looks back at the pad alone: the first series, which nothing else uses, gets exactly
@@ -730,7 +735,7 @@ static lesson small_lesson(const dsv4_config *c, int64_t tokens) {
 TEST the_pad_sends_no_gradient(float pad_gate) {
     dsv4_config c = small_csa();
     c.pad_gate = pad_gate;
-    lesson l = small_lesson(&c, c.ratio);
+    backward_case l = small_lesson(&c, c.ratio);
     const int64_t first = c.head_dim, width = c.hidden_dim;
     ASSERT(all_zero(&l.whole, ORACLE_DWKV, 0, first * width));
     ASSERT(all_zero(&l.whole, ORACLE_DWGATE, 0, first * width));
@@ -738,7 +743,7 @@ TEST the_pad_sends_no_gradient(float pad_gate) {
         ASSERT(all_zero(&l.whole, ORACLE_DAPE, row * 2 * first, row * 2 * first + first));
     ASSERT_FALSE(all_zero(&l.whole, ORACLE_DWKV, first * width, l.whole.count[ORACLE_DWKV]));
     ASSERT_FALSE(all_zero(&l.whole, ORACLE_DX, 0, l.whole.count[ORACLE_DX]));
-    lesson_free(&l);
+    backward_case_free(&l);
     PASS();
 }
 
@@ -746,19 +751,19 @@ TEST the_pad_sends_no_gradient(float pad_gate) {
 TEST a_pad_that_weighs_nothing_may_be_any(void) {
     static const float pads[] = {-1e4f, -2e5f, -INFINITY};
     dsv4_config c = small_csa();
-    lesson usual = small_lesson(&c, 3 * c.ratio);
+    backward_case usual = small_lesson(&c, 3 * c.ratio);
     for (int i = 0; i < 3; i++) {
         c.pad_gate = pads[i];
-        lesson l = small_lesson(&c, 3 * c.ratio);
+        backward_case l = small_lesson(&c, 3 * c.ratio);
         ASSERT_SAME_GRADIENTS(&usual.whole, &l.whole, ORACLE_DX, note("pad %g", (double)pads[i]));
-        lesson_free(&l);
+        backward_case_free(&l);
     }
-    lesson_free(&usual);
+    backward_case_free(&usual);
     PASS();
 }
 
-/* A small lesson whose gate, ape and tokens were multiplied. */
-static lesson scaled_lesson(const dsv4_config *c, float gate, float ape, float x) {
+/* A small backward_case whose gate, ape and tokens were multiplied. */
+static backward_case scaled_lesson(const dsv4_config *c, float gate, float ape, float x) {
     model m = model_of(c, DSV4_F32, 59);
     sequence s = sequence_new(c, DSV4_F32, 5 * c->ratio, 60);
     float *const arrays[3] = {m.data[DSV4_WGATE], m.data[DSV4_APE], s.x};
@@ -766,18 +771,18 @@ static lesson scaled_lesson(const dsv4_config *c, float gate, float ape, float x
     const float scales[3] = {gate, ape, x};
     for (int a = 0; a < 3; a++)
         for (int64_t i = 0; i < counts[a]; i++) arrays[a][i] *= scales[a];
-    return lesson_new(m, s, DSV4_F32, 61);
+    return backward_case_new(m, s, DSV4_F32, 61);
 }
 
 TEST saturated_gates_give_finite_gradients(float scale) {
     dsv4_config c = small_csa();
-    lesson l = scaled_lesson(&c, scale, 1, 1);
+    backward_case l = scaled_lesson(&c, scale, 1, 1);
     oracle_gradients expected = oracle_gradients_of(&l);
     ASSERT(all_finite(&l.whole));
     ASSERT(gradient_stray(&l.whole, &expected, ORACLE_DWKV) <= near_enough);
     ASSERT(gradient_stray(&l.whole, &expected, ORACLE_DNORM) <= near_enough);
     oracle_gradients_free(&expected);
-    lesson_free(&l);
+    backward_case_free(&l);
     PASS();
 }
 
@@ -785,24 +790,24 @@ TEST saturated_gates_give_finite_gradients(float scale) {
 TEST a_gate_that_has_chosen_gets_no_gradient(void) {
     dsv4_config c = small_csa();
     c.overlap = 0;
-    lesson l = scaled_lesson(&c, 1e9f, 1, 1);
+    backward_case l = scaled_lesson(&c, 1e9f, 1, 1);
     ASSERT(all_finite(&l.whole));
     ASSERT(all_zero(&l.whole, ORACLE_DWGATE, 0, l.whole.count[ORACLE_DWGATE]));
     ASSERT(all_zero(&l.whole, ORACLE_DAPE, 0, l.whole.count[ORACLE_DAPE]));
     ASSERT_FALSE(all_zero(&l.whole, ORACLE_DWKV, 0, l.whole.count[ORACLE_DWKV]));
-    lesson_free(&l);
+    backward_case_free(&l);
     PASS();
 }
 
 TEST windows_of_equal_scores_give_finite_gradients(void) {
     dsv4_config c = small_csa();
-    lesson l = scaled_lesson(&c, 0, 0, 1);
+    backward_case l = scaled_lesson(&c, 0, 0, 1);
     oracle_gradients expected = oracle_gradients_of(&l);
     ASSERT(all_finite(&l.whole));
     for (int which = 0; which < GRADIENTS; which++)
         ASSERTm(gradient_name(which), gradient_stray(&l.whole, &expected, which) <= near_enough);
     oracle_gradients_free(&expected);
-    lesson_free(&l);
+    backward_case_free(&l);
     PASS();
 }
 
@@ -810,24 +815,24 @@ TEST windows_of_equal_scores_give_finite_gradients(void) {
 TEST zeros_give_finite_gradients(float eps) {
     dsv4_config c = small_csa();
     c.eps = eps;
-    lesson l = scaled_lesson(&c, 1, 1, 0);
+    backward_case l = scaled_lesson(&c, 1, 1, 0);
     ASSERT(all_finite(&l.whole));
     ASSERT(all_zero(&l.whole, ORACLE_DWKV, 0, l.whole.count[ORACLE_DWKV]));
     ASSERT(all_zero(&l.whole, ORACLE_DNORM, 0, l.whole.count[ORACLE_DNORM]));
     ASSERT_FALSE(all_zero(&l.whole, ORACLE_DX, 0, l.whole.count[ORACLE_DX]));
-    lesson_free(&l);
+    backward_case_free(&l);
     PASS();
 }
 
 /* The dropped tail had no part in any entry: its dx is 0, and everything else as if it had never been. */
 TEST the_dropped_tail_gets_no_gradient(const shape *of) {
     const int64_t tail = of->ratio - 1, tokens = 5 * of->ratio;
-    lesson l = lesson_of(of, tokens + tail, 62);
+    backward_case l = backward_case_of(of, tokens + tail, 62);
     const int64_t width = l.config.hidden_dim;
     ASSERT(all_zero(&l.whole, ORACLE_DX, tokens * width, (tokens + tail) * width));
     gradient_set got = gradient_set_new(&l.config, DSV4_F32, l.s.tokens);
     dsv4_segment whole = segment_new(0, tokens, l.s.position, 0, NULL);
-    dsv4_batch b = lesson_batch(&l, &whole, 1);
+    dsv4_batch b = backward_case_batch(&l, &whole, 1);
     dsv4_gradients to = gradients_into(&got, l.dout, l.dout_dtype);
     b.drop_tail = 0;
     ASSERT_EQ(DSV4_OK, dsv4_backward(l.e.compressor, &b, &to, l.e.workspace, NULL));
@@ -835,30 +840,30 @@ TEST the_dropped_tail_gets_no_gradient(const shape *of) {
     ASSERT_MEM_EQ(l.whole.data[ORACLE_DX], got.data[ORACLE_DX], (size_t)(tokens * width) * 4);
     ASSERT(memory_untouched((char *)got.data[ORACLE_DX] + (tokens * width) * 4, (size_t)(tail * width) * 4));
     gradient_set_free(&got);
-    lesson_free(&l);
+    backward_case_free(&l);
     PASS();
 }
 
 /* No window at all: sums that start anew are 0, others stay. */
 TEST a_call_without_windows_gives_zeros(void) {
     dsv4_config c = small_csa();
-    lesson l = small_lesson(&c, c.ratio - 1);
+    backward_case l = small_lesson(&c, c.ratio - 1);
     for (int which = 0; which < GRADIENTS; which++) ASSERT(all_zero(&l.whole, which, 0, l.whole.count[which]));
     gradient_set got = gradient_set_new(&c, DSV4_F32, l.s.tokens);
-    dsv4_batch b = lesson_batch(&l, NULL, 0);
+    dsv4_batch b = backward_case_batch(&l, NULL, 0);
     dsv4_gradients to = gradients_into(&got, l.dout, l.dout_dtype);
     b.tokens = 0;
     to.accumulate = 1;
     ASSERT_EQ(DSV4_OK, dsv4_backward(l.e.compressor, &b, &to, l.e.workspace, NULL));
     ASSERT(gradients_untouched(&got));
     gradient_set_free(&got);
-    lesson_free(&l);
+    backward_case_free(&l);
     PASS();
 }
 
 TEST a_call_without_tokens_gives_zeros(void) {
     dsv4_config c = small_csa();
-    lesson l = small_lesson(&c, c.ratio);
+    backward_case l = small_lesson(&c, c.ratio);
     gradient_set got = gradient_set_new(&c, DSV4_F32, 1);
     dsv4_batch b = {0};
     dsv4_gradients to = gradients_into(&got, NULL, DSV4_F32);
@@ -866,7 +871,7 @@ TEST a_call_without_tokens_gives_zeros(void) {
     ASSERT_EQ(DSV4_OK, dsv4_backward(l.e.compressor, &b, &to, l.e.workspace, NULL));
     for (int which = ORACLE_DWKV; which < GRADIENTS; which++) ASSERT(all_zero(&got, which, 0, got.count[which]));
     gradient_set_free(&got);
-    lesson_free(&l);
+    backward_case_free(&l);
     PASS();
 }
 
@@ -874,7 +879,7 @@ TEST a_call_without_tokens_gives_zeros(void) {
 
 /* One workspace of the size announced serves any length and allocates nothing. */
 TEST the_workspace_does_not_grow_with_the_sequence(int i) {
-    lesson l = lesson_in(1, i);
+    backward_case l = backward_case_in(1, i);
     ledger book = {0};
     dsv4_allocator allocator = ledger_allocator(&book);
     dsv4_options options = {NULL, 1, 0};
@@ -893,7 +898,7 @@ TEST the_workspace_does_not_grow_with_the_sequence(int i) {
     for (int64_t tokens = 0; tokens <= l.s.tokens; tokens += 225) {
         gradient_set got = gradient_set_new(&l.config, DSV4_F32, l.s.tokens);
         dsv4_segment part = segment_new(0, tokens, 0, 0, NULL);
-        dsv4_batch b = lesson_batch(&l, &part, 1);
+        dsv4_batch b = backward_case_batch(&l, &part, 1);
         dsv4_gradients to = gradients_into(&got, l.dout, l.dout_dtype);
         ASSERT_EQ(DSV4_OK, dsv4_backward(e.compressor, &b, &to, e.workspace, NULL));
         gradient_set_free(&got);
@@ -902,110 +907,76 @@ TEST the_workspace_does_not_grow_with_the_sequence(int i) {
     engine_free(&plain);
     engine_free(&e);
     ASSERT_EQ(0, book.live);
-    lesson_free(&l);
+    backward_case_free(&l);
     PASS();
 }
 
 /* ---- Refused ----------------------------------------------------------------------------------------------- */
 
 /* A call that is right, to be made wrong in one place. */
-typedef struct plea {
+typedef struct bad_backward_parts {
     engine e;
     dsv4_batch batch;
     dsv4_gradients to;
     dsv4_segment segments[2];
     dsv4_segment_gradient carried[2];
-    dsv4_state *other;  /* of another configuration */
-    dsv4_state *fresh;  /* of this one, no token seen */
+    dsv4_state *other; /* of another configuration */
+    dsv4_state *fresh; /* of this one, no token seen */
     engine untrained;
-} plea;
+} bad_backward_parts;
 
-static void no_training(plea *p) { p->e = p->untrained; }
-static void no_compressor(plea *p) { p->e.compressor = NULL; }
-static void no_workspace(plea *p) { p->e.workspace = NULL; }
-static void foreign_workspace(plea *p) { p->e.workspace = p->untrained.workspace; }
-static void no_dout(plea *p) { p->to.dout.data = NULL; }
-static void no_x(plea *p) { p->batch.x.data = NULL; }
-static void odd_dout(plea *p) { p->to.dout.data = (const char *)p->to.dout.data + 1; }
-static void odd_dx(plea *p) { p->to.dx.data = (char *)p->to.dx.data + 1; }
-static void odd_dnorm(plea *p) { p->to.dnorm.data = (char *)p->to.dnorm.data + 2; }
-static void strange_type(plea *p) { p->to.dape.dtype = (dsv4_dtype)7; }
-static void strange_dout_type(plea *p) { p->to.dout.dtype = (dsv4_dtype)-1; }
-static void forgotten_segment_count(plea *p) { p->batch.segment_count = 0; }
-static void narrow_dwkv(plea *p) { p->to.dwkv.dtype = DSV4_BF16; }
-static void narrow_dwgate(plea *p) { p->to.dwgate.dtype = DSV4_BF16; }
-static void short_dx_stride(plea *p) { p->to.dx.stride = 20; }
-static void short_dout_stride(plea *p) { p->to.dout.stride = -1; }
-static void short_x_stride(plea *p) { p->batch.x.stride = 1; }
-static void vast_dx_stride(plea *p) { p->to.dx.stride = INT64_MAX / 2; }
-static void negative_entries(plea *p) { p->batch.entries = -1; }
-static void few_entries(plea *p) { p->batch.entries = 1; }
-static void beyond_x(plea *p) { p->segments[1].token += 1; }
-static void no_segments(plea *p) { p->batch.segments = NULL; }
-static void odd_length(plea *p) {
-    p->segments[0].state = NULL;
-    p->carried[0].next = p->carried[0].previous = NULL;
-}
-static void wrong_position(plea *p) { p->segments[1].position += 1; }
-static void same_state_twice(plea *p) { p->segments[0].state = p->segments[1].state; }
-static void next_without_state(plea *p) { p->segments[0] = segment_new(0, 4, 0, 0, NULL); }
-static void next_elsewhere(plea *p) { p->carried[1].next = p->fresh; }
-static void next_of_another(plea *p) { p->carried[0].next = p->other; }
-static void previous_of_another(plea *p) { p->carried[1].previous = p->other; }
-static void previous_is_the_state(plea *p) { p->carried[1].previous = p->segments[1].state; }
-static void next_is_the_state(plea *p) { p->carried[0].next = p->segments[0].state; }
-static void kept_projections_without_x(plea *p) {
-    p->batch.kv = p->batch.gate = p->batch.x.data;
-    p->batch.x.data = NULL;
-}
-static void previous_is_next(plea *p) { p->carried[0].previous = (dsv4_state *)(uintptr_t)p->carried[0].next; }
-static void previous_is_another_state(plea *p) { p->carried[0].previous = p->segments[1].state; }
-static void next_is_another_previous(plea *p) { p->carried[1].previous = (dsv4_state *)(uintptr_t)p->carried[0].next; }
-static void previous_twice(plea *p) { p->carried[0].previous = p->carried[1].previous; }
+#define BAD_BACKWARD_CALLS(X)                                                                                   \
+    X(no_training, p->e = p->untrained, DSV4_ERROR_ARGUMENT)                                                    \
+    X(no_compressor, p->e.compressor = NULL, DSV4_ERROR_NULL)                                                   \
+    X(no_workspace, p->e.workspace = NULL, DSV4_ERROR_NULL)                                                     \
+    X(foreign_workspace, p->e.workspace = p->untrained.workspace, DSV4_ERROR_ARGUMENT)                          \
+    X(no_dout, p->to.dout.data = NULL, DSV4_ERROR_NULL)                                                         \
+    X(no_x, p->batch.x.data = NULL, DSV4_ERROR_NULL)                                                            \
+    X(odd_dout, p->to.dout.data = (const char *)p->to.dout.data + 1, DSV4_ERROR_ALIGNMENT)                      \
+    X(odd_dx, p->to.dx.data = (char *)p->to.dx.data + 1, DSV4_ERROR_ALIGNMENT)                                  \
+    X(odd_dnorm, p->to.dnorm.data = (char *)p->to.dnorm.data + 2, DSV4_ERROR_ALIGNMENT)                         \
+    X(strange_type, p->to.dape.dtype = (dsv4_dtype)7, DSV4_ERROR_ARGUMENT)                                      \
+    X(strange_dout_type, p->to.dout.dtype = (dsv4_dtype)-1, DSV4_ERROR_ARGUMENT)                                \
+    X(forgotten_segment_count, p->batch.segment_count = 0, DSV4_ERROR_ARGUMENT)                                 \
+    X(narrow_dwkv, p->to.dwkv.dtype = DSV4_BF16, DSV4_ERROR_ARGUMENT)                                           \
+    X(narrow_dwgate, p->to.dwgate.dtype = DSV4_BF16, DSV4_ERROR_ARGUMENT)                                       \
+    X(short_dx_stride, p->to.dx.stride = 20, DSV4_ERROR_ARGUMENT)                                               \
+    X(short_dout_stride, p->to.dout.stride = -1, DSV4_ERROR_ARGUMENT)                                           \
+    X(short_x_stride, p->batch.x.stride = 1, DSV4_ERROR_ARGUMENT)                                               \
+    X(vast_dx_stride, p->to.dx.stride = INT64_MAX / 2, DSV4_ERROR_OVERFLOW)                                     \
+    X(negative_entries, p->batch.entries = -1, DSV4_ERROR_ARGUMENT)                                             \
+    X(few_entries, p->batch.entries = 1, DSV4_ERROR_BOUNDS)                                                     \
+    X(beyond_x, p->segments[1].token += 1, DSV4_ERROR_BOUNDS)                                                   \
+    X(no_segments, p->batch.segments = NULL, DSV4_ERROR_NULL)                                                   \
+    X(odd_length, (p->segments[0].state = NULL, p->carried[0].next = p->carried[0].previous = NULL),            \
+      DSV4_ERROR_LENGTH)                                                                                        \
+    X(wrong_position, p->segments[1].position += 1, DSV4_ERROR_STATE)                                           \
+    X(same_state_twice, p->segments[0].state = p->segments[1].state, DSV4_ERROR_STATE)                          \
+    X(next_without_state, p->segments[0] = segment_new(0, 4, 0, 0, NULL), DSV4_ERROR_STATE)                     \
+    X(next_elsewhere, p->carried[1].next = p->fresh, DSV4_ERROR_STATE)                                          \
+    X(next_of_another, p->carried[0].next = p->other, DSV4_ERROR_STATE)                                         \
+    X(previous_of_another, p->carried[1].previous = p->other, DSV4_ERROR_STATE)                                 \
+    X(previous_is_the_state, p->carried[1].previous = p->segments[1].state, DSV4_ERROR_STATE)                   \
+    X(next_is_the_state, p->carried[0].next = p->segments[0].state, DSV4_ERROR_STATE)                           \
+    X(kept_projections_without_x, (p->batch.kv = p->batch.gate = p->batch.x.data, p->batch.x.data = NULL),      \
+      DSV4_ERROR_NULL)                                                                                          \
+    X(previous_is_next, p->carried[0].previous = (dsv4_state *)(uintptr_t)p->carried[0].next, DSV4_ERROR_STATE) \
+    X(previous_is_another_state, p->carried[0].previous = p->segments[1].state, DSV4_ERROR_STATE)               \
+    X(next_is_another_previous, p->carried[1].previous = (dsv4_state *)(uintptr_t)p->carried[0].next,           \
+      DSV4_ERROR_STATE)                                                                                         \
+    X(previous_twice, p->carried[0].previous = p->carried[1].previous, DSV4_ERROR_STATE)
+#define SPOIL_CALL(name, code, status) \
+    static void spoil_##name(bad_backward_parts *p) { (void)(code); }
+BAD_BACKWARD_CALLS(SPOIL_CALL)
 
 static const struct {
     const char *name;
-    void (*spoil)(plea *p);
+    void (*spoil)(bad_backward_parts *p);
     dsv4_status status;
-} pleas[] = {
-    {"no_training", no_training, DSV4_ERROR_ARGUMENT},
-    {"no_compressor", no_compressor, DSV4_ERROR_NULL},
-    {"no_workspace", no_workspace, DSV4_ERROR_NULL},
-    {"foreign_workspace", foreign_workspace, DSV4_ERROR_ARGUMENT},
-    {"no_dout", no_dout, DSV4_ERROR_NULL},
-    {"no_x", no_x, DSV4_ERROR_NULL},
-    {"odd_dout", odd_dout, DSV4_ERROR_ALIGNMENT},
-    {"odd_dx", odd_dx, DSV4_ERROR_ALIGNMENT},
-    {"odd_dnorm", odd_dnorm, DSV4_ERROR_ALIGNMENT},
-    {"strange_type", strange_type, DSV4_ERROR_ARGUMENT},
-    {"strange_dout_type", strange_dout_type, DSV4_ERROR_ARGUMENT},
-    {"forgotten_segment_count", forgotten_segment_count, DSV4_ERROR_ARGUMENT},
-    {"narrow_dwkv", narrow_dwkv, DSV4_ERROR_ARGUMENT},
-    {"narrow_dwgate", narrow_dwgate, DSV4_ERROR_ARGUMENT},
-    {"short_dx_stride", short_dx_stride, DSV4_ERROR_ARGUMENT},
-    {"short_dout_stride", short_dout_stride, DSV4_ERROR_ARGUMENT},
-    {"short_x_stride", short_x_stride, DSV4_ERROR_ARGUMENT},
-    {"vast_dx_stride", vast_dx_stride, DSV4_ERROR_OVERFLOW},
-    {"negative_entries", negative_entries, DSV4_ERROR_ARGUMENT},
-    {"few_entries", few_entries, DSV4_ERROR_BOUNDS},
-    {"beyond_x", beyond_x, DSV4_ERROR_BOUNDS},
-    {"no_segments", no_segments, DSV4_ERROR_NULL},
-    {"odd_length", odd_length, DSV4_ERROR_LENGTH},
-    {"wrong_position", wrong_position, DSV4_ERROR_STATE},
-    {"same_state_twice", same_state_twice, DSV4_ERROR_STATE},
-    {"next_without_state", next_without_state, DSV4_ERROR_STATE},
-    {"next_elsewhere", next_elsewhere, DSV4_ERROR_STATE},
-    {"next_of_another", next_of_another, DSV4_ERROR_STATE},
-    {"previous_of_another", previous_of_another, DSV4_ERROR_STATE},
-    {"previous_is_the_state", previous_is_the_state, DSV4_ERROR_STATE},
-    {"next_is_the_state", next_is_the_state, DSV4_ERROR_STATE},
-    {"kept_projections_without_x", kept_projections_without_x, DSV4_ERROR_NULL},
-    {"previous_is_next", previous_is_next, DSV4_ERROR_STATE},
-    {"previous_is_another_state", previous_is_another_state, DSV4_ERROR_STATE},
-    {"next_is_another_previous", next_is_another_previous, DSV4_ERROR_STATE},
-    {"previous_twice", previous_twice, DSV4_ERROR_STATE},
-};
-enum { PLEA_COUNT = sizeof pleas / sizeof *pleas };
+} bad_backward_calls[] = {
+#define BAD_CALL_ROW(name, code, status) {#name, spoil_##name, status},
+    BAD_BACKWARD_CALLS(BAD_CALL_ROW)};
+enum { BAD_BACKWARD_CALL_COUNT = sizeof bad_backward_calls / sizeof *bad_backward_calls };
 
 /* The states that a refused call must leave alone. */
 typedef struct witness {
@@ -1029,16 +1000,16 @@ TEST is_refused_and_changes_nothing(int i) {
     static const int64_t lengths[] = {5, 6, 9};
     dsv4_config c = small_csa(), another = c;
     another.head_dim += 2;
-    lesson l = small_lesson(&c, 20);
-    lesson stranger = small_lesson(&another, 20);
-    lesson_parts parts = lesson_cut(&l, &l.e, lengths, 3);
+    backward_case l = small_lesson(&c, 20);
+    backward_case stranger = small_lesson(&another, 20);
+    backward_parts parts = backward_case_cut(&l, &l.e, lengths, 3);
     dsv4_state *last = state_new(&l.e, 0);
     dsv4_state *const states[4] = {parts.state[1], parts.state[2], parts.gradient[1], last};
     gradient_set got = gradient_set_new(&c, DSV4_F32, l.s.tokens);
     dsv4_error error = {0};
     dsv4_options options = {NULL, 1, 0}; /* without room for bf16 sums */
     dsv4_allocator heap = dsv4_heap();
-    plea p = {0};
+    bad_backward_parts p = {0};
     ASSERT_EQ(3, parts.count);
     ASSERT_EQ(DSV4_OK, backward_part(&l, &l.e, &parts, 2, gradients_into(&got, l.dout, DSV4_F32), parts.gradient[2]));
     ASSERT_EQ(DSV4_OK, dsv4_compressor_create(&c, &l.m.params, &options, &heap, &p.e.compressor, NULL));
@@ -1048,19 +1019,19 @@ TEST is_refused_and_changes_nothing(int i) {
     p.segments[1] = segment_new(11, 9, 11, 2, parts.state[2]);
     p.carried[0] = (dsv4_segment_gradient){parts.gradient[2], parts.gradient[1]};
     p.carried[1] = (dsv4_segment_gradient){NULL, last};
-    p.batch = lesson_batch(&l, p.segments, 2);
+    p.batch = backward_case_batch(&l, p.segments, 2);
     p.batch.drop_tail = 0;
     p.to = gradients_into(&got, l.dout, DSV4_F32);
     p.to.segments = p.carried;
     p.other = state_new(&stranger.e, 0);
     p.fresh = state_new(&l.e, 0);
     p.untrained = engine_new(&l.m, NULL, NULL);
-    const plea right = p;
+    const bad_backward_parts right = p;
     const witness before = witness_of(states);
-    pleas[i].spoil(&p);
+    bad_backward_calls[i].spoil(&p);
     const dsv4_status status = dsv4_backward(p.e.compressor, &p.batch, &p.to, p.e.workspace, &error);
-    ASSERT_STR_EQ(dsv4_status_text(pleas[i].status), dsv4_status_text(status));
-    ASSERT_EQ(pleas[i].status, error.status);
+    ASSERT_STR_EQ(dsv4_status_text(bad_backward_calls[i].status), dsv4_status_text(status));
+    ASSERT_EQ(bad_backward_calls[i].status, error.status);
     ASSERT(strlen(error.text) > 0);
     ASSERT(gradients_untouched(&got));
     const witness after = witness_of(states);
@@ -1080,9 +1051,9 @@ TEST is_refused_and_changes_nothing(int i) {
     dsv4_state_destroy(p.fresh);
     dsv4_state_destroy(last);
     gradient_set_free(&got);
-    lesson_parts_free(&parts);
-    lesson_free(&stranger);
-    lesson_free(&l);
+    backward_case_parts_free(&parts);
+    backward_case_free(&stranger);
+    backward_case_free(&l);
     PASS();
 }
 
@@ -1090,24 +1061,26 @@ TEST is_refused_and_changes_nothing(int i) {
 TEST a_type_not_given_and_a_short_stride_are_refused_by_name(void) {
     static const char *const names[] = {"x", "dout", "dx", "dwkv", "dwgate", "dape", "dnorm"};
     const dsv4_config c = small_csa();
-    lesson l = small_lesson(&c, 2 * c.ratio);
+    backward_case l = small_lesson(&c, 2 * c.ratio);
     gradient_set got = gradient_set_new(&c, DSV4_F32, l.s.tokens);
     for (int i = 0; i < 7; i++)
         for (int stride = 0; stride <= 1; stride++) {
-            dsv4_batch b = lesson_batch(&l, NULL, 0);
+            dsv4_batch b = backward_case_batch(&l, NULL, 0);
             dsv4_gradients to = gradients_into(&got, l.dout, l.dout_dtype);
             dsv4_matrix *const written[] = {&to.dx, &to.dwkv, &to.dwgate, &to.dape, &to.dnorm};
             dsv4_const_matrix *const read[] = {&b.x, &to.dout};
             dsv4_error error = {0};
-            if (stride) *(i < 2 ? &read[i]->stride : &written[i - 2]->stride) = 1;
-            else *(i < 2 ? &read[i]->dtype : &written[i - 2]->dtype) = (dsv4_dtype)0;
+            if (stride)
+                *(i < 2 ? &read[i]->stride : &written[i - 2]->stride) = 1;
+            else
+                *(i < 2 ? &read[i]->dtype : &written[i - 2]->dtype) = (dsv4_dtype)0;
             ASSERT_EQ(DSV4_ERROR_ARGUMENT, dsv4_backward(l.e.compressor, &b, &to, l.e.workspace, &error));
             const char *words = note(stride ? "stride of %s is 1 " : "dtype of %s is not given", names[i]);
             ASSERTm(words, strstr(error.text, words) != NULL);
             ASSERT(gradients_untouched(&got));
         }
     gradient_set_free(&got);
-    lesson_free(&l);
+    backward_case_free(&l);
     PASS();
 }
 
@@ -1116,10 +1089,10 @@ TEST gradients_of_arrays_that_there_are_not_are_refused(void) {
     c.overlap = 0;
     c.ratio = 1;
     c.no_ape = c.no_gate = 1;
-    lesson l = small_lesson(&c, 3);
+    backward_case l = small_lesson(&c, 3);
     float somewhere[64 * 64] = {0};
     dsv4_segment whole = segment_new(0, 3, 0, 0, NULL);
-    dsv4_batch b = lesson_batch(&l, &whole, 1);
+    dsv4_batch b = backward_case_batch(&l, &whole, 1);
     for (int which = ORACLE_DWGATE; which <= ORACLE_DAPE; which++) {
         dsv4_gradients to = gradients_into(&l.whole, l.dout, DSV4_F32);
         (which == ORACLE_DWGATE ? &to.dwgate : &to.dape)->data = somewhere;
@@ -1128,7 +1101,7 @@ TEST gradients_of_arrays_that_there_are_not_are_refused(void) {
     for (int i = 0; i < 64 * 64; i++) ASSERT_EQ(0.0f, somewhere[i]);
     ASSERT_EQ(DSV4_ERROR_NULL, dsv4_backward(l.e.compressor, &b, NULL, l.e.workspace, NULL));
     ASSERT_EQ(DSV4_ERROR_NULL, dsv4_backward(l.e.compressor, NULL, NULL, l.e.workspace, NULL));
-    lesson_free(&l);
+    backward_case_free(&l);
     PASS();
 }
 
@@ -1140,23 +1113,23 @@ static void named(const char *format, const char *a, const char *b) {
     greatest_set_test_suffix(suffix);
 }
 
-#define FOR_EACH_SHAPE(test)                         \
-    for (int i = 0; i < SHAPE_COUNT; i++) {          \
-        named("%s%s", shapes[i].name, "");           \
-        RUN_TESTp(test, &shapes[i]);                 \
+#define FOR_EACH_SHAPE(test)                \
+    for (int i = 0; i < SHAPE_COUNT; i++) { \
+        named("%s%s", shapes[i].name, "");  \
+        RUN_TESTp(test, &shapes[i]);        \
     }
 
-#define FOR_EVERY_SHAPE(test)                            \
-    for (int table = 0; table < 2; table++)              \
-        for (int i = 0; i < table_size[table]; i++) {    \
-            named("%s%s", tables[table][i].name, "");    \
-            RUN_TESTp(test, table, i);                   \
+#define FOR_EVERY_SHAPE(test)                         \
+    for (int table = 0; table < 2; table++)           \
+        for (int i = 0; i < table_size[table]; i++) { \
+            named("%s%s", tables[table][i].name, ""); \
+            RUN_TESTp(test, table, i);                \
         }
 
-#define FOR_EACH_LONG_SHAPE(test)                    \
-    for (int i = 0; i < LONG_SHAPE_COUNT; i++) {     \
-        named("%s%s", long_shapes[i].name, "");      \
-        RUN_TESTp(test, i);                          \
+#define FOR_EACH_LONG_SHAPE(test)                \
+    for (int i = 0; i < LONG_SHAPE_COUNT; i++) { \
+        named("%s%s", long_shapes[i].name, "");  \
+        RUN_TESTp(test, i);                      \
     }
 
 SUITE(right) {
@@ -1230,8 +1203,8 @@ SUITE(extremes) {
 }
 
 SUITE(refused) {
-    for (int i = 0; i < PLEA_COUNT; i++) {
-        named("%s%s", pleas[i].name, "");
+    for (int i = 0; i < BAD_BACKWARD_CALL_COUNT; i++) {
+        named("%s%s", bad_backward_calls[i].name, "");
         RUN_TESTp(is_refused_and_changes_nothing, i);
     }
     RUN_TEST(a_type_not_given_and_a_short_stride_are_refused_by_name);

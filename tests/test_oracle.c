@@ -50,7 +50,8 @@ static const char *describe(const trial *t) {
     static char text[256];
     const dsv4_config *c = &t->config;
     snprintf(text, sizeof text,
-             "H %d D %d m %d R %d overlap %d no_ape %d no_gate %d rounding %#x sums %d yarn %g tokens %d at %d x %s w %s %s %s %s",
+             "H %d D %d m %d R %d overlap %d no_ape %d no_gate %d rounding %#x sums %d yarn %g tokens %d at %d x %s w "
+             "%s %s %s %s",
              (int)c->hidden_dim, (int)c->head_dim, (int)c->ratio, (int)c->rope_dim, c->overlap, c->no_ape, c->no_gate,
              (unsigned)c->rounding, (int)c->sums, c->yarn_factor, (int)t->tokens, (int)t->position, dtype_name(t->x),
              dtype_name(t->params[0]), dtype_name(t->params[1]), dtype_name(t->params[2]), dtype_name(t->params[3]));

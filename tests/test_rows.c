@@ -1,5 +1,5 @@
-/* Rows as caches hold them: numbers of eight and four bits, every format against its definition and PyTorch, packed rows
- * anywhere in memory, pages, and gradients through them. */
+/* Rows as caches hold them: numbers of eight and four bits, every format against its definition and PyTorch, packed
+ * rows anywhere in memory, pages, and gradients through them. */
 
 #define _POSIX_C_SOURCE 200809L
 #define _DEFAULT_SOURCE
@@ -696,8 +696,8 @@ TEST fp8_rows_of_rope_alone_have_no_scales(void) {
     PASS();
 }
 
-/* What the published models use: entries FP8, their indexers' keys FP4, V4.1's entries FP4 with E4M3 scales; in the sizes
- * that engines' caches have. */
+/* What the published models use: entries FP8, their indexers' keys FP4, V4.1's entries FP4 with E4M3 scales; in the
+ * sizes that engines' caches have. */
 TEST presets_know_their_rows(void) {
     static const struct {
         dsv4_preset preset;
@@ -747,8 +747,9 @@ static dsv4_config gradient_config(dsv4_rows rows) {
  * which turns as the rows do. */
 TEST gradients_go_straight_through_the_rounding(dsv4_rows rows) {
     const dsv4_config c = gradient_config(rows), bare = gradient_config(DSV4_ROWS_PLAIN);
-    lesson l = lesson_new(model_of(&c, DSV4_F32, 31), sequence_new(&c, DSV4_F32, 64, 32), DSV4_F32, 33);
-    lesson plain = lesson_new(model_of(&bare, DSV4_F32, 31), sequence_new(&bare, DSV4_F32, 64, 32), DSV4_F32, 33);
+    backward_case l = backward_case_new(model_of(&c, DSV4_F32, 31), sequence_new(&c, DSV4_F32, 64, 32), DSV4_F32, 33);
+    backward_case plain =
+        backward_case_new(model_of(&bare, DSV4_F32, 31), sequence_new(&bare, DSV4_F32, 64, 32), DSV4_F32, 33);
     float *dout = (float *)(uintptr_t)plain.dout;
     for (int64_t row = 0; row < 16 && rows == DSV4_ROWS_FP4; row++) hadamard(dout + row * c.head_dim, c.head_dim);
     engine e = trainer_new(&l.m, NULL, NULL), f = trainer_new(&plain.m, NULL, NULL);
@@ -760,15 +761,15 @@ TEST gradients_go_straight_through_the_rounding(dsv4_rows rows) {
     gradient_set_free(&expected);
     engine_free(&e);
     engine_free(&f);
-    lesson_free(&l);
-    lesson_free(&plain);
+    backward_case_free(&l);
+    backward_case_free(&plain);
     PASS();
 }
 
 /* dout lies where out does; what is not stored has none. */
 TEST gradients_come_from_the_rows_of_their_entries(void) {
     const dsv4_config c = gradient_config(DSV4_ROWS_PLAIN);
-    lesson l = lesson_new(model_of(&c, DSV4_F32, 41), sequence_new(&c, DSV4_F32, 64, 42), DSV4_F32, 43);
+    backward_case l = backward_case_new(model_of(&c, DSV4_F32, 41), sequence_new(&c, DSV4_F32, 64, 42), DSV4_F32, 43);
     engine e = trainer_new(&l.m, NULL, NULL);
     gradient_set got = gradient_set_new(&c, DSV4_F32, 64), expected = gradient_set_new(&c, DSV4_F32, 64);
     float *dout = (float *)(uintptr_t)l.dout, *apart = reserve(16 * 32 * sizeof *apart);
@@ -780,7 +781,7 @@ TEST gradients_come_from_the_rows_of_their_entries(void) {
     }
     ASSERT_EQ(DSV4_OK, backward_whole(&l, &e, &expected));
     dsv4_segment halves[2] = {segment_new(0, 32, 0, 0, NULL), segment_new(32, 32, 0, 8, NULL)};
-    dsv4_batch b = lesson_batch(&l, halves, 2);
+    dsv4_batch b = backward_case_batch(&l, halves, 2);
     dsv4_gradients to = gradients_into(&expected, dout, DSV4_F32);
     ASSERT_EQ(DSV4_OK, dsv4_backward(e.compressor, &b, &to, e.workspace, NULL));
     to = gradients_into(&got, apart, DSV4_F32);
@@ -791,7 +792,7 @@ TEST gradients_come_from_the_rows_of_their_entries(void) {
     gradient_set_free(&got);
     gradient_set_free(&expected);
     engine_free(&e);
-    lesson_free(&l);
+    backward_case_free(&l);
     PASS();
 }
 

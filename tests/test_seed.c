@@ -1,4 +1,5 @@
-/* What the compressor's first implementation, in pre-training, was tested for: nine properties, here by the same names. */
+/* What the compressor's first implementation, in pre-training, was tested for: nine properties, here by the same
+ * names. */
 
 #define _POSIX_C_SOURCE 200809L
 

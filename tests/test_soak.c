@@ -1,6 +1,6 @@
-/* A server at work: requests arrive, their prompts come in chunks, they decode side by side, speculate and take back, are
- * cancelled, moved as bytes and as copies (real threads: pthread). Every entry has the bits of the one call, and memory
- * is what was created and no more. SOAK_SECONDS in the environment: how long (1). */
+/* A server at work: requests arrive, their prompts come in chunks, they decode side by side, speculate and take
+ * back, are cancelled, moved as bytes and as copies (real threads: pthread). Every entry has the bits of the one
+ * call, and memory is what was created and no more. SOAK_SECONDS in the environment: how long (1). */
 
 #define _POSIX_C_SOURCE 200809L
 
@@ -20,13 +20,13 @@ static struct {
 
 /* A request under way. */
 typedef struct request {
-    sequence s;         /* all the tokens it will come to */
-    results expected;   /* of the one call */
-    char *seen;         /* [entries] */
-    int64_t prompt;     /* tokens that come in chunks */
+    sequence s;       /* all the tokens it will come to */
+    results expected; /* of the one call */
+    char *seen;       /* [entries] */
+    int64_t prompt;   /* tokens that come in chunks */
     int64_t depth;
-    dsv4_state *state;  /* NULL: the slot is free */
-    int64_t fed, kept;  /* tokens in this call, and how many of these are right */
+    dsv4_state *state;      /* NULL: the slot is free */
+    int64_t fed, kept;      /* tokens in this call, and how many of these are right */
     int64_t entry, entries; /* rows of out in this call */
 } request;
 
@@ -38,15 +38,15 @@ typedef struct server {
     engine e, reference; /* the former from `book` */
     ledger book;
     dsv4_allocator allocator;
-    crew crew;
+    team team;
     dice d;
     request slot[SLOTS];
-    int64_t chunk;       /* tokens of one segment at most */
-    sequence x;          /* of the call; rows between segments are NaN */
+    int64_t chunk; /* tokens of one segment at most */
+    sequence x;    /* of the call; rows between segments are NaN */
     results out;
-    int64_t created;     /* objects asked of `book` */
-    size_t base;         /* bytes of compressor and workspace */
-    const char *wrong;   /* what did not hold, NULL so far */
+    int64_t created;   /* objects asked of `book` */
+    size_t base;       /* bytes of compressor and workspace */
+    const char *wrong; /* what did not hold, NULL so far */
 } server;
 
 static int holds(server *v, int condition, const char *what) {
@@ -80,10 +80,11 @@ static void server_start(server *v) {
     while (dsv4_isa_name(sets)) sets++;
     dsv4_options options = {0};
     options.isa = dsv4_isa_name((int)dice_below(&v->d, sets));
-    const dsv4_parallel parallel = temper_parallel(&tempers[dice_below(&v->d, TEMPER_COUNT)], &v->crew);
+    const dsv4_parallel parallel = schedule_parallel(&schedules[dice_below(&v->d, SCHEDULE_COUNT)], &v->team);
     v->allocator = ledger_allocator(&v->book);
     v->reference = engine_new(&v->m, dsv4_isa_name((int)dice_below(&v->d, sets)), NULL);
-    holds(v, !dsv4_compressor_create(&v->config, &v->m.params, &options, &v->allocator, &v->e.compressor, NULL), "create");
+    holds(v, !dsv4_compressor_create(&v->config, &v->m.params, &options, &v->allocator, &v->e.compressor, NULL),
+          "create");
     holds(v, !dsv4_workspace_create(v->e.compressor, &parallel, &v->allocator, &v->e.workspace, NULL), "create");
     v->created = 2;
     v->base = v->book.live_bytes;
@@ -109,7 +110,8 @@ static void judge(server *v, const request *q) {
     windows.tokens = q->expected.entries * v->config.ratio;
     results wide = results_new(&v->config, DSV4_F32, windows.tokens, q->expected.entries);
     holds(v, !compress_whole(&v->reference, &windows, &wide, NULL), "the one call");
-    holds(v, oracle_judge_leaning(&v->m, &windows, &wide, 4).stage == STAGE_COUNT, "the oracle agrees with the one call");
+    holds(v, oracle_judge_leaning(&v->m, &windows, &wide, 4).stage == STAGE_COUNT,
+          "the oracle agrees with the one call");
     for (int64_t i = 0; i < wide.count[STAGE_OUT]; i++) {
         float value = ((float *)wide.stage[STAGE_OUT])[i];
         if (v->of->out == DSV4_BF16) value = dsv4_bf16_to_f32(dsv4_bf16_from_f32(value));
@@ -147,7 +149,8 @@ static void server_free(server *v) {
         if (v->slot[i].state) leave(v, &v->slot[i]);
     engine_free(&v->e);
     engine_free(&v->reference);
-    holds(v, v->book.live == 0 && v->book.live_bytes == 0 && !v->book.wrong, "everything was given back, as it was asked for");
+    holds(v, v->book.live == 0 && v->book.live_bytes == 0 && !v->book.wrong,
+          "everything was given back, as it was asked for");
     results_free(&v->out);
     sequence_free(&v->x);
     model_free(&v->m);
@@ -176,9 +179,12 @@ static void lay(server *v, const request *q, int64_t row) {
     const int none = one_in(v, 4);
     for (int64_t i = 0; i < q->fed; i++) {
         char *to = row_of(v->x.x, row + i, x_row(v));
-        if (i < q->kept) memcpy(to, row_of(q->s.x, done + i, x_row(v)), x_row(v));
-        else if (none) memset(to, 0xFF, x_row(v));
-        else for (int64_t k = 0; k < v->config.hidden_dim; k++) set_number(to, v->of->x, k, 3 * dice_real(&v->d));
+        if (i < q->kept)
+            memcpy(to, row_of(q->s.x, done + i, x_row(v)), x_row(v));
+        else if (none)
+            memset(to, 0xFF, x_row(v));
+        else
+            for (int64_t k = 0; k < v->config.hidden_dim; k++) set_number(to, v->of->x, k, 3 * dice_real(&v->d));
     }
 }
 

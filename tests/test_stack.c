@@ -27,7 +27,7 @@ enum { LIMIT = 32 << 10 };
 /* A compressor of one kernel set at work, and what its calls need. */
 typedef struct site {
     const char *isa;
-    lesson l;
+    backward_case l;
     engine e;
     results r;
     gradient_set g;
@@ -38,7 +38,7 @@ typedef struct site {
 static site site_new(const shape *of, const char *isa) {
     site s = {0};
     s.isa = isa;
-    s.l = lesson_of(of, 300 / of->ratio * of->ratio, 7);
+    s.l = backward_case_of(of, 300 / of->ratio * of->ratio, 7);
     s.e = trainer_new(&s.l.m, isa, NULL);
     s.r = results_new(&s.l.config, of->out, s.l.s.tokens, s.l.entries);
     s.g = gradient_set_new(&s.l.config, DSV4_F32, s.l.s.tokens);
@@ -51,7 +51,7 @@ static void site_free(site *s) {
     gradient_set_free(&s->g);
     results_free(&s->r);
     engine_free(&s->e);
-    lesson_free(&s->l);
+    backward_case_free(&s->l);
 }
 
 /* ---- The calls --------------------------------------------------------------------------------------------- */

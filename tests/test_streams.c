@@ -59,8 +59,8 @@ TEST any_cut_into_calls_gives_the_bits_of_the_one_call(const shape *of) {
 /* Sequences of many hundred tokens, cut near and far from where the work is divided inside. */
 TEST a_long_sequence_may_be_cut_anywhere(const shape *of) {
     workbench w = workbench_new(of, long_windows(of), 21);
-    static const int64_t cuts[][5] = {{1, 1, 1, 1, 1},           {223, 224, 225, 1, 2}, {127, 128, 129, 3, 5},
-                                      {500, 7, 300, 299, 301},   {17, 40, 2, 0, 13},    {899, 1, 900, 1, 1}};
+    static const int64_t cuts[][5] = {{1, 1, 1, 1, 1},         {223, 224, 225, 1, 2}, {127, 128, 129, 3, 5},
+                                      {500, 7, 300, 299, 301}, {17, 40, 2, 0, 13},    {899, 1, 900, 1, 1}};
     for (size_t i = 0; i < sizeof cuts / sizeof *cuts; i++) {
         const int64_t depths[] = {0, 3, depth_for_weights(&w.config)};
         for (int k = 0; k < 3; k++) {
@@ -134,7 +134,8 @@ TEST a_call_that_closes_no_window_needs_no_out(void) {
 
 /* ---- Roll back --------------------------------------------------------------------------------------------- */
 
-/* A sequence is written, in part taken back and written anew, many times over; what stands at the end is what counts. */
+/* A sequence is written, in part taken back and written anew, many times over; what stands at the end is what
+ * counts. */
 TEST taking_back_is_as_if_the_tokens_had_never_come(const shape *of, int64_t depth) {
     workbench w = workbench_new(of, depth < 100 ? 8 : long_windows(of), 5);
     sequence drafts = shape_sequence(of, w.s.tokens, 99), mixed = shape_sequence(of, w.s.tokens, 98);
@@ -254,7 +255,8 @@ TEST every_accepted_prefix_equals_serial_decoding(const shape *of) {
                 ASSERT_EQ(DSV4_OK, compress_part(&w.e, &w.s, &scratch, state, t, t + 1, NULL));
             for (int64_t t = start + a; t < w.s.tokens; t++)
                 ASSERT_EQ(DSV4_OK, compress_part(&w.e, &w.s, &r, serial, t, t + 1, NULL));
-            size_t entry = scratch.bytes[STAGE_OUT] / (size_t)scratch.entries, first = (size_t)((start + a) / w.config.ratio) * entry;
+            size_t entry = scratch.bytes[STAGE_OUT] / (size_t)scratch.entries,
+                   first = (size_t)((start + a) / w.config.ratio) * entry;
             ASSERTm(note("k %d a %d", (int)k, (int)a),
                     !memcmp((char *)r.stage[STAGE_OUT] + first, (char *)scratch.stage[STAGE_OUT] + first,
                             r.bytes[STAGE_OUT] - first));
@@ -403,8 +405,8 @@ static void sign(unsigned char *bytes, size_t size) {
 /* Bytes whose checksum holds, but whose numbers no state of this configuration has: each field of the header set to
  * numbers small and large, and rows missing or added. */
 TEST forged_bytes_are_rejected_and_the_state_unchanged(const shape *of) {
-    static const uint64_t numbers[] = {0, 1, 2, 1000, 1001, UINT64_MAX / 4, (uint64_t)1 << 61, (uint64_t)1 << 62,
-                                       (uint64_t)1 << 63, UINT64_MAX};
+    static const uint64_t numbers[] = {
+        0, 1, 2, 1000, 1001, UINT64_MAX / 4, (uint64_t)1 << 61, (uint64_t)1 << 62, (uint64_t)1 << 63, UINT64_MAX};
     workbench w = workbench_new(of, 3, 22);
     results r = workbench_results(&w);
     dsv4_state *source = state_new(&w.e, 2), *state = state_new(&w.e, 2);
@@ -419,12 +421,14 @@ TEST forged_bytes_are_rejected_and_the_state_unchanged(const shape *of) {
     ASSERT_MEM_EQ(good.bytes, bytes, good.size);
     for (size_t field = 0; field < 64; field += 8) {
         for (size_t i = 0; i < sizeof numbers / sizeof *numbers; i++) {
-            for (int byte = 0; byte < 8; byte++) bytes[field + (size_t)byte] = (unsigned char)(numbers[i] >> (8 * byte));
+            for (int byte = 0; byte < 8; byte++)
+                bytes[field + (size_t)byte] = (unsigned char)(numbers[i] >> (8 * byte));
             sign(bytes, good.size);
             int changed = memcmp(bytes, good.bytes, good.size) != 0;
             int any_position = field == 24 && numbers[i] >> 62 == 0;
             int same_rows = field == 40 && numbers[i] / ratio == (uint64_t)(w.s.tokens - 3) / ratio; /* deeper state */
-            int nothing_waits = ratio == 1 && !w.config.overlap && (field == 32 || field == 40); /* as many as you like */
+            int nothing_waits =
+                ratio == 1 && !w.config.overlap && (field == 32 || field == 40); /* as many as you like */
             if (changed && !any_position && !same_rows && !nothing_waits) {
                 ASSERTm(note("field %d, number %d", (int)field, (int)i),
                         dsv4_state_restore(state, bytes, good.size, NULL) == DSV4_ERROR_DATA);
@@ -510,21 +514,51 @@ TEST saved_bytes_need_no_alignment(void) {
 static dsv4_config other_config(int field) {
     dsv4_config c = shape_config(&shapes[0]);
     switch (field) {
-    case 0: c.hidden_dim++; break;
-    case 1: c.head_dim += 2; break;
-    case 2: c.ratio++; break;
-    case 3: c.rope_dim -= 2; break;
-    case 4: c.overlap = 0; break;
-    case 5: c.no_ape = 1; break;
-    case 6: c.rounding ^= DSV4_ROUND_PROJECTION; break;
-    case 7: c.eps = 1e-5f; break;
-    case 8: c.pad_gate = -1e4f; break;
-    case 9: c.rope_theta = 10000; break;
-    case 10: c.yarn_factor = 4; break;
-    case 11: c.yarn_orig_ctx = 4096; break;
-    case 12: c.yarn_beta_fast = 16; break;
-    case 13: c.sums = DSV4_SUMS_TILES; break;
-    default: c.yarn_beta_slow = 2; break;
+    case 0:
+        c.hidden_dim++;
+        break;
+    case 1:
+        c.head_dim += 2;
+        break;
+    case 2:
+        c.ratio++;
+        break;
+    case 3:
+        c.rope_dim -= 2;
+        break;
+    case 4:
+        c.overlap = 0;
+        break;
+    case 5:
+        c.no_ape = 1;
+        break;
+    case 6:
+        c.rounding ^= DSV4_ROUND_PROJECTION;
+        break;
+    case 7:
+        c.eps = 1e-5f;
+        break;
+    case 8:
+        c.pad_gate = -1e4f;
+        break;
+    case 9:
+        c.rope_theta = 10000;
+        break;
+    case 10:
+        c.yarn_factor = 4;
+        break;
+    case 11:
+        c.yarn_orig_ctx = 4096;
+        break;
+    case 12:
+        c.yarn_beta_fast = 16;
+        break;
+    case 13:
+        c.sums = DSV4_SUMS_TILES;
+        break;
+    default:
+        c.yarn_beta_slow = 2;
+        break;
     }
     return c;
 }
@@ -711,7 +745,8 @@ TEST windows_of_one_token_and_of_many_close_in_one_call(const shape *of) {
 TEST a_failed_call_advances_no_state(void) {
     workbench w = workbench_new(&shapes[0], 4, 18);
     results r = workbench_results(&w), untouched = workbench_results(&w);
-    dsv4_state *good = state_new(&w.e, depth_for_weights(&w.config) + 2), *bad = state_new(&w.e, depth_for_weights(&w.config) + 2);
+    dsv4_state *good = state_new(&w.e, depth_for_weights(&w.config) + 2),
+               *bad = state_new(&w.e, depth_for_weights(&w.config) + 2);
     ASSERT_EQ(DSV4_OK, compress_part(&w.e, &w.s, &r, good, 0, 3, NULL));
     ASSERT_EQ(DSV4_OK, compress_part(&w.e, &w.s, &r, bad, 0, 3, NULL));
     saved of_good = save(good), of_bad = save(bad);
@@ -769,8 +804,8 @@ TEST weights_of_folded_rows_are_refused(const shape *of) {
 
 /* ---- Size -------------------------------------------------------------------------------------------------- */
 
-/* Three numbers a channel for each open window and the rows of `depth` tokens; or the open windows' rows, where these are
- * fewer numbers or have to be rounded one by one. */
+/* Three numbers a channel for each open window and the rows of `depth` tokens; or the open windows' rows, where
+ * these are fewer numbers or have to be rounded one by one. */
 TEST a_state_is_no_larger_than_what_it_waits_for(const shape *of) {
     workbench w = workbench_new(of, 6, 19);
     const dsv4_config *c = &w.config;
@@ -799,10 +834,10 @@ TEST a_state_is_no_larger_than_what_it_waits_for(const shape *of) {
 
 /* ---- The suite --------------------------------------------------------------------------------------------- */
 
-#define FOR_EVERY_SHAPE(...)                              \
-    for (int i = 0; i < SHAPE_COUNT; i++) {               \
-        greatest_set_test_suffix(shapes[i].name);         \
-        RUN_TESTp(__VA_ARGS__);                           \
+#define FOR_EVERY_SHAPE(...)                      \
+    for (int i = 0; i < SHAPE_COUNT; i++) {       \
+        greatest_set_test_suffix(shapes[i].name); \
+        RUN_TESTp(__VA_ARGS__);                   \
     }
 
 SUITE(streams) {

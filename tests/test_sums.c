@@ -1,5 +1,5 @@
-/* The two orders in which products of bf16 are added up, PAIRS and TILES, beside loops that do as their definitions say:
- * projections, dx and the weights' gradients, to the bit, for every kernel set. */
+/* The two orders in which products of bf16 are added up, PAIRS and TILES, beside loops that do as their definitions
+ * say: projections, dx and the weights' gradients, to the bit, for every kernel set. */
 
 #include "runner.h"
 #include "gradient_support.h"
@@ -91,8 +91,8 @@ static int64_t wrong_projection(const dsv4_config *c, int64_t tokens, const char
 
 /* Any number of terms, and any number of rows that are multiplied at a time. */
 TEST projections_are_added_in_the_order_named(dsv4_sums sums) {
-    static const int64_t dims[] = {1,  2,  3,   15,  16,  17,  30,  31,  32,  33,  47,  48,   62,   63,  64,
-                                   65, 96, 129, 255, 256, 257, 288, 300, 511, 513, 777, 2080, 4101};
+    static const int64_t dims[] = {1,  2,  3,  15,  16,  17,  30,  31,  32,  33,  47,  48,  62,   63,
+                                   64, 65, 96, 129, 255, 256, 257, 288, 300, 511, 513, 777, 2080, 4101};
     const char *isa;
     for (int k = 0; (isa = dsv4_isa_name(k)) != NULL; k++) {
         for (size_t i = 0; i < sizeof dims / sizeof *dims; i++) {
@@ -111,8 +111,8 @@ TEST projections_are_added_in_the_order_named(dsv4_sums sums) {
 
 /* ---- Gradients --------------------------------------------------------------------------------------------- */
 
-/* dkv of a lesson whose windows have one row, read off dwkv of single tokens of ones. */
-static float *dkv_of(const lesson *l) {
+/* dkv of a backward_case whose windows have one row, read off dwkv of single tokens of ones. */
+static float *dkv_of(const backward_case *l) {
     const dsv4_config *c = &l->config;
     float *dkv = reserve((size_t)(l->s.tokens * c->head_dim) * sizeof *dkv);
     float *dwkv = reserve((size_t)(c->head_dim * c->hidden_dim) * sizeof *dwkv);
@@ -139,7 +139,7 @@ static float *dkv_of(const lesson *l) {
 }
 
 /* What dx and dwkv have to be: sums over dkv's columns and over the tokens. */
-static gradient_set expected_gradients(const lesson *l) {
+static gradient_set expected_gradients(const backward_case *l) {
     const int64_t H = l->config.hidden_dim, D = l->config.head_dim, tokens = l->s.tokens;
     gradient_set g = gradient_set_new(&l->config, DSV4_F32, tokens);
     float *dkv = dkv_of(l), *x = as_floats(l->s.x, DSV4_BF16, tokens * H);
@@ -157,10 +157,12 @@ static gradient_set expected_gradients(const lesson *l) {
 }
 
 TEST gradients_are_added_in_the_order_named(dsv4_sums sums) {
-    static const int64_t sizes[][3] = {{40, 70, 300}, {33, 33, 31}, {1, 2, 65}, {70, 300, 70}, {64, 64, 1}, {35, 17, 560}};
+    static const int64_t sizes[][3] = {{40, 70, 300}, {33, 33, 31}, {1, 2, 65},
+                                       {70, 300, 70}, {64, 64, 1},  {35, 17, 560}};
     for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++) {
         dsv4_config c = plain_config(sums, sizes[i][0], sizes[i][1]);
-        lesson l = lesson_new(model_of(&c, DSV4_BF16, 31), sequence_new(&c, DSV4_BF16, sizes[i][2], 32), DSV4_F32, 33);
+        backward_case l =
+            backward_case_new(model_of(&c, DSV4_BF16, 31), sequence_new(&c, DSV4_BF16, sizes[i][2], 32), DSV4_F32, 33);
         gradient_set expected = expected_gradients(&l);
         const char *isa;
         for (int k = 0; (isa = dsv4_isa_name(k)) != NULL; k++) {
@@ -174,24 +176,24 @@ TEST gradients_are_added_in_the_order_named(dsv4_sums sums) {
             engine_free(&e);
         }
         gradient_set_free(&expected);
-        lesson_free(&l);
+        backward_case_free(&l);
     }
     PASS();
 }
 
 /* A compressor whose sums over tokens are told apart by where they are cut. */
-static lesson tiles_lesson(int64_t tokens) {
+static backward_case tiles_lesson(int64_t tokens) {
     dsv4_config c = {0};
     c.hidden_dim = 37;
     c.head_dim = 33;
     c.ratio = 4;
     c.overlap = 1;
     c.sums = DSV4_SUMS_TILES;
-    return lesson_new(model_of(&c, DSV4_BF16, 41), sequence_new(&c, DSV4_BF16, tokens, 42), DSV4_F32, 43);
+    return backward_case_new(model_of(&c, DSV4_BF16, 41), sequence_new(&c, DSV4_BF16, tokens, 42), DSV4_F32, 43);
 }
 
 /* The first gradient from dwkv to `last` that differs between the cuts, for some kernel set. */
-static int cuts_differ(const lesson *l, const int64_t *some, const int64_t *others, int count, int last) {
+static int cuts_differ(const backward_case *l, const int64_t *some, const int64_t *others, int count, int last) {
     const char *isa;
     int found = GRADIENTS;
     for (int k = 0; (isa = dsv4_isa_name(k)) != NULL && found == GRADIENTS; k++) {
@@ -210,23 +212,24 @@ static int cuts_differ(const lesson *l, const int64_t *some, const int64_t *othe
 }
 
 TEST cuts_at_multiples_of_32_give_the_same_sums_of_tiles(void) {
-    static const int64_t whole[] = {100000, 1, 1, 1}, cuts[][4] = {{32, 32, 32, 32}, {96, 64, 352, 32}, {224, 64, 32, 160}};
-    lesson l = tiles_lesson(700);
+    static const int64_t whole[] = {100000, 1, 1, 1},
+                         cuts[][4] = {{32, 32, 32, 32}, {96, 64, 352, 32}, {224, 64, 32, 160}};
+    backward_case l = tiles_lesson(700);
     for (int i = 0; i < 3; i++) {
         const int found = cuts_differ(&l, whole, cuts[i], 4, ORACLE_DWGATE);
         ASSERTm(note("cut %d: %s", i, gradient_name(found)), found == GRADIENTS);
     }
-    lesson_free(&l);
+    backward_case_free(&l);
     PASS();
 }
 
 /* Wherever a part begins: cutting one up at multiples of 32 of its sequence changes nothing. */
 TEST steps_are_counted_from_the_first_token(void) {
     static const int64_t once[] = {41, 100000, 1, 1}, often[] = {41, 23, 128, 100000};
-    lesson l = tiles_lesson(340);
+    backward_case l = tiles_lesson(340);
     const int found = cuts_differ(&l, once, often, 4, ORACLE_DWGATE);
     ASSERTm(gradient_name(found), found == GRADIENTS);
-    lesson_free(&l);
+    backward_case_free(&l);
     PASS();
 }
 
@@ -238,7 +241,8 @@ static int is_listed(const char *isa) {
     return dsv4_isa_name(i) != NULL;
 }
 
-/* Unasked, the order TILES gets tiles wherever there are any, and the order PAIRS never does: the system is not asked. */
+/* Unasked, the order TILES gets tiles wherever there are any, and the order PAIRS never does: the system is not
+ * asked. */
 TEST tiles_are_for_the_order_that_is_theirs(dsv4_sums sums) {
     dsv4_config c = plain_config(sums, 64, 32);
     model m = model_of(&c, DSV4_BF16, 71);
@@ -250,21 +254,21 @@ TEST tiles_are_for_the_order_that_is_theirs(dsv4_sums sums) {
 }
 
 /* Sizes that neither tiles nor what is added up before sums are stored divide. */
-static lesson tiled_lesson(int64_t tokens) {
+static backward_case tiled_lesson(int64_t tokens) {
     dsv4_config c = {0};
     c.hidden_dim = 2200;
     c.head_dim = 300;
     c.ratio = 4;
     c.overlap = 1;
     c.sums = DSV4_SUMS_TILES;
-    return lesson_new(model_of(&c, DSV4_BF16, 81), sequence_new(&c, DSV4_BF16, tokens, 82), DSV4_F32, 83);
+    return backward_case_new(model_of(&c, DSV4_BF16, 81), sequence_new(&c, DSV4_BF16, tokens, 82), DSV4_F32, 83);
 }
 
 TEST the_cpus_tiles_do_as_their_model_does(void) {
     if (!is_listed("amx")) SKIPm("this CPU, or its system, has no AMX");
     static const char *const sets[] = {"amx", "amx-model", "scalar"};
     for (int64_t tokens = 4; tokens <= 301; tokens += tokens < 40 ? 4 : 87) {
-        lesson l = tiled_lesson(tokens);
+        backward_case l = tiled_lesson(tokens);
         results r[3];
         for (int i = 0; i < 3; i++) {
             engine e = trainer_new(&l.m, sets[i], NULL);
@@ -280,7 +284,7 @@ TEST the_cpus_tiles_do_as_their_model_does(void) {
             engine_free(&e);
         }
         for (int i = 0; i < 3; i++) results_free(&r[i]);
-        lesson_free(&l);
+        backward_case_free(&l);
     }
     PASS();
 }
@@ -293,11 +297,11 @@ TEST fp32_operands_know_no_order(dsv4_dtype x, dsv4_dtype w) {
     c.hidden_dim = 300;
     c.head_dim = 40;
     c.ratio = 3;
-    lesson l[2];
+    backward_case l[2];
     results r[2];
     for (int i = 0; i < 2; i++) {
         c.sums = i ? DSV4_SUMS_TILES : DSV4_SUMS_PAIRS;
-        l[i] = lesson_new(model_of(&c, w, 51), sequence_new(&c, x, 299, 52), DSV4_F32, 53);
+        l[i] = backward_case_new(model_of(&c, w, 51), sequence_new(&c, x, 299, 52), DSV4_F32, 53);
         r[i] = results_new(&c, DSV4_F32, 299, 99);
         memset(r[i].stage[STAGE_KV], 0, r[i].bytes[STAGE_KV]);
         memset(r[i].stage[STAGE_GATE], 0, r[i].bytes[STAGE_GATE]);
@@ -308,7 +312,7 @@ TEST fp32_operands_know_no_order(dsv4_dtype x, dsv4_dtype w) {
     ASSERT_EQ(x == DSV4_F32 || w == DSV4_F32, same);
     for (int i = 0; i < 2; i++) {
         results_free(&r[i]);
-        lesson_free(&l[i]);
+        backward_case_free(&l[i]);
     }
     PASS();
 }

@@ -1,6 +1,6 @@
-/* Two sequences live through random calls: any cut, both in one call, save and restore, roll back, copy, reset, calls
- * that must fail, another kernel set, another number of threads. Whatever happens, what comes out of every stage is, bit
- * for bit, what compressing each sequence at once gives, and that stands where the oracle says. */
+/* Two sequences live through random calls: any cut, both in one call, save and restore, roll back, copy, reset,
+ * calls that must fail, another kernel set, another number of threads. Whatever happens, what comes out of every
+ * stage is, bit for bit, what compressing each sequence at once gives, and that stands where the oracle says. */
 
 #include "fuzz.h"
 #include "oracle_support.h"
@@ -46,9 +46,7 @@ static dsv4_config choose_config(choices *c) {
     return config;
 }
 
-static dsv4_dtype choose_dtype(choices *c) {
-    return choose(c, 1) ? DSV4_BF16 : DSV4_F32;
-}
+static dsv4_dtype choose_dtype(choices *c) { return choose(c, 1) ? DSV4_BF16 : DSV4_F32; }
 
 /* Tasks from the last to the first. */
 static void run_backwards(void *context, int64_t count, dsv4_task *task, void *argument) {
@@ -160,7 +158,8 @@ static void advance(scene *s, const engine *e, stream *const *streams, int count
         int64_t entries = (t->seen + tokens) / ratio - t->seen / ratio;
         REQUIRE(dsv4_entry_count(&s->model.config, t->state, tokens) == entries);
         *got.no_weights |= !has_weights(&s->model.config, t->state, tokens);
-        segments[i] = segment_new(t->token + t->seen, tokens, t->position + t->seen, t->entry + t->seen / ratio, t->state);
+        segments[i] =
+            segment_new(t->token + t->seen, tokens, t->position + t->seen, t->entry + t->seen / ratio, t->state);
         if (!fail) {
             expect_rows(s, &segments[i], entries, &wanted);
             t->seen += tokens;

@@ -1,7 +1,7 @@
 #!/bin/sh
 # fuzz.sh DIRECTORY SECONDS: each harness under libFuzzer with address and undefined sanitizers, from the kept corpus on.
 # What it finds is left in DIRECTORY as HARNESS-crash-*, HARNESS-timeout-* or HARNESS-oom-*.
-. tests/lib.sh
+. tests/checks/lib.sh
 out=$1 seconds=$2
 fuzzer=${FUZZ_CC:-clang}
 have "$fuzzer" || { echo "no $fuzzer here (Debian: apt-get install clang libclang-rt-14-dev)"; exit 1; }
@@ -9,7 +9,7 @@ mkdir -p "$out"
 
 # Comparisons of numbers are no branches worth tracing; in the oracle's loops that would take all the time.
 flags='-std=c99 -g -O1 -fsanitize=address,undefined,float-cast-overflow -fno-sanitize-recover=all
-    -I. -Iexamples -Itests -Itests/fuzz -pthread'
+    -I. -Iexamples -Itests/support -Itests/fuzz -pthread'
 numeric=-fno-sanitize-coverage=trace-cmp
 "$fuzzer" $flags -fsanitize=fuzzer-no-link $numeric -DDSV4_COMPRESSOR_IMPLEMENTATION -x c -c dsv4_compressor.h \
     -o "$out/dsv4.o" || exit 1

@@ -1,5 +1,5 @@
-/* JSON, a checkpoint's index and a model's config.json from arbitrary bytes: what is accepted is what it claims to be, and
- * what is refused leaves one line. The first byte says as which of them the rest is read. */
+/* JSON, a checkpoint's index and a model's config.json from arbitrary bytes: what is accepted is what it claims to
+ * be, and what is refused leaves one line. The first byte says as which of them the rest is read. */
 
 #define _POSIX_C_SOURCE 200809L
 #include "fuzz.h"

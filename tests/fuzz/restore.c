@@ -46,9 +46,7 @@ static blob save(const dsv4_state *state) {
     return b;
 }
 
-static int same(const blob *a, const blob *b) {
-    return a->size == b->size && memcmp(a->bytes, b->bytes, a->size) == 0;
-}
+static int same(const blob *a, const blob *b) { return a->size == b->size && memcmp(a->bytes, b->bytes, a->size) == 0; }
 
 /* Honest bytes, edited: some overwritten, the end cut off. */
 static blob tampered(const scene *s, choices *c) {

@@ -1,5 +1,5 @@
 /* Runs a harness on files, or on standard input, without libFuzzer: for gcc, for AFL, for looking at one input.
- *     cc -DDSV4_COMPRESSOR_IMPLEMENTATION -I. -Iexamples -Itests tests/fuzz/api.c tests/fuzz/standalone.c -lm
+ *     cc -DDSV4_COMPRESSOR_IMPLEMENTATION -I. -Iexamples -Itests/support tests/fuzz/api.c tests/fuzz/standalone.c -lm
  *     ./a.out FILE... */
 
 #include "fuzz.h"

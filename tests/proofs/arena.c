@@ -1,6 +1,7 @@
-/* An arena over 24 bytes at an address 8 past a multiple of 64, however many of them are used: a block of any 64-bit size
- * at any alignment that is a power of two lies in what was free, aligned, or there is none; giving it back. (Eva knows no
- * relation between two variables, such as used <= size: the small numbers are gone through one by one.) */
+/* An arena over 24 bytes at an address 8 past a multiple of 64, however many of them are used: a block of any 64-bit
+ * size at any alignment that is a power of two lies in what was free, aligned, or there is none; giving it back.
+ * (Eva knows no relation between two variables, such as used <= size: the small numbers are gone through one by
+ * one.) */
 // mutant: dsv4_compressor.h
 // - if (gap > arena->size - arena->used || size > arena->size - arena->used - gap) return NULL;
 // + if (gap > arena->size - arena->used || size > arena->size - arena->used) return NULL;

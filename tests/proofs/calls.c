@@ -1,6 +1,6 @@
-/* Every check of dsv4_compress: a compressor of any configuration, any bits in the batch and in up to three segments, with
- * and without states of any tokens, position and depth. (Of stages.weights what depends on a segment is in
- * check_weights.c; entry_rows are in entry_rows.c.) */
+/* Every check of dsv4_compress: a compressor of any configuration, any bits in the batch and in up to three
+ * segments, with and without states of any tokens, position and depth. (Of stages.weights what depends on a segment
+ * is in check_weights.c; entry_rows are in entry_rows.c.) */
 // mutant: dsv4_compressor.h
 // - if (segment->position < 0 || segment->position >= limit || segment->count >= limit - segment->position)
 // + if (segment->position >= limit || segment->count >= limit - segment->position)

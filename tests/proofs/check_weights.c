@@ -1,4 +1,5 @@
-/* What stages.weights asks of a state: one of any configuration, tokens, floor and depth, before any number of tokens. */
+/* What stages.weights asks of a state: one of any configuration, tokens, floor and depth, before any number of
+ * tokens. */
 // mutant: dsv4_compressor.h
 // - const int64_t ratio = state->ratio, lag = state->series - 1, first = state->tokens / ratio;
 // + const int64_t ratio = state->ratio, lag = state->series - 1, first = state->tokens;

@@ -1,5 +1,6 @@
-/* config.h - the configurations that dsv4_config_check accepts, as far as each field alone decides (pad_gate: any). That
- * it accepts no others is what config_check.c proves; that nothing goes wrong with these, the drivers that include this. */
+/* config.h - the configurations that dsv4_config_check accepts, as far as each field alone decides (pad_gate: any).
+ * That it accepts no others is what config_check.c proves; that nothing goes wrong with these, the drivers that
+ * include this. */
 #include "proof.h"
 
 enum { CONFIG_FIELDS = 16, ROUNDING_FIELD = 7 };

@@ -1,6 +1,6 @@
-/* Creation of a small compressor of each kind (overlap, ape, gate, training, types of the weights, any numbers in them),
- * its workspace and a state, where the allocator gives memory of exactly the size asked for, none, or, as far as Eva can
- * tell, memory that is not aligned; and destruction. */
+/* Creation of a small compressor of each kind (overlap, ape, gate, training, types of the weights, any numbers in
+ * them), its workspace and a state, where the allocator gives memory of exactly the size asked for, none, or, as far
+ * as Eva can tell, memory that is not aligned; and destruction. */
 // mutant: dsv4_compressor.h
 // - if (*block == NULL)
 // + if (block == NULL)

@@ -1,6 +1,6 @@
-/* dsv4_state_restore. Any bytes of every length up to 96 through its checks, for states of any head_dim, any depth and
- * ratio 1 to 3, with and without overlap, that fold or keep rows. Then what takes the bytes over: saved states of 0 to 5
- * tokens with any floor, at any position, other bytes any, into states of head_dim 1 and depth 0 to 2. */
+/* dsv4_state_restore. Any bytes of every length up to 96 through its checks, for states of any head_dim, any depth
+ * and ratio 1 to 3, with and without overlap, that fold or keep rows. Then what takes the bytes over: saved states
+ * of 0 to 5 tokens with any floor, at any position, other bytes any, into states of head_dim 1 and depth 0 to 2. */
 // mutant: dsv4_compressor.h
 // - for (int64_t t = dsv4__state_first(state, s, saved_floor); t < state->tokens; t++, from += state->row * 4)
 // + for (int64_t t = dsv4__state_first(state, s, saved_floor); t <= state->tokens; t++, from += state->row * 4)

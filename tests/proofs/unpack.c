@@ -1,6 +1,6 @@
 /* dsv4_unpack of two rows of any bytes in each format, to bf16 and fp32: head_dim 1 to 9, 16, 66 and 130 (blocks cut
- * short, more than one block, a half of a pair), any rope_dim up to 4, rounded or not; rows, scales and numbers at the end
- * of memory that has no more. Arguments of any bits with any configuration: refused, or no rows to unpack. */
+ * short, more than one block, a half of a pair), any rope_dim up to 4, rounded or not; rows, scales and numbers at
+ * the end of memory that has no more. Arguments of any bits with any configuration: refused, or no rows to unpack. */
 // mutant: dsv4_compressor.h
 // - dsv4__get_bf16((dsv4_bf16 *)job->to + coded, job->row + coded, dim - coded);
 // + dsv4__get_bf16((dsv4_bf16 *)job->to + coded, job->row + coded, dim);

@@ -56,7 +56,7 @@ static struct {
     int line;
 } runner;
 
-#define TEST        TESTS_MAY_BE_UNUSED static runner_result
+#define TEST        static runner_result
 #define SUITE(name) static void name(void)
 
 static inline runner_result runner_end(runner_result result, const char *message, const char *file, int line) {

@@ -51,9 +51,9 @@
  *
  * CONTENTS.  1 this page.  2 API: a status, b numbers, c configuration, d memory and threads, e compressor, f state,
  *     g the operation, h gradients.  3 implementation, which begins with a map: a compiler and options, b checks and
- *     memory, c numbers, d scalar mathematics, e rows of caches, f the kernels' jobs, g vector layer, h kernels,
- *     i kernel sets, j presets and checks, k the compressor, l streams, m workspace, n the operation, o gradients.
- *     4 licence (MIT). */
+ *     memory, c numbers, d scalar mathematics, e rows of caches, f the kernels' jobs, g vector layer, h row kernels,
+ *     i matrix product, j kernel sets, k presets and checks, l the compressor, m streams, n what calls work on, and,
+ *     forward and back side by side, o projections, p windows, q entries, r calls.  4 licence (MIT). */
 
 #ifndef DSV4_COMPRESSOR_H
 #define DSV4_COMPRESSOR_H
@@ -634,15 +634,15 @@ DSV4_CHECKED DSV4_API dsv4_status dsv4_backward(const dsv4_compressor *compresso
  *
  * THE LOOPS of dsv4_compress, outermost first, and where each is:
  *     block     up to 224 tokens of any segments, cut into pieces, whose projections fit the second cache     (3n)
- *       terms     as many of hidden_dim as let their part of x fit there too: x is packed (pack_task)         (3n)
- *         group     32 channels of every series; groups are shared out among threads (project_task)           (3n)
- *           KBLOCK    256 terms: those of a panel fit the first cache                                          (3n)
- *             panel     32 columns of kv or gate                                                               (3n)
- *               tile      up to 14 x 32 sums in registers, over all terms of the KBLOCK                        (3h)
+ *       terms     as many of hidden_dim as let their part of x fit there too: x is packed (pack_task)         (3o)
+ *         group     32 channels of every series; groups are shared out among threads (project_task)           (3o)
+ *           KBLOCK    256 terms: those of a panel fit the first cache                                          (3o)
+ *             panel     32 columns of kv or gate                                                               (3o)
+ *               tile      up to 14 x 32 sums in registers, over all terms of the KBLOCK                        (3i)
  *     (On AMX, in the order TILES: 2,048 terms at a time instead of 256, by 32 x 32 sums in tile registers.)
- *       group     windows that close are pooled, open ones folded into their states (pool_task)               (3n, 3h)
- *       entry     norm, RoPE, row format, store (finish_task)                                                  (3n, 3h)
- * dsv4_backward goes through chunks of 256 tokens instead: recompute, entries, windows, products               (3o)
+ *       group     windows that close are pooled, open ones folded into their states (pool_task)               (3p, 3h)
+ *       entry     norm, RoPE, row format, store (finish_task)                                                  (3q, 3h)
+ * dsv4_backward goes through chunks of 256 tokens instead: recompute, entries, windows, products               (3n)
  *
  * PACKED OPERANDS of a product: sum[rows, 32] += x[rows, terms] w[terms, 32], at most 256 terms at a time.
  *     left    [blocks of 256 terms][rows][256]     one row's terms side by side: fp32, or bf16 for the bf16 product
@@ -650,7 +650,7 @@ DSV4_CHECKED DSV4_API dsv4_status dsv4_backward(const dsv4_compressor *compresso
  *                 w(0,0) w(1,0) | w(0,1) w(1,1) | ... | w(0,31) w(1,31)     w(term, column)
  *                 w(2,0) w(3,0) | w(2,1) w(3,1) | ...
  *     sums    [groups][rows of the block][panels of a group][32]
- *     A compressor's panels: [groups][blocks of terms][series x (kv, gate)][terms of the block][32]            (3k)
+ *     A compressor's panels: [groups][blocks of terms][series x (kv, gate)][terms of the block][32]            (3l)
  *
  * WORDS
  *     segment   the caller's tokens of one sequence            series   Ca and Cb of overlapping windows, or one
@@ -661,11 +661,11 @@ DSV4_CHECKED DSV4_API dsv4_status dsv4_backward(const dsv4_compressor *compresso
  *     ring      rows that a state may have to take back        stamp    this file read once for a set
  *
  * TO ADD
- *     a kernel set       a block in 3g, a stamp behind 3h, a row in 3i; then check-cross or a CPU that runs it
- *     a rounding point   DSV4_ROUNDING_POINTS (2c), the kernel that rounds there (3h), tests/support/oracle.h, tests/pytorch
- *     a row format       DSV4_ROW_FORMATS (2c), dsv4__row_formats (3e), store and unpack (3h), tests/support/oracle_rows.h
- *     a stage            dsv4_stages (2g), check_outputs and its task (3n), tests/support/support.h
- *     a gradient         dsv4_gradients (2h), 3o, tests/support/oracle_backward.h
+ *     a kernel set       a block in 3g, a stamp behind 3i, a row in 3j; then check-cross or a CPU that runs it
+ *     a rounding point   DSV4_ROUNDING_POINTS (2c), the kernel that rounds there (3h), tests/support/oracle.h
+ *     a row format       DSV4_ROW_FORMATS (2c), dsv4__row_formats (3e), store and unpack (3h), oracle_rows.h
+ *     a stage            dsv4_stages (2g), check_outputs (3r) and its task (3o to 3q), tests/support/support.h
+ *     a gradient         dsv4_gradients (2h), its part of 3o, 3p or 3q, tests/support/oracle_backward.h
  * ============================================================================================================ */
 
 /* ------------------------------------------------------------------------------------------------------------
@@ -1667,8 +1667,8 @@ typedef struct dsv4__kernels {
 
 #if defined(DSV4__STAMP) && DSV4__STAMP < 8
 /* ------------------------------------------------------------------------------------------------------------
- * 3g. Vector layer: one block an instruction set, the same names in each. This part and the next are read once for each
- * kernel set, by this file including itself.
+ * 3g. Vector layer: one block an instruction set, the same names in each. This room and the two behind it are read
+ * once for each kernel set, by this file including itself.
  *
  *   DSV4__SET        name of the set             DSV4__VF           a vector of DSV4__VL floats
  *   DSV4__FUSED      fma is one instruction
@@ -2044,7 +2044,7 @@ static inline void DSV4__FN(store_n)(float *p, DSV4__VF v, int64_t n) {
 #endif
 
 /* ------------------------------------------------------------------------------------------------------------
- * 3h. Kernels, over the vector layer alone
+ * 3h. Row kernels, over the vector layer alone
  * ------------------------------------------------------------------------------------------------------------ */
 
 DSV4__INLINE DSV4__VF DSV4__FN(load_some)(const float *p, int64_t n) {
@@ -2058,263 +2058,7 @@ DSV4__INLINE void DSV4__FN(store_some)(float *p, DSV4__VF v, int64_t n) {
         dsv4__v_store_n(p, v, n);
 }
 
-#if defined(DSV4__DOT)
-DSV4__INLINE int DSV4__FN(word)(const void *pair) {
-    int word;
-    memcpy(&word, pair, sizeof word);
-    return word;
-}
-#endif
-
-#if DSV4__TILE_ROWS > 8
-#define DSV4__SMALL_ROWS 8
-#else
-#define DSV4__SMALL_ROWS 4
-#endif
-#define DSV4__STEP_ROWS (DSV4__TILE_ROWS / 2)
-
-/* How a register tile reads its operands. */
-enum DSV4__FN(mode) {
-    DSV4__FN(chain),  /* x and w fp32, one fused chain */
-    DSV4__FN(exact),  /* the same where both came from bf16: products are exact */
-    DSV4__FN(direct), /* w in bf16 pairs, widened on the way: for few rows, where widening it first does not pay */
-    DSV4__FN(dots)    /* x and w in bf16 pairs */
-};
-
-/* Adds one term to a tile. x points at the first row's value; w at the term's columns, or, in mode direct, at its
- * pairs. */
-DSV4__INLINE void DSV4__FN(term)(DSV4__VF acc[][DSV4__TILE_VECTORS], const int rows, const int mode, const float *x,
-                                 const void *w, const int odd) {
-    DSV4__VF column[DSV4__TILE_VECTORS];
-    DSV4__UNROLL
-    for (int v = 0; v < DSV4__TILE_VECTORS; v++) {
-        const dsv4_bf16 *pairs = (const dsv4_bf16 *)w + 2 * v * DSV4__VL;
-        if (mode != DSV4__FN(direct))
-            column[v] = dsv4__v_load((const float *)w + v * DSV4__VL);
-        else
-            column[v] = odd ? dsv4__v_odd(pairs) : dsv4__v_even(pairs);
-    }
-    DSV4__UNROLL
-    for (int r = 0; r < rows; r++) {
-        const DSV4__VF value = dsv4__v_set(x[r * DSV4__KBLOCK]);
-        DSV4__UNROLL
-        for (int v = 0; v < DSV4__TILE_VECTORS; v++)
-            acc[r][v] = mode == DSV4__FN(exact) ? dsv4__v_madd(value, column[v], acc[r][v])
-                                                : dsv4__v_fma(value, column[v], acc[r][v]);
-    }
-}
-
-/* Adds pair k of terms to a tile, in the order that the contract asks for. x and w are those of pair 0. swap: the odd
- * term first. */
-DSV4__INLINE void DSV4__FN(pair)(DSV4__VF acc[][DSV4__TILE_VECTORS], const int rows, const int mode, const int swap,
-                                 const void *x, const void *w, int64_t k) {
-#if defined(DSV4__DOT)
-    if (mode == DSV4__FN(dots)) {
-        DSV4__UNROLL
-        for (int r = 0; r < rows; r++) {
-            DSV4__UNROLL
-            for (int v = 0; v < DSV4__TILE_VECTORS; v++)
-                acc[r][v] = dsv4__v_dot(acc[r][v], dsv4__v_pair((const dsv4_bf16 *)x + 2 * k + r * DSV4__KBLOCK),
-                                        (const dsv4_bf16 *)w + 2 * (k * DSV4__PANEL + v * DSV4__VL));
-        }
-        return;
-    }
-#endif
-    const float *values = (const float *)x + 2 * k, *panel = (const float *)w + 2 * k * DSV4__PANEL;
-    const dsv4_bf16 *pairs = (const dsv4_bf16 *)w + 2 * k * DSV4__PANEL;
-    const void *one = mode == DSV4__FN(direct) ? (const void *)pairs : (const void *)(panel + swap * DSV4__PANEL);
-    const void *two = mode == DSV4__FN(direct) ? (const void *)pairs : (const void *)(panel + !swap * DSV4__PANEL);
-    DSV4__FN(term)(acc, rows, mode, values + swap, one, swap);
-    DSV4__FN(term)(acc, rows, mode, values + !swap, two, !swap);
-}
-
-/* Fetches the sums that a tile will be added to while it is being multiplied. */
-DSV4__INLINE void DSV4__FN(fetch_sums)(const float *sum, int64_t stride, const int rows) {
-    DSV4__UNROLL
-    for (int r = 0; r < rows; r++) {
-        DSV4__UNROLL
-        for (int v = 0; v < DSV4__TILE_VECTORS * DSV4__VL; v += 16) DSV4__PREFETCH_SUM(sum + r * stride + v);
-    }
-}
-
-/* One register tile: `rows` rows by TILE_VECTORS * VL columns, from `column` on. rows, mode and swap are constants
- * at every call, so that each call becomes a loop of its own with all sums in registers. Two pairs a round: every
- * instruction that counts or steps takes a place from a multiplication. */
-DSV4__INLINE void DSV4__FN(tile)(const dsv4__product_job *job, int64_t row, int64_t column, const int rows,
-                                 const int mode, const int swap, const void *panel) {
-    const int x_size = mode == DSV4__FN(dots) ? 2 : 4,
-              w_size = mode == DSV4__FN(dots) || mode == DSV4__FN(direct) ? 2 : 4;
-    const char *x = (const char *)job->x + row * DSV4__KBLOCK * x_size;
-    const char *w = (const char *)panel + 4 * column; /* one number, or a pair of bf16 */
-    float *sum = job->sum + row * job->sum_stride + column;
-    const dsv4__ahead ahead = dsv4__fetch_ahead(job, row, rows);
-    uintptr_t fetch = ahead.from;
-    DSV4__VF acc[DSV4__TILE_ROWS][DSV4__TILE_VECTORS];
-    if (job->sums_in_memory) DSV4__FN(fetch_sums)(sum, job->sum_stride, rows);
-    DSV4__UNROLL
-    for (int r = 0; r < rows; r++) {
-        DSV4__UNROLL
-        for (int v = 0; v < DSV4__TILE_VECTORS; v++) acc[r][v] = dsv4__v_zero();
-    }
-    int64_t k = job->pairs;
-    for (; k >= 2; k -= 2, x += 4 * x_size, w += 4 * DSV4__PANEL * w_size, fetch += (uintptr_t)ahead.step) {
-        for (int64_t line = 0; line < ahead.step; line += 64) DSV4__PREFETCH((const void *)(fetch + (uintptr_t)line));
-        DSV4__FN(pair)(acc, rows, mode, swap, x, w, 0);
-        DSV4__FN(pair)(acc, rows, mode, swap, x, w, 1);
-    }
-    if (k > 0) DSV4__FN(pair)(acc, rows, mode, swap, x, w, 0);
-    if (!job->first) {
-        DSV4__UNROLL
-        for (int r = 0; r < rows; r++) {
-            DSV4__UNROLL
-            for (int v = 0; v < DSV4__TILE_VECTORS; v++)
-                acc[r][v] = dsv4__v_add(dsv4__v_load(sum + r * job->sum_stride + v * DSV4__VL), acc[r][v]);
-        }
-    }
-    DSV4__UNROLL
-    for (int r = 0; r < rows; r++) {
-        DSV4__UNROLL
-        for (int v = 0; v < DSV4__TILE_VECTORS; v++) dsv4__v_store(sum + r * job->sum_stride + v * DSV4__VL, acc[r][v]);
-    }
-}
-
-/* A tile's blocks of terms: one, or two with an fp32 operand, for a smaller error. */
-DSV4__INLINE void DSV4__FN(tile_blocks)(const dsv4__product_job *block, int64_t row, int64_t column, const int rows,
-                                        const int mode, const int swap, const void *w) {
-    DSV4__FN(tile)(block, row, column, rows, mode, swap, w);
-    if (swap || block[1].pairs == 0) return;
-    const int64_t term_bytes = DSV4__PANEL * (mode == DSV4__FN(direct) ? 2 : 4);
-    DSV4__FN(tile)(&block[1], row, column, rows, mode, swap, (const char *)w + DSV4__FBLOCK * term_bytes);
-}
-
-/* One register tile of the order TILES: two chains for each sum, so half as many rows. The sums themselves stay in the
- * first cache from step to step. */
-DSV4__INLINE void DSV4__FN(step_tile)(const dsv4__product_job *job, int64_t row, int64_t column, const int rows,
-                                      const int mode, const void *panel) {
-    const int64_t w_size = mode == DSV4__FN(direct) ? 2 : 4;
-    const float *x = (const float *)job->x + row * DSV4__KBLOCK;
-    const char *w = (const char *)panel + 4 * column;
-    float *sum = job->sum + row * job->sum_stride + column;
-    const dsv4__ahead ahead = dsv4__fetch_ahead(job, row, rows);
-    uintptr_t fetch = ahead.from;
-    if (job->sums_in_memory) DSV4__FN(fetch_sums)(sum, job->sum_stride, rows);
-    for (int64_t done = 0; done < job->pairs; done += DSV4__STEP / 2) {
-        DSV4__VF even[DSV4__STEP_ROWS][DSV4__TILE_VECTORS], odd[DSV4__STEP_ROWS][DSV4__TILE_VECTORS];
-        const int64_t end = dsv4__min(done + DSV4__STEP / 2, job->pairs);
-        DSV4__UNROLL
-        for (int r = 0; r < rows; r++) {
-            DSV4__UNROLL
-            for (int v = 0; v < DSV4__TILE_VECTORS; v++) even[r][v] = odd[r][v] = dsv4__v_zero();
-        }
-        for (int64_t k = done; k < end; k++, x += 2, w += 2 * DSV4__PANEL * w_size) {
-            if (k % 2 == 0)
-                for (int64_t line = 0; line < ahead.step; line += 64)
-                    DSV4__PREFETCH((const void *)(fetch + (uintptr_t)line));
-            fetch += (uintptr_t)(k % 2 * ahead.step);
-            DSV4__FN(term)(even, rows, mode, x, w, 0);
-            DSV4__FN(term)(odd, rows, mode, x + 1, mode == DSV4__FN(direct) ? w : w + DSV4__PANEL * w_size, 1);
-        }
-        DSV4__UNROLL
-        for (int r = 0; r < rows; r++) {
-            DSV4__UNROLL
-            for (int v = 0; v < DSV4__TILE_VECTORS; v++) {
-                float *to = sum + r * job->sum_stride + v * DSV4__VL;
-                const DSV4__VF step = dsv4__v_add(even[r][v], odd[r][v]);
-                dsv4__v_store(to, job->first && done == 0 ? step : dsv4__v_add(dsv4__v_load(to), step));
-            }
-        }
-    }
-}
-
-DSV4__INLINE void DSV4__FN(step_tiles)(const dsv4__product_job *job, const int mode, const void *w) {
-    const int64_t large = dsv4__large_tiles(job->rows, DSV4__STEP_ROWS, 2) * DSV4__STEP_ROWS;
-    for (int64_t column = 0; column < DSV4__PANEL; column += DSV4__TILE_VECTORS * DSV4__VL) {
-        int64_t row = 0;
-        for (; row < large; row += DSV4__STEP_ROWS) DSV4__FN(step_tile)(job, row, column, DSV4__STEP_ROWS, mode, w);
-#if DSV4__STEP_ROWS > 4
-        for (; job->rows - row >= 4; row += 4) DSV4__FN(step_tile)(job, row, column, 4, mode, w);
-#endif
-        for (; job->rows - row >= 2; row += 2) DSV4__FN(step_tile)(job, row, column, 2, mode, w);
-        for (; job->rows - row >= 1; row += 1) DSV4__FN(step_tile)(job, row, column, 1, mode, w);
-    }
-}
-
-/* All rows by all columns of a panel, the largest tiles first: the first one meets the weights as they come from
- * memory, and the more it has to do meanwhile the better. */
-DSV4__INLINE void DSV4__FN(tiles)(const dsv4__product_job *job, const int mode, const int swap, const void *w) {
-    const int64_t large = dsv4__large_tiles(job->rows, DSV4__TILE_ROWS, DSV4__SMALL_ROWS) * DSV4__TILE_ROWS;
-    for (int64_t column = 0; column < DSV4__PANEL; column += DSV4__TILE_VECTORS * DSV4__VL) {
-        int64_t row = 0;
-        if (mode != DSV4__FN(direct))
-            for (; row < large; row += DSV4__TILE_ROWS)
-                DSV4__FN(tile_blocks)(job, row, column, DSV4__TILE_ROWS, mode, swap, w);
-#if DSV4__SMALL_ROWS > 4
-        for (; job->rows - row >= 8; row += 8) DSV4__FN(tile_blocks)(job, row, column, 8, mode, swap, w);
-#endif
-        for (; job->rows - row >= 4; row += 4) DSV4__FN(tile_blocks)(job, row, column, 4, mode, swap, w);
-        for (; job->rows - row >= 2; row += 2) DSV4__FN(tile_blocks)(job, row, column, 2, mode, swap, w);
-        for (; job->rows - row >= 1; row += 1) DSV4__FN(tile_blocks)(job, row, column, 1, mode, swap, w);
-    }
-}
-
-/* bf16 pairs [pairs][32][2] to fp32 [2 pairs][32]. */
-static void DSV4__FN(widen_panel)(const dsv4_bf16 *w, int64_t pairs, float *wide) {
-    for (int64_t k = 0; k < pairs; k++, wide += 2 * DSV4__PANEL)
-        for (int64_t c = 0; c < DSV4__PANEL; c += DSV4__VL, w += 2 * DSV4__VL) {
-            dsv4__v_store(wide + c, dsv4__v_even(w));
-            dsv4__v_store(wide + DSV4__PANEL + c, dsv4__v_odd(w));
-        }
-}
-
-/* With an fp32 operand: a tile's two blocks as jobs of their own. */
-DSV4__INLINE void DSV4__FN(fused)(const dsv4__product_job *job, const int mode, const void *w) {
-    dsv4__product_job block[2] = {*job, *job};
-    block[0].pairs = dsv4__min(job->pairs, DSV4__FBLOCK / 2);
-    block[0].next_bytes = job->next_bytes * block[0].pairs / job->pairs;
-    block[1].x = (const float *)job->x + DSV4__FBLOCK;
-    block[1].pairs = job->pairs - block[0].pairs;
-    block[1].first = 0;
-    block[1].sums_in_memory = 0;
-    block[1].next = job->next + (uintptr_t)block[0].next_bytes;
-    block[1].next_bytes = job->next_bytes - block[0].next_bytes;
-    DSV4__FN(tiles)(block, mode, 0, w);
-}
-
-static void DSV4__FN(product)(const dsv4__product_job *job) {
-    const void *w = job->w;
-#if defined(DSV4__DOT)
-    if (job->dot) {
-        DSV4__FN(tiles)(job, DSV4__FN(dots), 1, w);
-        return;
-    }
-#endif
-#if defined(DSV4__FUSED)
-    if (job->w_bf16 && job->rows <= DSV4__SMALL_ROWS) {
-        if (job->order == DSV4__STEPS)
-            DSV4__FN(step_tiles)(job, DSV4__FN(direct), w);
-        else if (job->order == DSV4__PAIRS)
-            DSV4__FN(tiles)(job, DSV4__FN(direct), 1, w);
-        else
-            DSV4__FN(fused)(job, DSV4__FN(direct), w);
-        return;
-    }
-#endif
-    if (job->w_bf16) {
-        DSV4__FN(widen_panel)((const dsv4_bf16 *)w, job->pairs, job->wide);
-        w = job->wide;
-    }
-#if defined(DSV4__FUSED)
-    const int exact = DSV4__FN(chain);
-#else
-    const int exact = DSV4__FN(exact);
-#endif
-    if (job->order == DSV4__FUSED_TERMS)
-        DSV4__FN(fused)(job, DSV4__FN(chain), w);
-    else if (job->order == DSV4__PAIRS)
-        DSV4__FN(tiles)(job, exact, 1, w);
-    else
-        DSV4__FN(step_tiles)(job, exact, w);
-}
+/* ---- Windows: softmax and pooling --------------------------------------------------------------------------- */
 
 /* e^x for x <= 0, within 2 ulp: x = n ln 2 + r, e^r = 1 + r + r^2 q(r). 0 where the result would be subnormal. What is
  * further down, -INFINITY above all, is brought up to where arithmetic on it is harmless. */
@@ -2588,6 +2332,8 @@ DSV4__INLINE void DSV4__FN(spans)(const dsv4__pool_job *job, const int back) {
 static void DSV4__FN(pool)(const dsv4__pool_job *job) { DSV4__FN(spans)(job, 0); }
 static void DSV4__FN(pool_back)(const dsv4__pool_job *job) { DSV4__FN(spans)(job, 1); }
 
+/* ---- Rows: conversions, sums, norm, RoPE -------------------------------------------------------------------- */
+
 /* Rounds in place. */
 static void DSV4__FN(round)(float *data, int64_t count) {
     for (int64_t i = 0; i < count; i += DSV4__VL) {
@@ -2671,6 +2417,8 @@ static void DSV4__FN(rotate)(const dsv4__finish_job *job, int rounded) {
         DSV4__FN(store_some)(row + i, turned, n);
     }
 }
+
+/* ---- Rows as caches hold them ------------------------------------------------------------------------------- */
 
 /* The nearest number of a small format, ties to even: among the multiples of a step that the exponent of |x| names, or
  * that of the least normal number. */
@@ -2870,6 +2618,8 @@ static void DSV4__FN(unpack)(const dsv4__unpack_job *job) {
         dsv4__get_halves((float *)job->to + coded, job->row + coded, dim - coded);
 }
 
+/* ---- Entries ------------------------------------------------------------------------------------------------ */
+
 /* RMSNorm, norm's scale, RoPE, store. */
 static void DSV4__FN(finish)(const dsv4__finish_job *job) {
     const int64_t dim = job->config->head_dim;
@@ -2914,6 +2664,272 @@ static void DSV4__FN(add)(float *sum, const float *a, const float *b, int64_t co
         DSV4__FN(store_some)
         (sum + i, b != NULL ? dsv4__v_fma(x, DSV4__FN(load_some)(b + i, n), old) : dsv4__v_add(old, x), n);
     }
+}
+
+/* ------------------------------------------------------------------------------------------------------------
+ * 3i. Matrix product: sum[rows, 32] += x[rows, terms] w[terms, 32], of packed operands as the map draws them. Here the
+ * product on vector registers, then on tile registers, then packing and what chooses between the two. Nothing in this
+ * room knows of compressors, calls or the way back.
+ * ------------------------------------------------------------------------------------------------------------ */
+
+/* ---- On vector registers ------------------------------------------------------------------------------------ */
+
+#if defined(DSV4__DOT)
+DSV4__INLINE int DSV4__FN(word)(const void *pair) {
+    int word;
+    memcpy(&word, pair, sizeof word);
+    return word;
+}
+#endif
+
+#if DSV4__TILE_ROWS > 8
+#define DSV4__SMALL_ROWS 8
+#else
+#define DSV4__SMALL_ROWS 4
+#endif
+#define DSV4__STEP_ROWS (DSV4__TILE_ROWS / 2)
+
+/* How a register tile reads its operands. */
+enum DSV4__FN(mode) {
+    DSV4__FN(chain),  /* x and w fp32, one fused chain */
+    DSV4__FN(exact),  /* the same where both came from bf16: products are exact */
+    DSV4__FN(direct), /* w in bf16 pairs, widened on the way: for few rows, where widening it first does not pay */
+    DSV4__FN(dots)    /* x and w in bf16 pairs */
+};
+
+/* Adds one term to a tile. x points at the first row's value; w at the term's columns, or, in mode direct, at its
+ * pairs. */
+DSV4__INLINE void DSV4__FN(term)(DSV4__VF acc[][DSV4__TILE_VECTORS], const int rows, const int mode, const float *x,
+                                 const void *w, const int odd) {
+    DSV4__VF column[DSV4__TILE_VECTORS];
+    DSV4__UNROLL
+    for (int v = 0; v < DSV4__TILE_VECTORS; v++) {
+        const dsv4_bf16 *pairs = (const dsv4_bf16 *)w + 2 * v * DSV4__VL;
+        if (mode != DSV4__FN(direct))
+            column[v] = dsv4__v_load((const float *)w + v * DSV4__VL);
+        else
+            column[v] = odd ? dsv4__v_odd(pairs) : dsv4__v_even(pairs);
+    }
+    DSV4__UNROLL
+    for (int r = 0; r < rows; r++) {
+        const DSV4__VF value = dsv4__v_set(x[r * DSV4__KBLOCK]);
+        DSV4__UNROLL
+        for (int v = 0; v < DSV4__TILE_VECTORS; v++)
+            acc[r][v] = mode == DSV4__FN(exact) ? dsv4__v_madd(value, column[v], acc[r][v])
+                                                : dsv4__v_fma(value, column[v], acc[r][v]);
+    }
+}
+
+/* Adds pair k of terms to a tile, in the order that the contract asks for. x and w are those of pair 0. swap: the odd
+ * term first. */
+DSV4__INLINE void DSV4__FN(pair)(DSV4__VF acc[][DSV4__TILE_VECTORS], const int rows, const int mode, const int swap,
+                                 const void *x, const void *w, int64_t k) {
+#if defined(DSV4__DOT)
+    if (mode == DSV4__FN(dots)) {
+        DSV4__UNROLL
+        for (int r = 0; r < rows; r++) {
+            DSV4__UNROLL
+            for (int v = 0; v < DSV4__TILE_VECTORS; v++)
+                acc[r][v] = dsv4__v_dot(acc[r][v], dsv4__v_pair((const dsv4_bf16 *)x + 2 * k + r * DSV4__KBLOCK),
+                                        (const dsv4_bf16 *)w + 2 * (k * DSV4__PANEL + v * DSV4__VL));
+        }
+        return;
+    }
+#endif
+    const float *values = (const float *)x + 2 * k, *panel = (const float *)w + 2 * k * DSV4__PANEL;
+    const dsv4_bf16 *pairs = (const dsv4_bf16 *)w + 2 * k * DSV4__PANEL;
+    const void *one = mode == DSV4__FN(direct) ? (const void *)pairs : (const void *)(panel + swap * DSV4__PANEL);
+    const void *two = mode == DSV4__FN(direct) ? (const void *)pairs : (const void *)(panel + !swap * DSV4__PANEL);
+    DSV4__FN(term)(acc, rows, mode, values + swap, one, swap);
+    DSV4__FN(term)(acc, rows, mode, values + !swap, two, !swap);
+}
+
+/* Fetches the sums that a tile will be added to while it is being multiplied. */
+DSV4__INLINE void DSV4__FN(fetch_sums)(const float *sum, int64_t stride, const int rows) {
+    DSV4__UNROLL
+    for (int r = 0; r < rows; r++) {
+        DSV4__UNROLL
+        for (int v = 0; v < DSV4__TILE_VECTORS * DSV4__VL; v += 16) DSV4__PREFETCH_SUM(sum + r * stride + v);
+    }
+}
+
+/* One register tile: `rows` rows by TILE_VECTORS * VL columns, from `column` on. rows, mode and swap are constants
+ * at every call, so that each call becomes a loop of its own with all sums in registers. Two pairs a round: every
+ * instruction that counts or steps takes a place from a multiplication. */
+DSV4__INLINE void DSV4__FN(tile)(const dsv4__product_job *job, int64_t row, int64_t column, const int rows,
+                                 const int mode, const int swap, const void *panel) {
+    const int x_size = mode == DSV4__FN(dots) ? 2 : 4,
+              w_size = mode == DSV4__FN(dots) || mode == DSV4__FN(direct) ? 2 : 4;
+    const char *x = (const char *)job->x + row * DSV4__KBLOCK * x_size;
+    const char *w = (const char *)panel + 4 * column; /* one number, or a pair of bf16 */
+    float *sum = job->sum + row * job->sum_stride + column;
+    const dsv4__ahead ahead = dsv4__fetch_ahead(job, row, rows);
+    uintptr_t fetch = ahead.from;
+    DSV4__VF acc[DSV4__TILE_ROWS][DSV4__TILE_VECTORS];
+    if (job->sums_in_memory) DSV4__FN(fetch_sums)(sum, job->sum_stride, rows);
+    DSV4__UNROLL
+    for (int r = 0; r < rows; r++) {
+        DSV4__UNROLL
+        for (int v = 0; v < DSV4__TILE_VECTORS; v++) acc[r][v] = dsv4__v_zero();
+    }
+    int64_t k = job->pairs;
+    for (; k >= 2; k -= 2, x += 4 * x_size, w += 4 * DSV4__PANEL * w_size, fetch += (uintptr_t)ahead.step) {
+        for (int64_t line = 0; line < ahead.step; line += 64) DSV4__PREFETCH((const void *)(fetch + (uintptr_t)line));
+        DSV4__FN(pair)(acc, rows, mode, swap, x, w, 0);
+        DSV4__FN(pair)(acc, rows, mode, swap, x, w, 1);
+    }
+    if (k > 0) DSV4__FN(pair)(acc, rows, mode, swap, x, w, 0);
+    if (!job->first) {
+        DSV4__UNROLL
+        for (int r = 0; r < rows; r++) {
+            DSV4__UNROLL
+            for (int v = 0; v < DSV4__TILE_VECTORS; v++)
+                acc[r][v] = dsv4__v_add(dsv4__v_load(sum + r * job->sum_stride + v * DSV4__VL), acc[r][v]);
+        }
+    }
+    DSV4__UNROLL
+    for (int r = 0; r < rows; r++) {
+        DSV4__UNROLL
+        for (int v = 0; v < DSV4__TILE_VECTORS; v++) dsv4__v_store(sum + r * job->sum_stride + v * DSV4__VL, acc[r][v]);
+    }
+}
+
+/* A tile's blocks of terms: one, or two with an fp32 operand, for a smaller error. */
+DSV4__INLINE void DSV4__FN(tile_blocks)(const dsv4__product_job *block, int64_t row, int64_t column, const int rows,
+                                        const int mode, const int swap, const void *w) {
+    DSV4__FN(tile)(block, row, column, rows, mode, swap, w);
+    if (swap || block[1].pairs == 0) return;
+    const int64_t term_bytes = DSV4__PANEL * (mode == DSV4__FN(direct) ? 2 : 4);
+    DSV4__FN(tile)(&block[1], row, column, rows, mode, swap, (const char *)w + DSV4__FBLOCK * term_bytes);
+}
+
+/* One register tile of the order TILES: two chains for each sum, so half as many rows. The sums themselves stay in the
+ * first cache from step to step. */
+DSV4__INLINE void DSV4__FN(step_tile)(const dsv4__product_job *job, int64_t row, int64_t column, const int rows,
+                                      const int mode, const void *panel) {
+    const int64_t w_size = mode == DSV4__FN(direct) ? 2 : 4;
+    const float *x = (const float *)job->x + row * DSV4__KBLOCK;
+    const char *w = (const char *)panel + 4 * column;
+    float *sum = job->sum + row * job->sum_stride + column;
+    const dsv4__ahead ahead = dsv4__fetch_ahead(job, row, rows);
+    uintptr_t fetch = ahead.from;
+    if (job->sums_in_memory) DSV4__FN(fetch_sums)(sum, job->sum_stride, rows);
+    for (int64_t done = 0; done < job->pairs; done += DSV4__STEP / 2) {
+        DSV4__VF even[DSV4__STEP_ROWS][DSV4__TILE_VECTORS], odd[DSV4__STEP_ROWS][DSV4__TILE_VECTORS];
+        const int64_t end = dsv4__min(done + DSV4__STEP / 2, job->pairs);
+        DSV4__UNROLL
+        for (int r = 0; r < rows; r++) {
+            DSV4__UNROLL
+            for (int v = 0; v < DSV4__TILE_VECTORS; v++) even[r][v] = odd[r][v] = dsv4__v_zero();
+        }
+        for (int64_t k = done; k < end; k++, x += 2, w += 2 * DSV4__PANEL * w_size) {
+            if (k % 2 == 0)
+                for (int64_t line = 0; line < ahead.step; line += 64)
+                    DSV4__PREFETCH((const void *)(fetch + (uintptr_t)line));
+            fetch += (uintptr_t)(k % 2 * ahead.step);
+            DSV4__FN(term)(even, rows, mode, x, w, 0);
+            DSV4__FN(term)(odd, rows, mode, x + 1, mode == DSV4__FN(direct) ? w : w + DSV4__PANEL * w_size, 1);
+        }
+        DSV4__UNROLL
+        for (int r = 0; r < rows; r++) {
+            DSV4__UNROLL
+            for (int v = 0; v < DSV4__TILE_VECTORS; v++) {
+                float *to = sum + r * job->sum_stride + v * DSV4__VL;
+                const DSV4__VF step = dsv4__v_add(even[r][v], odd[r][v]);
+                dsv4__v_store(to, job->first && done == 0 ? step : dsv4__v_add(dsv4__v_load(to), step));
+            }
+        }
+    }
+}
+
+DSV4__INLINE void DSV4__FN(step_tiles)(const dsv4__product_job *job, const int mode, const void *w) {
+    const int64_t large = dsv4__large_tiles(job->rows, DSV4__STEP_ROWS, 2) * DSV4__STEP_ROWS;
+    for (int64_t column = 0; column < DSV4__PANEL; column += DSV4__TILE_VECTORS * DSV4__VL) {
+        int64_t row = 0;
+        for (; row < large; row += DSV4__STEP_ROWS) DSV4__FN(step_tile)(job, row, column, DSV4__STEP_ROWS, mode, w);
+#if DSV4__STEP_ROWS > 4
+        for (; job->rows - row >= 4; row += 4) DSV4__FN(step_tile)(job, row, column, 4, mode, w);
+#endif
+        for (; job->rows - row >= 2; row += 2) DSV4__FN(step_tile)(job, row, column, 2, mode, w);
+        for (; job->rows - row >= 1; row += 1) DSV4__FN(step_tile)(job, row, column, 1, mode, w);
+    }
+}
+
+/* All rows by all columns of a panel, the largest tiles first: the first one meets the weights as they come from
+ * memory, and the more it has to do meanwhile the better. */
+DSV4__INLINE void DSV4__FN(tiles)(const dsv4__product_job *job, const int mode, const int swap, const void *w) {
+    const int64_t large = dsv4__large_tiles(job->rows, DSV4__TILE_ROWS, DSV4__SMALL_ROWS) * DSV4__TILE_ROWS;
+    for (int64_t column = 0; column < DSV4__PANEL; column += DSV4__TILE_VECTORS * DSV4__VL) {
+        int64_t row = 0;
+        if (mode != DSV4__FN(direct))
+            for (; row < large; row += DSV4__TILE_ROWS)
+                DSV4__FN(tile_blocks)(job, row, column, DSV4__TILE_ROWS, mode, swap, w);
+#if DSV4__SMALL_ROWS > 4
+        for (; job->rows - row >= 8; row += 8) DSV4__FN(tile_blocks)(job, row, column, 8, mode, swap, w);
+#endif
+        for (; job->rows - row >= 4; row += 4) DSV4__FN(tile_blocks)(job, row, column, 4, mode, swap, w);
+        for (; job->rows - row >= 2; row += 2) DSV4__FN(tile_blocks)(job, row, column, 2, mode, swap, w);
+        for (; job->rows - row >= 1; row += 1) DSV4__FN(tile_blocks)(job, row, column, 1, mode, swap, w);
+    }
+}
+
+/* bf16 pairs [pairs][32][2] to fp32 [2 pairs][32]. */
+static void DSV4__FN(widen_panel)(const dsv4_bf16 *w, int64_t pairs, float *wide) {
+    for (int64_t k = 0; k < pairs; k++, wide += 2 * DSV4__PANEL)
+        for (int64_t c = 0; c < DSV4__PANEL; c += DSV4__VL, w += 2 * DSV4__VL) {
+            dsv4__v_store(wide + c, dsv4__v_even(w));
+            dsv4__v_store(wide + DSV4__PANEL + c, dsv4__v_odd(w));
+        }
+}
+
+/* With an fp32 operand: a tile's two blocks as jobs of their own. */
+DSV4__INLINE void DSV4__FN(fused)(const dsv4__product_job *job, const int mode, const void *w) {
+    dsv4__product_job block[2] = {*job, *job};
+    block[0].pairs = dsv4__min(job->pairs, DSV4__FBLOCK / 2);
+    block[0].next_bytes = job->next_bytes * block[0].pairs / job->pairs;
+    block[1].x = (const float *)job->x + DSV4__FBLOCK;
+    block[1].pairs = job->pairs - block[0].pairs;
+    block[1].first = 0;
+    block[1].sums_in_memory = 0;
+    block[1].next = job->next + (uintptr_t)block[0].next_bytes;
+    block[1].next_bytes = job->next_bytes - block[0].next_bytes;
+    DSV4__FN(tiles)(block, mode, 0, w);
+}
+
+static void DSV4__FN(product)(const dsv4__product_job *job) {
+    const void *w = job->w;
+#if defined(DSV4__DOT)
+    if (job->dot) {
+        DSV4__FN(tiles)(job, DSV4__FN(dots), 1, w);
+        return;
+    }
+#endif
+#if defined(DSV4__FUSED)
+    if (job->w_bf16 && job->rows <= DSV4__SMALL_ROWS) {
+        if (job->order == DSV4__STEPS)
+            DSV4__FN(step_tiles)(job, DSV4__FN(direct), w);
+        else if (job->order == DSV4__PAIRS)
+            DSV4__FN(tiles)(job, DSV4__FN(direct), 1, w);
+        else
+            DSV4__FN(fused)(job, DSV4__FN(direct), w);
+        return;
+    }
+#endif
+    if (job->w_bf16) {
+        DSV4__FN(widen_panel)((const dsv4_bf16 *)w, job->pairs, job->wide);
+        w = job->wide;
+    }
+#if defined(DSV4__FUSED)
+    const int exact = DSV4__FN(chain);
+#else
+    const int exact = DSV4__FN(exact);
+#endif
+    if (job->order == DSV4__FUSED_TERMS)
+        DSV4__FN(fused)(job, DSV4__FN(chain), w);
+    else if (job->order == DSV4__PAIRS)
+        DSV4__FN(tiles)(job, exact, 1, w);
+    else
+        DSV4__FN(step_tiles)(job, exact, w);
 }
 
 #if (DSV4__STAMP >= 2 && DSV4__STAMP <= 4) || DSV4__STAMP == 7
@@ -2977,14 +2993,13 @@ enum { DSV4__FN(has_dot) = 0, DSV4__FN(tile_rows) = DSV4__TILE_ROWS };
 #endif /* DSV4__STAMP */
 
 #if defined(DSV4__STAMP) && DSV4__STAMP >= 8
-/* ------------------------------------------------------------------------------------------------------------
- * 3h, continued: the product on tiles, over a handful of operations on tile registers. Tiles 0 ... 3 are 2 x 2 of sums,
- * 4 and 5 rows of x [16][16 pairs], 6 and 7 columns of w [16 pairs][16].
+/* ---- On tile registers -----------------------------------------------------------------------------------------
+ * Over a handful of operations. Tiles 0 ... 3 are 2 x 2 of sums, 4 and 5 rows of x [16][16 pairs], 6 and 7 columns of w
+ * [16 pairs][16].
  *
  *   dsv4__t_configure(config) dsv4__t_release()  registers' shapes; without one they cannot be used
  *   dsv4__t_zero(t) dsv4__t_load(t, p, stride) dsv4__t_store(t, p, stride)
- *   dsv4__t_multiply(c, a, b)                    c += a b: even terms in one chain from 0, odd in another, then both
- * ------------------------------------------------------------------------------------------------------------ */
+ *   dsv4__t_multiply(c, a, b)                    c += a b: even terms in one chain from 0, odd in another, then both */
 #if DSV4__STAMP == 8 /* AMX: Xeons from Sapphire Rapids on */
 #define DSV4__SET amx
 #define dsv4__t_configure(config) \
@@ -3158,8 +3173,192 @@ static void DSV4__FN(tile_product)(const dsv4__product_job *job) {
 #undef DSV4__STAMP
 #endif
 
+/* ---- Packing and multiplying -------------------------------------------------------------------------------- */
+
+static int64_t dsv4__padded(int64_t count) { return (count + 1) / 2 * 2; }
+
+/* A matrix [rows, columns] of either type, and the part of it that one block of one panel holds. */
+typedef struct dsv4__panel_source {
+    dsv4_const_matrix matrix;
+    int64_t row, rows;           /* the panel's columns are these rows of the matrix; the missing ones up to 32 are 0 */
+    int64_t term, terms, padded; /* and its terms these columns; from `terms` to `padded` 0 */
+} dsv4__panel_source;
+
+/* bf16: pairs of terms stay together, so that pairs are what is transposed; 16 at a time, a cache line of each row. */
+static void dsv4__pack_bf16(const dsv4__panel_source *source, dsv4_bf16 *to) {
+    const dsv4_bf16 *from = (const dsv4_bf16 *)dsv4__in(source->matrix, source->row, source->term);
+    const int64_t stride = source->matrix.stride;
+    memset(to, 0, (size_t)(source->padded * DSV4__PANEL) * sizeof *to);
+    for (int64_t first = 0; first < source->terms; first += 32)
+        for (int64_t r = 0; r < source->rows; r++) {
+            const int64_t end = dsv4__min(first + 32, source->terms);
+            for (int64_t k = first; k + 1 < end; k += 2)
+                memcpy(to + k * DSV4__PANEL + 2 * r, from + r * stride + k, 2 * sizeof *to);
+            if ((end - first) % 2 != 0) to[(end - 1) * DSV4__PANEL + 2 * r] = from[r * stride + end - 1];
+        }
+}
+
+/* The same from fp32, rounded: parameters of a preset that rounds them. */
+static void dsv4__pack_rounded(const dsv4__panel_source *source, dsv4_bf16 *to) {
+    const float *from = (const float *)dsv4__in(source->matrix, source->row, source->term);
+    memset(to, 0, (size_t)(source->padded * DSV4__PANEL) * sizeof *to);
+    for (int64_t first = 0; first < source->terms; first += 16)
+        for (int64_t r = 0; r < source->rows; r++)
+            for (int64_t k = first; k < dsv4__min(first + 16, source->terms); k++)
+                to[k / 2 * 2 * DSV4__PANEL + 2 * r + k % 2] = dsv4_bf16_from_f32(from[r * source->matrix.stride + k]);
+}
+
+static void dsv4__pack_f32(const dsv4__panel_source *source, float *to) {
+    const float *from = (const float *)dsv4__in(source->matrix, source->row, source->term);
+    memset(to, 0, (size_t)(source->padded * DSV4__PANEL) * sizeof *to);
+    for (int64_t first = 0; first < source->terms; first += 16)
+        for (int64_t r = 0; r < source->rows; r++)
+            for (int64_t k = first; k < dsv4__min(first + 16, source->terms); k++)
+                to[k * DSV4__PANEL + r] = from[r * source->matrix.stride + k];
+}
+
+static void dsv4__pack_panel(const dsv4__panel_source *source, int to_bf16, void *to) {
+    if (source->matrix.dtype == DSV4_BF16)
+        dsv4__pack_bf16(source, (dsv4_bf16 *)to);
+    else if (to_bf16)
+        dsv4__pack_rounded(source, (dsv4_bf16 *)to);
+    else
+        dsv4__pack_f32(source, (float *)to);
+}
+
+/* Rows of a matrix that are the terms of a product, and up to 32 of their columns. */
+typedef struct dsv4__terms {
+    const dsv4__kernels *kernels;
+    const void *first; /* first number of the first term */
+    dsv4_dtype dtype;
+    int64_t stride; /* numbers from term to term */
+    int64_t terms, columns;
+    int64_t lead, padded; /* terms of 0 before the first; all, with those behind the last */
+} dsv4__terms;
+
+/* A whole panel's pairs of two terms. Through an array of its own, so that compilers see that nothing overlaps. */
+static void dsv4__interleave(dsv4_bf16 *pairs, const dsv4_bf16 *even, const dsv4_bf16 *odd) {
+    dsv4_bf16 whole[2 * DSV4__PANEL];
+    for (int i = 0; i < DSV4__PANEL; i++) {
+        whole[2 * i] = even[i];
+        whole[2 * i + 1] = odd[i];
+    }
+    memcpy(pairs, whole, sizeof whole);
+}
+
+/* Asks for a term some way behind the k-th: terms lie too far apart for the CPU to guess. */
+static void dsv4__fetch_term(const dsv4__terms *source, int64_t k) {
+    const uintptr_t number = dsv4_dtype_size(source->dtype);
+    dsv4__fetch((uintptr_t)source->first + (uintptr_t)((k + 16) * source->stride) * number,
+                (uintptr_t)source->columns * number);
+}
+
+/* The k-th of all terms; NULL: 0. */
+static const void *dsv4__term(const dsv4__terms *source, int64_t k) {
+    const int64_t i = k - source->lead;
+    return i < 0 || i >= source->terms ? NULL : dsv4__at(source->first, source->dtype, i * source->stride);
+}
+
+/* Two terms of a panel, rounded where they are fp32; NULL: 0. */
+static void dsv4__pack_pair(const dsv4__terms *source, const void *even, const void *odd, dsv4_bf16 *pairs) {
+    const void *const terms[2] = {even, odd};
+    if (source->columns == DSV4__PANEL && source->dtype == DSV4_BF16 && even != NULL && odd != NULL) {
+        dsv4__interleave(pairs, (const dsv4_bf16 *)even, (const dsv4_bf16 *)odd);
+        return;
+    }
+    for (int64_t i = 0; i < source->columns; i++)
+        for (int k = 0; k < 2; k++)
+            pairs[2 * i + k] = terms[k] == NULL ? 0 : dsv4_bf16_from_f32(dsv4__get(terms[k], source->dtype, i));
+}
+
+/* As a right operand: fp32 [padded][32], or bf16 [padded / 2][32][2]; made 32 wide with zeros. */
+static void dsv4__pack_terms(const dsv4__terms *source, dsv4_dtype dtype, void *to) {
+    const int64_t n = source->columns;
+    if (source->padded > source->terms || n < DSV4__PANEL)
+        memset(to, 0, (size_t)(source->padded * DSV4__PANEL) * dsv4_dtype_size(dtype));
+    for (int64_t k = source->lead; k < source->lead + source->terms && dtype == DSV4_F32; k++) {
+        const void *from = dsv4__term(source, k);
+        float *row = (float *)to + k * DSV4__PANEL;
+        dsv4__fetch_term(source, k - source->lead);
+        if (source->dtype == DSV4_F32)
+            memcpy(row, from, (size_t)n * sizeof *row);
+        else
+            source->kernels->widen(row, (const dsv4_bf16 *)from, n);
+    }
+    for (int64_t k = 0; k < source->padded && dtype == DSV4_BF16; k += 2) {
+        dsv4__fetch_term(source, k - source->lead);
+        dsv4__fetch_term(source, k - source->lead + 1);
+        dsv4__pack_pair(source, dsv4__term(source, k), dsv4__term(source, k + 1), (dsv4_bf16 *)to + k * DSV4__PANEL);
+    }
+}
+
+/* How rows become left operands of products: [blocks of terms][rows][256]. */
+typedef struct dsv4__row_packer {
+    const dsv4__kernels *kernels;
+    dsv4_dtype from, to;
+    int64_t terms, padded, rows; /* terms up to `padded` are 0 */
+    void *packed;
+} dsv4__row_packer;
+
+/* One row into its place in each block of terms. */
+static void dsv4__pack_row(const dsv4__row_packer *packer, const void *from, int64_t row) {
+    for (int64_t k = 0; k < packer->terms; k += DSV4__KBLOCK) {
+        const int64_t count = dsv4__min(packer->terms - k, DSV4__KBLOCK);
+        const void *source = dsv4__at(from, packer->from, k);
+        void *to = dsv4__at_mutable(packer->packed, packer->to, k * packer->rows + row * DSV4__KBLOCK);
+        if (packer->from == packer->to)
+            memcpy(to, source, (size_t)count * dsv4_dtype_size(packer->to));
+        else if (packer->to == DSV4_F32)
+            packer->kernels->widen((float *)to, (const dsv4_bf16 *)source, count);
+        else
+            packer->kernels->narrow((dsv4_bf16 *)to, (const float *)source, count);
+        for (int64_t i = count; i < dsv4__min(packer->padded - k, DSV4__KBLOCK); i++) dsv4__put(to, packer->to, i, 0);
+    }
+}
+
+/* to[column][row] = from[row][column], for rows [row, row_end) and up to 256 columns; both lie 256 numbers apart. Some
+ * rows at a time, so that what is written are not single numbers. */
+#define DSV4__TRANSPOSE(NAME, NUMBER)                                                                 \
+    static void NAME(const NUMBER *from, NUMBER *to, int64_t row, int64_t row_end, int64_t columns) { \
+        enum { ROWS = 8 };                                                                            \
+        for (; row + ROWS <= row_end; row += ROWS)                                                    \
+            for (int64_t column = 0; column < columns; column++) {                                    \
+                NUMBER numbers[ROWS];                                                                 \
+                DSV4__UNROLL                                                                          \
+                for (int r = 0; r < ROWS; r++) numbers[r] = from[(row + r) * DSV4__KBLOCK + column];  \
+                memcpy(to + column * DSV4__KBLOCK + row, numbers, sizeof numbers);                    \
+            }                                                                                         \
+        for (; row < row_end; row++)                                                                  \
+            for (int64_t column = 0; column < columns; column++)                                      \
+                to[column * DSV4__KBLOCK + row] = from[row * DSV4__KBLOCK + column];                  \
+    }
+DSV4__TRANSPOSE(dsv4__transpose_bf16, dsv4_bf16)
+DSV4__TRANSPOSE(dsv4__transpose_f32, float)
+
+/* Copies rows of n numbers from one matrix to another. */
+static void dsv4__copy_rows(float *to, int64_t to_stride, const float *from, int64_t from_stride, int64_t rows,
+                            int64_t n) {
+    for (int64_t r = 0; r < rows; r++) memcpy(to + r * to_stride, from + r * from_stride, (size_t)n * sizeof(float));
+}
+
+/* The product of a job, on tiles or not. A task that has any begins and ends with the tiles. */
+static void dsv4__multiply(const dsv4__kernels *kernels, int tiles, const dsv4__product_job *job) {
+    if (tiles)
+        kernels->tile_product(job);
+    else
+        kernels->product(job);
+}
+
+static void dsv4__begin_tiles(const dsv4__kernels *kernels, int tiles, int64_t rows) {
+    if (tiles) kernels->tile_begin(rows);
+}
+
+static void dsv4__end_tiles(const dsv4__kernels *kernels, int tiles) {
+    if (tiles) kernels->tile_end();
+}
+
 /* ------------------------------------------------------------------------------------------------------------
- * 3i. Kernel sets: which of them this CPU can run
+ * 3j. Kernel sets: which of them this CPU can run
  * ------------------------------------------------------------------------------------------------------------ */
 
 /* What a kernel set needs of the CPU; each bit stands for all that the set is made of. */
@@ -3224,7 +3423,8 @@ static unsigned dsv4__cpu_offers(const dsv4__cpu *cpu) {
 }
 #endif
 
-/* What the system grants of the tiles that a CPU has: arch_prctl(ARCH_REQ_XCOMP_PERM, XTILEDATA), as often as one likes. */
+/* What the system grants of the tiles that a CPU has: arch_prctl(ARCH_REQ_XCOMP_PERM, XTILEDATA), as often as one
+ * likes. */
 #if defined(DSV4__AMX)
 static unsigned dsv4__tiles_granted(unsigned amx) {
     int64_t status = 158;
@@ -3352,7 +3552,7 @@ DSV4_API uint8_t dsv4_e2m1_from_f32(float value) {
 DSV4_API float dsv4_e2m1_to_f32(uint8_t code) { return dsv4__small_value(&dsv4__e2m1, code & 15u); }
 
 /* ------------------------------------------------------------------------------------------------------------
- * 3j. Presets, checks and initial values of a configuration
+ * 3k. Presets, checks and initial values of a configuration
  * ------------------------------------------------------------------------------------------------------------ */
 
 DSV4_API dsv4_config dsv4_preset_config(dsv4_preset preset) {
@@ -3613,7 +3813,7 @@ DSV4_API dsv4_status dsv4_rope_frequencies(const dsv4_config *config, float *inv
 }
 
 /* ------------------------------------------------------------------------------------------------------------
- * 3k. The compressor: weights packed in panels
+ * 3l. The compressor: weights packed in panels
  *
  * A group is 32 channels of every series: the columns that pooling needs together. Its panels are, for each series,
  * kv's 32 columns and gate's. Memory runs group, block of 256 terms, panel, pair of terms, column, term of the pair:
@@ -3780,55 +3980,6 @@ DSV4_API dsv4_status dsv4_compressor_size(const dsv4_config *config, const dsv4_
     return DSV4_OK;
 }
 
-/* A matrix [rows, columns] of either type, and the part of it that one block of one panel holds. */
-typedef struct dsv4__panel_source {
-    dsv4_const_matrix matrix;
-    int64_t row, rows;           /* the panel's columns are these rows of the matrix; the missing ones up to 32 are 0 */
-    int64_t term, terms, padded; /* and its terms these columns; from `terms` to `padded` 0 */
-} dsv4__panel_source;
-
-/* bf16: pairs of terms stay together, so that pairs are what is transposed; 16 at a time, a cache line of each row. */
-static void dsv4__pack_bf16(const dsv4__panel_source *source, dsv4_bf16 *to) {
-    const dsv4_bf16 *from = (const dsv4_bf16 *)dsv4__in(source->matrix, source->row, source->term);
-    const int64_t stride = source->matrix.stride;
-    memset(to, 0, (size_t)(source->padded * DSV4__PANEL) * sizeof *to);
-    for (int64_t first = 0; first < source->terms; first += 32)
-        for (int64_t r = 0; r < source->rows; r++) {
-            const int64_t end = dsv4__min(first + 32, source->terms);
-            for (int64_t k = first; k + 1 < end; k += 2)
-                memcpy(to + k * DSV4__PANEL + 2 * r, from + r * stride + k, 2 * sizeof *to);
-            if ((end - first) % 2 != 0) to[(end - 1) * DSV4__PANEL + 2 * r] = from[r * stride + end - 1];
-        }
-}
-
-/* The same from fp32, rounded: parameters of a preset that rounds them. */
-static void dsv4__pack_rounded(const dsv4__panel_source *source, dsv4_bf16 *to) {
-    const float *from = (const float *)dsv4__in(source->matrix, source->row, source->term);
-    memset(to, 0, (size_t)(source->padded * DSV4__PANEL) * sizeof *to);
-    for (int64_t first = 0; first < source->terms; first += 16)
-        for (int64_t r = 0; r < source->rows; r++)
-            for (int64_t k = first; k < dsv4__min(first + 16, source->terms); k++)
-                to[k / 2 * 2 * DSV4__PANEL + 2 * r + k % 2] = dsv4_bf16_from_f32(from[r * source->matrix.stride + k]);
-}
-
-static void dsv4__pack_f32(const dsv4__panel_source *source, float *to) {
-    const float *from = (const float *)dsv4__in(source->matrix, source->row, source->term);
-    memset(to, 0, (size_t)(source->padded * DSV4__PANEL) * sizeof *to);
-    for (int64_t first = 0; first < source->terms; first += 16)
-        for (int64_t r = 0; r < source->rows; r++)
-            for (int64_t k = first; k < dsv4__min(first + 16, source->terms); k++)
-                to[k * DSV4__PANEL + r] = from[r * source->matrix.stride + k];
-}
-
-static void dsv4__pack_panel(const dsv4__panel_source *source, int to_bf16, void *to) {
-    if (source->matrix.dtype == DSV4_BF16)
-        dsv4__pack_bf16(source, (dsv4_bf16 *)to);
-    else if (to_bf16)
-        dsv4__pack_rounded(source, (dsv4_bf16 *)to);
-    else
-        dsv4__pack_f32(source, (float *)to);
-}
-
 static void dsv4__pack_weights(const dsv4_compressor *c, const dsv4_const_matrix matrices[2]) {
     dsv4__panel_source source;
     memset(&source, 0, sizeof source);
@@ -3842,72 +3993,6 @@ static void dsv4__pack_weights(const dsv4_compressor *c, const dsv4_const_matrix
                 source.terms = dsv4__min(c->config.hidden_dim - source.term, DSV4__KBLOCK);
                 dsv4__pack_panel(&source, c->w_bf16[panel % c->matrices], dsv4__panel(c, group, source.term, panel));
             }
-}
-
-/* Rows of a matrix that are the terms of a product, and up to 32 of their columns. */
-typedef struct dsv4__terms {
-    const dsv4__kernels *kernels;
-    const void *first; /* first number of the first term */
-    dsv4_dtype dtype;
-    int64_t stride; /* numbers from term to term */
-    int64_t terms, columns;
-    int64_t lead, padded; /* terms of 0 before the first; all, with those behind the last */
-} dsv4__terms;
-
-/* A whole panel's pairs of two terms. Through an array of its own, so that compilers see that nothing overlaps. */
-static void dsv4__interleave(dsv4_bf16 *pairs, const dsv4_bf16 *even, const dsv4_bf16 *odd) {
-    dsv4_bf16 whole[2 * DSV4__PANEL];
-    for (int i = 0; i < DSV4__PANEL; i++) {
-        whole[2 * i] = even[i];
-        whole[2 * i + 1] = odd[i];
-    }
-    memcpy(pairs, whole, sizeof whole);
-}
-
-/* Asks for a term some way behind the k-th: terms lie too far apart for the CPU to guess. */
-static void dsv4__fetch_term(const dsv4__terms *source, int64_t k) {
-    const uintptr_t number = dsv4_dtype_size(source->dtype);
-    dsv4__fetch((uintptr_t)source->first + (uintptr_t)((k + 16) * source->stride) * number,
-                (uintptr_t)source->columns * number);
-}
-
-/* The k-th of all terms; NULL: 0. */
-static const void *dsv4__term(const dsv4__terms *source, int64_t k) {
-    const int64_t i = k - source->lead;
-    return i < 0 || i >= source->terms ? NULL : dsv4__at(source->first, source->dtype, i * source->stride);
-}
-
-/* Two terms of a panel, rounded where they are fp32; NULL: 0. */
-static void dsv4__pack_pair(const dsv4__terms *source, const void *even, const void *odd, dsv4_bf16 *pairs) {
-    const void *const terms[2] = {even, odd};
-    if (source->columns == DSV4__PANEL && source->dtype == DSV4_BF16 && even != NULL && odd != NULL) {
-        dsv4__interleave(pairs, (const dsv4_bf16 *)even, (const dsv4_bf16 *)odd);
-        return;
-    }
-    for (int64_t i = 0; i < source->columns; i++)
-        for (int k = 0; k < 2; k++)
-            pairs[2 * i + k] = terms[k] == NULL ? 0 : dsv4_bf16_from_f32(dsv4__get(terms[k], source->dtype, i));
-}
-
-/* As a right operand: fp32 [padded][32], or bf16 [padded / 2][32][2]; made 32 wide with zeros. */
-static void dsv4__pack_terms(const dsv4__terms *source, dsv4_dtype dtype, void *to) {
-    const int64_t n = source->columns;
-    if (source->padded > source->terms || n < DSV4__PANEL)
-        memset(to, 0, (size_t)(source->padded * DSV4__PANEL) * dsv4_dtype_size(dtype));
-    for (int64_t k = source->lead; k < source->lead + source->terms && dtype == DSV4_F32; k++) {
-        const void *from = dsv4__term(source, k);
-        float *row = (float *)to + k * DSV4__PANEL;
-        dsv4__fetch_term(source, k - source->lead);
-        if (source->dtype == DSV4_F32)
-            memcpy(row, from, (size_t)n * sizeof *row);
-        else
-            source->kernels->widen(row, (const dsv4_bf16 *)from, n);
-    }
-    for (int64_t k = 0; k < source->padded && dtype == DSV4_BF16; k += 2) {
-        dsv4__fetch_term(source, k - source->lead);
-        dsv4__fetch_term(source, k - source->lead + 1);
-        dsv4__pack_pair(source, dsv4__term(source, k), dsv4__term(source, k + 1), (dsv4_bf16 *)to + k * DSV4__PANEL);
-    }
 }
 
 /* The matrices once more, their rows as terms. */
@@ -3973,7 +4058,7 @@ DSV4_API const char *dsv4_compressor_isa(const dsv4_compressor *compressor) {
 }
 
 /* ------------------------------------------------------------------------------------------------------------
- * 3l. Streams
+ * 3m. Streams
  *
  * A state stands at `floor`, the furthest that a roll-back can go, with what has been folded of the windows open there:
  * the one that token `floor` falls in and, with overlap, the next. The rows of the tokens since, at most `depth`, wait
@@ -4106,6 +4191,8 @@ static int64_t dsv4__state_first(const dsv4_state *state, int64_t series, int64_
     return dsv4__max((floor / state->ratio - dsv4__lag(state, series)) * state->ratio, 0);
 }
 
+/* ---- What is folded, and copying and rolling back ----------------------------------------------------------- */
+
 /* What is folded of a window: 0 is the one that token t falls in, 1 the next; t tokens have been. NULL: nothing is. */
 static float *dsv4__fold_at(const dsv4_state *state, int64_t window, int64_t t) {
     const int begun = t % state->ratio != 0 || (window == 0 && state->series == 2 && t > 0);
@@ -4206,6 +4293,8 @@ DSV4_API dsv4_status dsv4_state_roll_back(dsv4_state *state, int64_t tokens, dsv
     if (state->tokens == 0) state->origin = 0;
     return DSV4_OK;
 }
+
+/* ---- Saved form --------------------------------------------------------------------------------------------- */
 
 /* Saved form: 8 numbers of 8 bytes, the folds, the live rows series by series, a checksum; all little-endian.
  *     magic and version, fingerprint, row, origin, tokens, floor, number of rows, number of folds */
@@ -4368,12 +4457,22 @@ DSV4_API dsv4_status dsv4_state_restore(dsv4_state *state, const void *bytes, si
 }
 
 /* ------------------------------------------------------------------------------------------------------------
- * 3m. Workspace
+ * 3n. What calls work on: workspace, blocks and chunks of tokens
  *
  * Tokens are worked on in blocks of up to 224 rows, whose projections onto all groups stay in the second cache. Some
  * blocks of terms are outermost: their part of x is packed and, while it too is in that cache, all weights for these
  * terms pass by once, group by group. Then each task pools the closing windows over some groups of channels, and then
  * finishes some entries.
+ *
+ * The way back takes chunks of up to 256 tokens, made of parts: the tokens of one segment in one block of 256 of its
+ * sequence, so that a part's sums are whole blocks of the numeric contract. What a part needs is a function of the
+ * windows that touch it, so parts do not depend on each other:
+ *     recompute  kv and gate of these windows' rows (unless they are given), and pool them                  (3o, 3p)
+ *     entries    from dout back through RoPE and RMSNorm to dpooled                                             (3q)
+ *     windows    from dpooled back through softmax to dkv and dgate of the part's rows                          (3p)
+ *     products   dx = dkv wkv + dgate wgate;  dwkv += dkv^T x;  dwgate += dgate^T x                             (3o)
+ * The weights' gradients are too large for any cache: what they need of some chunks is laid by in slabs, so that each
+ * of their numbers is fetched once for all of these.
  * ------------------------------------------------------------------------------------------------------------ */
 
 enum {
@@ -4614,8 +4713,1190 @@ static dsv4__scratch dsv4__scratch_of(const dsv4_workspace *ws, int64_t thread) 
     return scratch;
 }
 
+/* ---- What a call works on ----------------------------------------------------------------------------------- */
+
+/* A batch with its defaults in place, and the block that is being worked on. */
+typedef struct dsv4__call {
+    const dsv4_compressor *c;
+    dsv4_workspace *ws;
+    dsv4_batch batch;
+    dsv4_segment whole;            /* all tokens, where the batch came without segments */
+    int x_bf16;                    /* x came as bf16 */
+    int dot;                       /* and is packed so, for the bf16 dot product */
+    int tiles;                     /* on tiles */
+    int64_t rows, pieces, entries; /* of the current block */
+    int64_t emitted;               /* entries of the blocks before; on the way back, of the segments before */
+    int64_t term, term_end;        /* terms of x that are packed */
+    int64_t segment, done;         /* where the next block begins: segment, tokens of it already taken */
+} dsv4__call;
+
+/* Runs one task for each thread; on the calling thread where `work` (numbers touched) is not worth waking others. */
+static void dsv4__for_threads(const dsv4__call *call, dsv4_task *task, void *argument, int64_t work) {
+    const dsv4_workspace *ws = call->ws;
+    if (ws->threads > 1 && work >= 65536)
+        ws->parallel.run(ws->parallel.context, ws->threads, task, argument);
+    else
+        for (int64_t thread = 0; thread < ws->threads; thread++) task(argument, thread);
+}
+
+/* Tokens of a segment that are worked on. */
+static int64_t dsv4__tokens_used(const dsv4_batch *batch, const dsv4_segment *segment, int64_t ratio) {
+    const int64_t tail = segment->state == NULL && batch->drop_tail ? segment->count % ratio : 0;
+    return segment->count - tail;
+}
+
+/* Adds to the block as many tokens of the current segment as fit, without closing more windows than there are slots. */
+static void dsv4__take_piece(dsv4__call *call) {
+    const dsv4_segment *segment = &call->batch.segments[call->segment];
+    const int64_t ratio = call->c->config.ratio, seen = dsv4_state_tokens(segment->state);
+    const int64_t left = dsv4__tokens_used(&call->batch, segment, ratio) - call->done;
+    dsv4__piece *piece = &call->ws->pieces[call->pieces++];
+    piece->segment = segment;
+    piece->token = segment->token + call->done;
+    piece->t = seen + call->done;
+    piece->row = call->rows;
+    piece->source_row = call->batch.kv != NULL ? piece->token : piece->row;
+    piece->stage_row = piece->token;
+    piece->count = dsv4__min(left, call->ws->block_rows - call->rows);
+    piece->count = dsv4__min(piece->count, (call->ws->slots - call->entries + 1) * ratio - 1 - piece->t % ratio);
+    piece->state = segment->state;
+    piece->continues = piece->count < left;
+    piece->first = seen;
+    piece->folded = piece->state != NULL ? piece->state->floor : 0;
+    piece->window = piece->t / ratio;
+    piece->windows = (piece->t + piece->count) / ratio - piece->window;
+    piece->slot = call->entries;
+    piece->entry = segment->entry + piece->window - seen / ratio;
+    piece->number = call->emitted + piece->slot;
+    piece->position = segment->position - seen + piece->window * ratio;
+    call->rows += piece->count;
+    call->entries += piece->windows;
+    DSV4_ASSERT(call->entries <= call->ws->slots);
+    call->done = piece->count < left ? call->done + piece->count : 0;
+    if (call->done == 0) call->segment++;
+}
+
+/* The row of a piece's entry: in out, scales, dout and the stages; negative: it is not stored. */
+static int64_t dsv4__entry_row(const dsv4__call *call, const dsv4__piece *piece, int64_t index) {
+    const int64_t *rows = call->batch.entry_rows;
+    return rows != NULL ? rows[piece->number + index] : piece->entry + index;
+}
+
+/* Lays out the next block; 0 when nothing is left. */
+static int dsv4__next_block(dsv4__call *call) {
+    call->emitted += call->entries;
+    call->rows = call->pieces = call->entries = 0;
+    while (call->segment < call->batch.segment_count && call->rows < call->ws->block_rows &&
+           call->entries < call->ws->slots) {
+        const dsv4_segment *segment = &call->batch.segments[call->segment];
+        if (dsv4__tokens_used(&call->batch, segment, call->c->config.ratio) > 0)
+            dsv4__take_piece(call);
+        else
+            call->segment++;
+    }
+    return call->rows > 0;
+}
+
+/* ---- What a backward call works on -------------------------------------------------------------------------- */
+
+/* What a backward call adds to a call. The arrays are parts of the workspace. */
+typedef struct dsv4__back {
+    dsv4__call call; /* its pieces describe blocks of rows to recompute */
+    dsv4_gradients g;
+    const dsv4__training *room;
+    int recompute;
+    int round;           /* dkv and dgate are rounded to bf16: x and weights are */
+    int steps;           /* and sums over tokens go in steps of 32 of their sequence */
+    int started;         /* some part has been added to the weights' gradients */
+    int64_t parts, rows; /* of the chunk; rows padded to pairs */
+    int64_t context, windows;
+    int64_t segment, done;
+    int64_t slabs, blocks; /* laid by for the weights' gradients */
+} dsv4__back;
+
+/* Which sums over tokens or entries are wanted at all. */
+static int dsv4__wants_tokens(const dsv4_gradients *g) {
+    return g->dx.data != NULL || g->dwkv.data != NULL || g->dwgate.data != NULL || g->dape.data != NULL ||
+           g->dnorm.data != NULL;
+}
+
+static int dsv4__wants_weights(const dsv4__back *back) {
+    return back->g.dwkv.data != NULL || back->g.dwgate.data != NULL;
+}
+
+/* Rows of 0 that a part from token t on has before its first row, and all of its rows: whole pairs, or whole steps. */
+static int64_t dsv4__part_lead(const dsv4__back *back, int64_t t) { return back->steps ? t % DSV4__STEP : 0; }
+
+static int64_t dsv4__part_rows(const dsv4__back *back, const dsv4__part *part) {
+    if (!back->steps) return dsv4__padded(part->count);
+    return dsv4__ceil_div(dsv4__part_lead(back, part->t) + part->count, DSV4__STEP) * DSV4__STEP;
+}
+
+/* Describes the part of the current segment that comes next. */
+static dsv4__part dsv4__part_ahead(const dsv4__back *back) {
+    const dsv4_batch *batch = &back->call.batch;
+    const dsv4_segment *segment = &batch->segments[back->segment];
+    const int64_t ratio = back->call.c->config.ratio, lag = back->call.c->series - 1;
+    const int64_t used = dsv4__tokens_used(batch, segment, ratio);
+    dsv4__part part;
+    memset(&part, 0, sizeof part);
+    part.segment = segment;
+    part.gradient = back->g.segments != NULL ? &back->g.segments[back->segment] : NULL;
+    part.seen = dsv4_state_tokens(segment->state);
+    part.closed = (part.seen + used) / ratio;
+    part.t = part.seen + back->done;
+    part.count = dsv4__min(used - back->done, DSV4__KBLOCK - part.t % DSV4__KBLOCK);
+    part.row = back->rows + dsv4__part_lead(back, part.t);
+    part.rows.segment = segment;
+    part.rows.state = segment->state;
+    part.rows.window = part.t / ratio;
+    const int64_t last = dsv4__min((part.t + part.count - 1) / ratio + lag + 1, part.closed);
+    part.rows.windows = dsv4__max(last - part.rows.window, 0);
+    part.rows.t = part.rows.first = dsv4__max(part.seen, (part.rows.window - lag) * ratio);
+    part.rows.count = part.rows.windows > 0 ? dsv4__max(last * ratio - part.rows.t, 0) : 0;
+    part.rows.token = segment->token + part.rows.t - part.seen;
+    part.rows.source_row = back->recompute ? back->context : part.rows.token;
+    part.rows.slot = back->windows;
+    part.rows.entry = segment->entry + part.rows.window - part.seen / ratio;
+    part.rows.number = back->call.emitted + part.rows.window - part.seen / ratio;
+    part.rows.position = segment->position - part.seen + part.rows.window * ratio;
+    return part;
+}
+
+/* Lays out the next chunk; 0 when nothing is left. */
+static int dsv4__next_chunk(dsv4__back *back) {
+    const dsv4__training *room = back->room;
+    back->parts = back->rows = back->context = back->windows = 0;
+    while (back->segment < back->call.batch.segment_count && back->parts < DSV4__CHUNK_PARTS) {
+        const dsv4_segment *segment = &back->call.batch.segments[back->segment];
+        if (back->done < dsv4__tokens_used(&back->call.batch, segment, back->call.c->config.ratio)) {
+            const dsv4__part part = dsv4__part_ahead(back);
+            if (back->parts > 0 && (back->rows + dsv4__part_rows(back, &part) > DSV4__KBLOCK ||
+                                    back->context + part.rows.count > room->context_rows ||
+                                    back->windows + part.rows.windows > room->windows))
+                break;
+            room->parts[back->parts++] = part;
+            back->rows += dsv4__part_rows(back, &part);
+            back->context += part.rows.count;
+            back->windows += part.rows.windows;
+            back->done += part.count;
+            if (dsv4__wants_tokens(&back->g)) continue; /* else a segment's first part is all that `previous` needs */
+        }
+        back->call.emitted += dsv4_entry_count(&back->call.c->config, segment->state, segment->count);
+        back->segment++;
+        back->done = 0;
+    }
+    return back->parts > 0;
+}
+
 /* ------------------------------------------------------------------------------------------------------------
- * 3n. The operation
+ * 3o. Projections: kv and gate of tokens; their way back to dx and the weights
+ * ------------------------------------------------------------------------------------------------------------ */
+
+/* Rows as they are packed: tiles, unless one is enough, are whole. */
+static int64_t dsv4__packed_rows(const dsv4__call *call) {
+    if (!call->tiles || call->rows <= DSV4__TILE) return call->rows;
+    return dsv4__ceil_div(call->rows, DSV4__TILE) * DSV4__TILE;
+}
+
+/* Task: packs the current terms of this thread's share of the block's rows, asking for what lies two rows on. */
+static void dsv4__pack_task(void *argument, int64_t thread) {
+    const dsv4__call *call = (const dsv4__call *)argument;
+    const int64_t first = call->rows * thread / call->ws->threads, end = call->rows * (thread + 1) / call->ws->threads;
+    const dsv4_batch *batch = &call->batch;
+    dsv4__row_packer packer;
+    packer.kernels = call->c->kernels;
+    packer.from = batch->x.dtype;
+    packer.to = call->dot ? DSV4_BF16 : DSV4_F32;
+    packer.terms = dsv4__min(call->term_end, call->c->config.hidden_dim) - call->term;
+    packer.padded = call->term_end - call->term;
+    packer.rows = dsv4__packed_rows(call);
+    packer.packed = call->ws->x;
+    const uintptr_t number = dsv4_dtype_size(batch->x.dtype), stride = number * (uintptr_t)batch->x.stride;
+    const uintptr_t bytes = number * (uintptr_t)packer.terms;
+    for (int64_t i = 0; i < call->pieces; i++) {
+        const dsv4__piece *piece = &call->ws->pieces[i];
+        const int64_t last = dsv4__min(end, piece->row + piece->count);
+        for (int64_t row = dsv4__max(first, piece->row); row < last; row++) {
+            const int64_t token = piece->token + row - piece->row;
+            const void *from = dsv4__in(batch->x, token, call->term);
+            dsv4__fetch((uintptr_t)from + 2 * stride, bytes);
+            dsv4__pack_row(&packer, from, row);
+        }
+    }
+}
+
+static float *dsv4__group_sums(const dsv4__call *call, int64_t group) {
+    const dsv4_compressor *c = call->c;
+    return call->ws->sums + group * call->ws->block_rows * c->series * c->matrices * DSV4__PANEL;
+}
+
+/* The order of a product, by whether both operands came as bf16. */
+static dsv4__order dsv4__order_of(const dsv4_compressor *c, int bf16) {
+    return !bf16 ? DSV4__FUSED_TERMS : c->config.sums == DSV4_SUMS_TILES ? DSV4__STEPS : DSV4__PAIRS;
+}
+
+/* Terms of one product: a block of them, or what tiles take. */
+static int64_t dsv4__product_terms(const dsv4__call *call) {
+    return call->tiles ? call->c->span : (int64_t)DSV4__KBLOCK;
+}
+
+/* Adds one product's terms to the projections onto one group: sums [rows, panels, 32]. `after` is what the last panel's
+ * weights are followed by. */
+static void dsv4__project_group(const dsv4__call *call, int64_t group, int64_t term, const void *after, float *wide) {
+    const dsv4_compressor *c = call->c;
+    const int64_t panels = c->series * c->matrices;
+    dsv4__product_job job;
+    memset(&job, 0, sizeof job);
+    job.dot = call->dot;
+    job.rows = call->rows;
+    const int64_t packed = dsv4__packed_rows(call);
+    job.x = dsv4__at(call->ws->x, call->dot ? DSV4_BF16 : DSV4_F32, (term - call->term) * packed);
+    job.x_block = packed * DSV4__KBLOCK * 2;
+    job.pairs = dsv4__min(c->terms - term, dsv4__product_terms(call)) / 2;
+    job.sum_stride = panels * DSV4__PANEL;
+    job.first = term == 0;
+    job.wide = wide;
+    for (int64_t p = 0; p < panels; p++) {
+        job.w = dsv4__panel(c, group, term, p);
+        job.w_bf16 = c->w_bf16[p % c->matrices];
+        job.order = dsv4__order_of(c, job.w_bf16 && call->x_bf16);
+        job.sum = dsv4__group_sums(call, group) + p * DSV4__PANEL;
+        job.next_bytes = job.pairs * 2 * DSV4__PANEL * (job.w_bf16 ? 2 : 4);
+        job.next = p + 1 < panels ? (uintptr_t)dsv4__panel(c, group, term, p + 1) : (uintptr_t)after;
+        dsv4__multiply(call->c->kernels, call->tiles, &job);
+    }
+}
+
+/* Task: projects the packed terms of the block's rows onto this thread's share of the groups. */
+static void dsv4__project_task(void *argument, int64_t thread) {
+    const dsv4__call *call = (const dsv4__call *)argument;
+    const dsv4_compressor *c = call->c;
+    const int64_t threads = call->ws->threads;
+    const int64_t first = c->groups * thread / threads, end = c->groups * (thread + 1) / threads;
+    const int64_t step = dsv4__product_terms(call);
+    const dsv4__scratch scratch = dsv4__scratch_of(call->ws, thread);
+    dsv4__begin_tiles(call->c->kernels, call->tiles, call->rows);
+    for (int64_t group = first; group < end; group++)
+        for (int64_t term = call->term; term < call->term_end; term += step) {
+            const int64_t next_group = group + 1 < end ? group + 1 : first;
+            const int64_t next_term = group + 1 < end ? call->term : call->term_end < c->terms ? call->term_end : 0;
+            const void *after = term + step < call->term_end ? dsv4__panel(c, group, term + step, 0)
+                                                             : dsv4__panel(c, next_group, next_term, 0);
+            dsv4__project_group(call, group, term, after, scratch.wide);
+        }
+    dsv4__end_tiles(call->c->kernels, call->tiles);
+    if (call->term_end < c->terms || !(c->config.rounding & DSV4_ROUND_PROJECTION)) return;
+    for (int64_t group = first; group < end; group++)
+        c->kernels->round_array(dsv4__group_sums(call, group), call->rows * c->series * c->matrices * DSV4__PANEL);
+}
+
+/* kv and gate of the block's rows, for all groups. */
+static void dsv4__project_block(dsv4__call *call) {
+    const dsv4_compressor *c = call->c;
+    const int64_t terms = dsv4__min(c->terms, dsv4__product_terms(call));
+    const int64_t bytes = dsv4__packed_rows(call) * terms * (call->dot ? 2 : 4);
+    const int64_t step = call->ws->x_bytes / bytes * terms;
+    for (call->term = 0; call->term < c->terms; call->term = call->term_end) {
+        call->term_end = dsv4__min(call->term + step, c->terms);
+        const int64_t numbers = call->rows * (call->term_end - call->term);
+        dsv4__for_threads(call, dsv4__pack_task, call, numbers);
+        dsv4__for_threads(call, dsv4__project_task, call, numbers * c->columns);
+    }
+}
+
+/* ---- Back: dkv and dgate as left operands, by rows for dx and by columns for the weights -------------------- */
+
+/* dkv or dgate of the chunk, packed by rows. */
+static float *dsv4__d_rows(const dsv4__back *back, int64_t matrix) {
+    return back->room->d_rows +
+           matrix * dsv4__ceil_div(back->call.c->columns, DSV4__KBLOCK) * DSV4__KBLOCK * DSV4__KBLOCK;
+}
+
+/* dkv or dgate of a slab, by columns. */
+static float *dsv4__d_columns(const dsv4__back *back, int64_t slab, int64_t matrix) {
+    const dsv4_compressor *c = back->call.c;
+    return back->room->d_columns + (slab * c->matrices + matrix) * c->columns * DSV4__KBLOCK;
+}
+
+/* x of a slab from row `row` on, over panel i of the hidden columns. */
+static void *dsv4__x_panel(const dsv4__back *back, int64_t slab, int64_t i, int64_t row) {
+    const int64_t panels = dsv4__ceil_div(back->call.c->config.hidden_dim, DSV4__PANEL);
+    return dsv4__at_mutable(back->room->x_panels, back->call.dot ? DSV4_BF16 : DSV4_F32,
+                            ((slab * panels + i) * DSV4__KBLOCK + row) * DSV4__PANEL);
+}
+
+/* Lays rows [row, end) of packed dkv or dgate out by columns. */
+static void dsv4__transpose(const dsv4__back *back, int64_t matrix, int64_t row, int64_t end) {
+    const dsv4_dtype dtype = back->call.dot ? DSV4_BF16 : DSV4_F32;
+    for (int64_t first = 0; first < back->call.c->columns; first += DSV4__KBLOCK) {
+        const int64_t columns = dsv4__min(back->call.c->columns - first, DSV4__KBLOCK);
+        const void *from = dsv4__at(dsv4__d_rows(back, matrix), dtype, first * back->rows);
+        void *to = dsv4__at_mutable(dsv4__d_columns(back, back->slabs, matrix), dtype, first * DSV4__KBLOCK);
+        if (dtype == DSV4_BF16)
+            dsv4__transpose_bf16((const dsv4_bf16 *)from, (dsv4_bf16 *)to, row, end, columns);
+        else
+            dsv4__transpose_f32((const float *)from, (float *)to, row, end, columns);
+    }
+}
+
+/* Task: lays this thread's rows of dkv and dgate out for the products: by rows for dx, by columns for the weights. */
+static void dsv4__pack_back_task(void *argument, int64_t thread) {
+    const dsv4__back *back = (const dsv4__back *)argument;
+    const dsv4_compressor *c = back->call.c;
+    const int64_t threads = back->call.ws->threads;
+    const int64_t row = back->rows * thread / threads, end = back->rows * (thread + 1) / threads;
+    for (int64_t m = 0; m < c->matrices; m++) {
+        const float *from = m == 0 ? back->room->dkv : back->room->dgate;
+        dsv4__row_packer packer;
+        packer.kernels = c->kernels;
+        packer.from = DSV4_F32;
+        packer.to = back->call.dot ? DSV4_BF16 : DSV4_F32;
+        packer.terms = c->columns;
+        packer.padded = c->back_terms;
+        packer.rows = back->rows;
+        packer.packed = dsv4__d_rows(back, m);
+        for (int64_t r = row; r < end; r++) dsv4__pack_row(&packer, from + r * back->room->d_stride, r);
+        if (dsv4__wants_weights(back)) dsv4__transpose(back, m, row, end);
+    }
+}
+
+/* ---- Back: dx ----------------------------------------------------------------------------------------------- */
+
+/* Writes the chunk's dx over panels [first, end) from the sums of it: rows of DSV4__DX_PANELS panels. */
+static void dsv4__put_dx(const dsv4__back *back, const float *sums, int64_t first, int64_t end) {
+    const dsv4_matrix dx = back->g.dx;
+    const int64_t h = first * DSV4__PANEL;
+    const int64_t n = dsv4__min(end * DSV4__PANEL, back->call.c->config.hidden_dim) - h;
+    for (int64_t p = 0; p < back->parts; p++) {
+        const dsv4__part *part = &back->room->parts[p];
+        const int64_t token = part->segment->token + part->t - part->seen;
+        for (int64_t i = 0; i < part->count; i++) {
+            const float *from = sums + (part->row + i) * DSV4__DX_PANELS * DSV4__PANEL;
+            void *to = dsv4__in_mutable(dx, token + i, h);
+            if (dx.dtype == DSV4_BF16)
+                back->call.c->kernels->narrow((dsv4_bf16 *)to, from, n);
+            else
+                memcpy(to, from, (size_t)n * sizeof(float));
+        }
+    }
+}
+
+/* dx over a few panels [first, end) of hidden columns: dkv wkv, then dgate wgate. Their sums, and the block of dkv
+ * or dgate that is multiplied, stay in the second cache. */
+static void dsv4__dx_panels(const dsv4__back *back, float *sums, int64_t first, int64_t end, dsv4__product_job *job) {
+    const dsv4_compressor *c = back->call.c;
+    job->rows = back->rows;
+    job->sum_stride = (int64_t)DSV4__DX_PANELS * DSV4__PANEL;
+    for (int64_t m = 0; m < c->matrices; m++)
+        for (int64_t k = 0; k < c->columns; k += DSV4__KBLOCK)
+            for (int64_t i = first; i < end; i++) {
+                job->x = dsv4__at(dsv4__d_rows(back, m), back->call.dot ? DSV4_BF16 : DSV4_F32, k * back->rows);
+                job->w = dsv4__back_panel(c, i, m, k);
+                job->w_bf16 = c->w_bf16[m];
+                job->pairs = dsv4__min(c->back_terms - k, DSV4__KBLOCK) / 2;
+                job->first = m == 0 && k == 0;
+                job->sum = sums + (i - first) * DSV4__PANEL;
+                job->next_bytes = job->pairs * 2 * DSV4__PANEL * (job->w_bf16 ? 2 : 4);
+                job->next = (uintptr_t)(i + 1 < end ? dsv4__back_panel(c, i + 1, m, k)
+                                                    : dsv4__back_panel(c, first, m, k) + job->next_bytes);
+                dsv4__multiply(back->call.c->kernels, back->call.tiles, job);
+            }
+    dsv4__put_dx(back, sums, first, end);
+}
+
+/* ---- Back: the weights' gradients --------------------------------------------------------------------------- */
+
+/* The hidden columns of panel i of every part's x, as right operands: terms are tokens. */
+static void dsv4__pack_x_panel(const dsv4__back *back, int64_t i) {
+    const dsv4_batch *batch = &back->call.batch;
+    const dsv4_dtype dtype = back->call.dot ? DSV4_BF16 : DSV4_F32;
+    for (int64_t p = 0; p < back->parts; p++) {
+        const dsv4__part *part = &back->room->parts[p];
+        const int64_t token = part->segment->token + part->t - part->seen;
+        dsv4__terms source;
+        source.kernels = back->call.c->kernels;
+        source.first = dsv4__in(batch->x, token, i * DSV4__PANEL);
+        source.dtype = batch->x.dtype;
+        source.stride = batch->x.stride;
+        source.terms = part->count;
+        source.columns = dsv4__min(back->call.c->config.hidden_dim - i * DSV4__PANEL, DSV4__PANEL);
+        source.lead = dsv4__part_lead(back, part->t);
+        source.padded = dsv4__part_rows(back, part);
+        dsv4__pack_terms(&source, dtype, dsv4__x_panel(back, back->slabs, i, part->row - source.lead));
+    }
+}
+
+/* Where the sums of a weight's gradient live: the caller's fp32 array, or, for bf16, the workspace. */
+static float *dsv4__weight_sums(const dsv4__back *back, int64_t matrix, int64_t *stride) {
+    const dsv4_matrix *target = matrix == 0 ? &back->g.dwkv : &back->g.dwgate;
+    const dsv4_compressor *c = back->call.c;
+    *stride =
+        target->dtype == DSV4_F32 ? target->stride : dsv4__ceil_div(c->config.hidden_dim, DSV4__PANEL) * DSV4__PANEL;
+    return target->dtype == DSV4_F32 ? (float *)target->data : back->room->weight_sums + matrix * c->columns * *stride;
+}
+
+/* Rows [row, row + rows) of one weight's gradient over panel i of the hidden columns: adds the blocks laid by. Sums
+ * that many blocks are added to are copied: their rows fall on few sets of the caches. */
+static void dsv4__dw_tile(const dsv4__back *back, int64_t matrix, int64_t row, int64_t i, dsv4__product_job *job,
+                          float *spare) {
+    const dsv4_dtype dtype = back->call.dot ? DSV4_BF16 : DSV4_F32;
+    int64_t stride;
+    float *sums = dsv4__weight_sums(back, matrix, &stride) + row * stride + i * DSV4__PANEL;
+    const int64_t n = dsv4__min(back->call.c->config.hidden_dim - i * DSV4__PANEL, DSV4__PANEL);
+    const int apart = n < DSV4__PANEL || back->blocks > 2 || back->call.tiles;
+    job->sum = apart ? spare : sums;
+    job->sum_stride = apart ? (int64_t)DSV4__PANEL : stride;
+    if (apart && (back->started || back->g.accumulate)) dsv4__copy_rows(spare, DSV4__PANEL, sums, stride, job->rows, n);
+    for (int64_t b = 0; b < back->blocks; b++) {
+        const dsv4__token_block *block = &back->room->blocks[b];
+        job->x = dsv4__at(dsv4__d_columns(back, block->slab, matrix), dtype, row * DSV4__KBLOCK + block->row);
+        job->w = dsv4__x_panel(back, block->slab, i, block->row);
+        job->pairs = block->count / 2;
+        job->first = !back->started && b == 0 && !back->g.accumulate;
+        job->sums_in_memory = !apart && b == 0;
+        const dsv4__token_block *after = &back->room->blocks[(b + 1) % back->blocks];
+        job->next = (uintptr_t)dsv4__x_panel(back, after->slab, i, after->row);
+        if (b + 1 == back->blocks) job->next += DSV4__KBLOCK * DSV4__PANEL * dsv4_dtype_size(dtype);
+        job->next_bytes = after->count * DSV4__PANEL * (job->w_bf16 ? 2 : 4);
+        dsv4__multiply(back->call.c->kernels, back->call.tiles, job);
+    }
+    if (apart) dsv4__copy_rows(sums, stride, spare, DSV4__PANEL, job->rows, n);
+}
+
+/* A weight's gradient over the panels [first, end): some rows at a time, which stay in the second cache while the
+ * panels of x pass by. */
+static void dsv4__dw_panels(const dsv4__back *back, int64_t matrix, int64_t first, int64_t end, dsv4__product_job *job,
+                            float *spare) {
+    const int64_t columns = back->call.c->columns, unit = dsv4__rows_unit(back->call.c);
+    job->w_bf16 = back->call.dot;
+    for (int64_t row = 0; row < columns; row += job->rows) {
+        job->rows = dsv4__min(columns - row, dsv4__rows_most(back->call.c) / unit * unit);
+        DSV4_ASSERT(job->rows <= DSV4__KBLOCK); /* what spare holds */
+        for (int64_t i = first; i < end; i++) dsv4__dw_tile(back, matrix, row, i, job, spare);
+    }
+}
+
+/* A thread's share of the hidden columns, as panels, and what it multiplies in. */
+typedef struct dsv4__hidden_share {
+    int64_t first, end;
+    dsv4__scratch scratch;
+    dsv4__product_job job;
+} dsv4__hidden_share;
+
+static dsv4__hidden_share dsv4__hidden_share_of(const dsv4__back *back, int64_t thread) {
+    const int64_t panels = dsv4__ceil_div(back->call.c->config.hidden_dim, DSV4__PANEL);
+    const int64_t threads = back->call.ws->threads;
+    dsv4__hidden_share share;
+    memset(&share, 0, sizeof share);
+    share.first = panels * thread / threads;
+    share.end = panels * (thread + 1) / threads;
+    share.scratch = dsv4__scratch_of(back->call.ws, thread);
+    share.job.dot = back->call.dot;
+    share.job.order = dsv4__order_of(back->call.c, back->round);
+    share.job.wide = share.scratch.wide;
+    return share;
+}
+
+/* Task: over this thread's hidden columns, dx, and x laid by for the weights' gradients. */
+static void dsv4__tokens_task(void *argument, int64_t thread) {
+    const dsv4__back *back = (const dsv4__back *)argument;
+    dsv4__hidden_share share = dsv4__hidden_share_of(back, thread);
+    float *sums = back->room->dx_sums + thread * DSV4__DX_PANELS * DSV4__KBLOCK * DSV4__PANEL;
+    dsv4__begin_tiles(back->call.c->kernels, back->call.tiles, back->rows);
+    for (int64_t i = share.first; i < share.end && back->g.dx.data != NULL; i += DSV4__DX_PANELS)
+        dsv4__dx_panels(back, sums, i, dsv4__min(i + DSV4__DX_PANELS, share.end), &share.job);
+    dsv4__end_tiles(back->call.c->kernels, back->call.tiles);
+    for (int64_t i = share.first; i < share.end && dsv4__wants_weights(back); i++) dsv4__pack_x_panel(back, i);
+}
+
+/* Task: adds what is laid by to the weights' gradients, over this thread's hidden columns. */
+static void dsv4__weights_task(void *argument, int64_t thread) {
+    const dsv4__back *back = (const dsv4__back *)argument;
+    dsv4__hidden_share share = dsv4__hidden_share_of(back, thread);
+    dsv4__begin_tiles(back->call.c->kernels, back->call.tiles, DSV4__TILE);
+    for (int64_t m = 0; m < back->call.c->matrices; m++)
+        if ((m == 0 ? back->g.dwkv.data : back->g.dwgate.data) != NULL)
+            dsv4__dw_panels(back, m, share.first, share.end, &share.job, share.scratch.spare);
+    dsv4__end_tiles(back->call.c->kernels, back->call.tiles);
+}
+
+static void dsv4__add_weights(dsv4__back *back) {
+    const int64_t work = back->slabs * DSV4__KBLOCK * back->call.c->columns * back->call.c->config.hidden_dim;
+    if (back->slabs == 0) return;
+    dsv4__for_threads(&back->call, dsv4__weights_task, back, work);
+    back->started = 1;
+    back->slabs = back->blocks = 0;
+}
+
+/* The chunk's tokens are laid by as one slab. */
+static void dsv4__lay_by(dsv4__back *back) {
+    for (int64_t p = 0; p < back->parts; p++) {
+        const dsv4__part *part = &back->room->parts[p];
+        dsv4__token_block *block = &back->room->blocks[back->blocks++];
+        block->slab = back->slabs;
+        block->row = part->row - dsv4__part_lead(back, part->t);
+        block->count = dsv4__part_rows(back, part);
+    }
+    back->slabs++;
+    if (back->slabs == DSV4__SLABS) dsv4__add_weights(back);
+}
+
+/* Where sums, `stride` apart in the workspace or in `target` itself, start: at what `target` holds, or at 0. */
+static void dsv4__begin_sums(const dsv4__back *back, dsv4_matrix target, float *sums, int64_t stride, int64_t rows,
+                             int64_t columns) {
+    if (target.data == NULL) return;
+    if (back->g.accumulate)
+        dsv4__read_matrix(dsv4__as_const(target), sums, stride, rows, columns);
+    else
+        for (int64_t r = 0; r < rows; r++) memset(sums + r * stride, 0, (size_t)columns * sizeof *sums);
+}
+
+static void dsv4__end_sums(dsv4_matrix target, const float *sums, int64_t stride, int64_t rows, int64_t columns) {
+    if (target.data != NULL) dsv4__write_matrix(target, sums, stride, rows, columns);
+}
+
+/* Where the weights' sums start: bf16 ones go on in the workspace, fp32 ones where they are. Sums that start anew do so
+ * with their first block, or here where there was none. */
+static void dsv4__begin_weights(const dsv4__back *back, int64_t matrix) {
+    const dsv4_matrix target = matrix == 0 ? back->g.dwkv : back->g.dwgate;
+    int64_t stride;
+    if (target.data == NULL || (target.dtype == DSV4_F32 && back->g.accumulate)) return;
+    float *sums = dsv4__weight_sums(back, matrix, &stride);
+    dsv4__begin_sums(back, target, sums, stride, back->call.c->columns, back->call.c->config.hidden_dim);
+}
+
+static void dsv4__end_weights(const dsv4__back *back, int64_t matrix) {
+    const dsv4_matrix target = matrix == 0 ? back->g.dwkv : back->g.dwgate;
+    int64_t stride;
+    if (target.data == NULL || target.dtype == DSV4_F32) return;
+    const float *sums = dsv4__weight_sums(back, matrix, &stride);
+    dsv4__write_matrix(target, sums, stride, back->call.c->columns, back->call.c->config.hidden_dim);
+}
+
+/* ------------------------------------------------------------------------------------------------------------
+ * 3p. Windows: from the rows of kv and gate to pooled rows; their way back to dkv, dgate and dape
+ * ------------------------------------------------------------------------------------------------------------ */
+
+/* Where a task finds the projections of the current block: channel `channel` of kv and gate of (row, series). */
+typedef struct dsv4__source {
+    const float *kv, *gate;    /* of row 0, series 0, the task's first channel; gate NULL with no_gate */
+    int64_t stride;            /* numbers from row to row */
+    int64_t series;            /* numbers from series to series */
+    int64_t channel, channels; /* the task's channels: first and how many */
+} dsv4__source;
+
+static dsv4__source dsv4__sums_source(const dsv4__call *call, int64_t group) {
+    const dsv4_compressor *c = call->c;
+    dsv4__source source;
+    source.kv = dsv4__group_sums(call, group);
+    source.gate = c->config.no_gate ? NULL : source.kv + DSV4__PANEL;
+    source.series = c->matrices * DSV4__PANEL;
+    source.stride = c->series * source.series;
+    source.channel = group * DSV4__PANEL;
+    source.channels = dsv4__min(c->config.head_dim - source.channel, DSV4__PANEL);
+    return source;
+}
+
+/* Projections that lie in arrays: given ones, or recomputed; the channels of a thread's share of the groups. */
+static dsv4__source dsv4__thread_source(const dsv4__call *call, int64_t thread) {
+    const dsv4_compressor *c = call->c;
+    const int64_t threads = call->ws->threads, end = c->groups * (thread + 1) / threads * DSV4__PANEL;
+    dsv4__source source;
+    source.channel = dsv4__min(c->groups * thread / threads * DSV4__PANEL, c->config.head_dim);
+    source.channels = dsv4__min(end, c->config.head_dim) - source.channel;
+    source.kv = call->batch.kv + source.channel;
+    source.gate = c->config.no_gate ? NULL : call->batch.gate + source.channel;
+    source.series = c->config.head_dim;
+    source.stride = c->columns;
+    return source;
+}
+
+/* Whether a piece's state folds what it has seen: its rows, where it has any, then hold scores. */
+static int dsv4__folds(const dsv4__piece *piece) { return piece->state != NULL && piece->state->windows > 0; }
+
+/* Whether rows of a piece that continues have to wait in the workspace: those of a segment without a state, and, where
+ * weights are asked for, of one whose state folds. */
+static int dsv4__carries(const dsv4__call *call, const dsv4__piece *piece) {
+    return piece->state == NULL || (dsv4__folds(piece) && call->batch.stages.weights != NULL);
+}
+
+/* Where the rows before a piece wait. */
+static const dsv4_state *dsv4__holder(const dsv4__call *call, const dsv4__piece *piece) {
+    const int carried = piece->t > piece->first && dsv4__carries(call, piece);
+    return carried ? call->ws->carry : piece->state;
+}
+
+/* Row 0's ape of a series, for rows from token t on. */
+static const float *dsv4__ape_from(const dsv4__call *call, const dsv4__source *source, int64_t series, int64_t t) {
+    const dsv4_compressor *c = call->c;
+    if (c->ape == NULL) return NULL;
+    return c->ape + t % c->config.ratio * c->columns + series * c->config.head_dim + source->channel;
+}
+
+/* Appends `count` rows from token t on: of the piece itself, or of the ring where they wait. */
+static void dsv4__add_run(const dsv4__call *call, const dsv4__piece *piece, const dsv4__source *source, int64_t series,
+                          int64_t t, int64_t count, dsv4__window *window) {
+    const dsv4_compressor *c = call->c;
+    dsv4__run *run = &window->runs[window->run_count++];
+    DSV4_ASSERT(window->run_count <= DSV4__MAX_RUNS);
+    memset(run, 0, sizeof *run);
+    run->count = count;
+    run->ape = dsv4__ape_from(call, source, series, t);
+    run->ape_stride = c->columns;
+    if (t >= piece->t) {
+        const int64_t offset = (piece->source_row + t - piece->t) * source->stride + series * source->series;
+        run->kv = source->kv + offset;
+        run->gate = source->gate == NULL ? NULL : source->gate + offset;
+        run->stride = source->stride;
+    } else {
+        const dsv4_state *holder = dsv4__holder(call, piece);
+        const float *row = dsv4__state_row(holder, series, t) + source->channel;
+        run->kv = row;
+        run->gate = row + c->config.head_dim; /* windows without a gate have one row, which does not wait */
+        run->stride = holder->row;
+        if (dsv4__folds(piece)) run->ape = NULL;
+    }
+}
+
+/* Appends the rows [t, end) of a series: from the ring, twice where it wraps, then from the piece. */
+static void dsv4__add_series(const dsv4__call *call, const dsv4__piece *piece, const dsv4__source *source,
+                             int64_t series, int64_t t, int64_t end, dsv4__window *window) {
+    while (t < end) {
+        int64_t count = end - t;
+        if (t < piece->t) {
+            const int64_t capacity = dsv4__holder(call, piece)->capacity[series];
+            count = dsv4__min(dsv4__min(end, piece->t) - t, capacity - t % capacity);
+        }
+        dsv4__add_run(call, piece, source, series, t, count, window);
+        t += count;
+    }
+}
+
+/* The rows that window w of a piece pools, in order, but for those of tokens before `from`. */
+static dsv4__window dsv4__window_rows(const dsv4__call *call, const dsv4__piece *piece, const dsv4__source *source,
+                                      int64_t w, int64_t from) {
+    const int64_t ratio = call->c->config.ratio, lag = call->c->series - 1;
+    dsv4__window window;
+    window.run_count = 0;
+    if (lag == 1 && w > 0)
+        dsv4__add_series(call, piece, source, 0, dsv4__max((w - 1) * ratio, from), w * ratio, &window);
+    if (lag == 1 && w == 0 && from == 0) {
+        memset(&window.runs[0], 0, sizeof window.runs[0]);
+        window.runs[window.run_count++].count = ratio;
+    }
+    dsv4__add_series(call, piece, source, lag, dsv4__max(w * ratio, from), (w + 1) * ratio, &window);
+    return window;
+}
+
+/* What all pooling of a thread has in common. */
+static dsv4__pool_job dsv4__pool_settings(const dsv4__call *call, const dsv4__source *source, int64_t thread) {
+    const dsv4_config *config = &call->c->config;
+    dsv4__pool_job job;
+    memset(&job, 0, sizeof job);
+    job.channels = source->channels;
+    job.rounding = config->rounding;
+    job.pad_gate = dsv4__pad_gate(config);
+    job.scores = dsv4__scratch_of(call->ws, thread).wide;
+    job.fold_stride = config->head_dim;
+    return job;
+}
+
+/* ---- Pooling ------------------------------------------------------------------------------------------------ */
+
+/* What follows window w of a piece at some distance, where projections are given. */
+static dsv4__rows_ahead dsv4__rows_behind(const dsv4__call *call, const dsv4__piece *piece, const dsv4__source *source,
+                                          int64_t w) {
+    dsv4__rows_ahead ahead;
+    memset(&ahead, 0, sizeof ahead);
+    if (call->batch.kv == NULL || source->gate == NULL) return ahead;
+    const int64_t number = (int64_t)sizeof(float);
+    ahead.rows = call->c->config.ratio;
+    ahead.series = call->c->series;
+    ahead.stride = source->stride * number;
+    ahead.series_stride = source->series * number;
+    ahead.bytes = source->channels * number;
+    const int64_t windows = ahead.rows < 16 ? 2 : 1; /* few rows do not last until memory has answered */
+    const int64_t offset = (piece->source_row + (w + windows) * ahead.rows - piece->t) * ahead.stride;
+    ahead.kv = (uintptr_t)source->kv + (uintptr_t)offset;
+    ahead.gate = (uintptr_t)source->gate + (uintptr_t)offset;
+    return ahead;
+}
+
+/* Pools a window of many rows that come from memory: some rows of all channels at a time, so that these are read as
+ * they lie and the next ones are fetched meanwhile. `fold` holds what is folded in between. */
+static void dsv4__pool_by_rows(const dsv4__call *call, dsv4__pool_job job, float *fold) {
+    const dsv4__window whole = *job.window;
+    dsv4__window part;
+    part.run_count = 1;
+    job.window = &part;
+    for (int i = 0; i < whole.run_count; i++)
+        for (int64_t done = 0; done < whole.runs[i].count; done += part.runs[0].count) {
+            dsv4__run *run = &part.runs[0];
+            const int64_t number = (int64_t)sizeof(float);
+            *run = whole.runs[i];
+            run->count = dsv4__min(run->count - done, DSV4__ROWS_AT_ONCE);
+            if (run->kv != NULL) run->kv += done * run->stride;
+            if (run->gate != NULL) run->gate += done * run->stride;
+            if (run->ape != NULL) run->ape += done * run->ape_stride;
+            memset(&job.ahead, 0, sizeof job.ahead);
+            if (run->kv != NULL) { /* not the rows that window 0 lacks; long windows have gates */
+                job.ahead.kv = (uintptr_t)run->kv + (uintptr_t)(2 * DSV4__ROWS_AT_ONCE * run->stride * number);
+                job.ahead.gate = (uintptr_t)run->gate + (uintptr_t)(2 * DSV4__ROWS_AT_ONCE * run->stride * number);
+                job.ahead.rows = run->count;
+                job.ahead.series = 1;
+                job.ahead.stride = run->stride * number;
+                job.ahead.bytes = job.channels * number;
+            }
+            job.to = i + 1 == whole.run_count && done + run->count == whole.runs[i].count ? NULL : fold;
+            call->c->kernels->pool(&job);
+            job.from = job.to;
+        }
+}
+
+/* Pools the windows of the block that close, over the source's channels. */
+static void dsv4__pool_block(const dsv4__call *call, const dsv4__source *source, int64_t thread) {
+    const dsv4_compressor *c = call->c;
+    const int64_t dim = c->config.head_dim, rows = c->series * c->config.ratio;
+    dsv4__pool_job job = dsv4__pool_settings(call, source, thread);
+    dsv4__window window;
+    const int by_rows = call->batch.kv != NULL && call->batch.stages.weights == NULL && !c->keeps_rows &&
+                        c->config.ratio >= 4 * DSV4__ROWS_AT_ONCE;
+    job.window = &window;
+    job.weights_stride = dim;
+    for (int64_t i = 0; i < call->pieces; i++) {
+        const dsv4__piece *piece = &call->ws->pieces[i];
+        const int goes_on = dsv4__folds(piece) && call->batch.stages.weights == NULL; /* weights need all rows */
+        for (int64_t j = 0; j < piece->windows; j++) {
+            const int64_t w = piece->window + j;
+            const float *fold =
+                goes_on ? dsv4__fold_at(piece->state, w - piece->folded / c->config.ratio, piece->folded) : NULL;
+            job.from = fold == NULL ? NULL : fold + source->channel;
+            window = dsv4__window_rows(call, piece, source, w, goes_on ? piece->folded : 0);
+            job.ahead = dsv4__rows_behind(call, piece, source, w);
+            job.pooled = call->ws->pooled + (piece->slot + j) * dim + source->channel;
+            const int64_t entry = dsv4__entry_row(call, piece, j);
+            job.weights = entry < 0 ? NULL : call->batch.stages.weights;
+            if (job.weights != NULL) job.weights += entry * rows * dim + source->channel;
+            if (by_rows)
+                dsv4__pool_by_rows(call, job, dsv4__scratch_of(call->ws, thread).wide);
+            else
+                c->kernels->pool(&job);
+        }
+    }
+}
+
+/* ---- What stays of rows: in states, in the stages ----------------------------------------------------------- */
+
+/* Copies the source's channels of one row of one series: kv and, where there is one, gate. */
+static void dsv4__copy_row(const dsv4__source *source, int64_t row, int64_t series, float *kv, float *gate) {
+    const int64_t offset = row * source->stride + series * source->series;
+    const size_t bytes = (size_t)source->channels * sizeof(float);
+    if (kv != NULL) memcpy(kv, source->kv + offset, bytes);
+    if (gate != NULL && source->gate != NULL) memcpy(gate, source->gate + offset, bytes);
+}
+
+/* Puts the last rows of a piece into a ring, as scores where its state folds. */
+static void dsv4__put_rows(const dsv4__call *call, const dsv4__piece *piece, const dsv4__source *source,
+                           const dsv4_state *holder) {
+    const dsv4_compressor *c = call->c;
+    const int64_t end = piece->t + piece->count;
+    for (int64_t s = 0; s < c->series; s++)
+        for (int64_t t = dsv4__max(piece->t, end - holder->capacity[s]); t < end; t++) {
+            float *row = dsv4__state_row(holder, s, t) + source->channel, *gate = row + c->config.head_dim;
+            dsv4__copy_row(source, piece->source_row + t - piece->t, s, row, gate);
+            if (!dsv4__folds(piece)) continue;
+            if (c->ape != NULL) c->kernels->add(gate, dsv4__ape_from(call, source, s, t), NULL, source->channels);
+            if (c->config.rounding & DSV4_ROUND_SCORE) c->kernels->round_array(gate, source->channels);
+        }
+}
+
+/* Lets the rows of the state that the first open window needs wait with those of the piece. */
+static void dsv4__carry_state_rows(const dsv4__call *call, const dsv4__piece *piece, const dsv4__source *source) {
+    const dsv4_state *carry = call->ws->carry;
+    for (int64_t s = 0; s < call->c->series; s++)
+        for (int64_t t = dsv4__state_first(carry, s, piece->first); t < piece->first; t++) {
+            const float *from = dsv4__state_row(piece->state, s, t) + source->channel;
+            float *to = dsv4__state_row(carry, s, t) + source->channel;
+            memcpy(to, from, (size_t)source->channels * sizeof *to);
+            memcpy(to + carry->head_dim, from + carry->head_dim, (size_t)source->channels * sizeof *to);
+        }
+}
+
+/* Folds what falls out of a roll-back's reach: from where the state stands, or, where all windows open there close,
+ * from the first row of those that are open in the end. */
+static void dsv4__fold_piece(const dsv4__call *call, const dsv4__piece *piece, const dsv4__source *source) {
+    const dsv4_compressor *c = call->c;
+    const dsv4_state *state = piece->state;
+    const int64_t ratio = c->config.ratio, lag = c->series - 1;
+    const int64_t floor = dsv4__max(piece->folded, piece->t + piece->count - state->depth);
+    const int64_t start = dsv4__max(piece->folded, (floor / ratio - lag) * ratio);
+    dsv4__token_rows rows;
+    memset(&rows, 0, sizeof rows);
+    rows.channel = source->channel;
+    rows.channels = source->channels;
+    rows.rounding = c->config.rounding & DSV4_ROUND_SCORE;
+    for (int64_t t = start; t < floor; t++) {
+        rows.fresh = lag == 1 && start > piece->folded && t < start + ratio;
+        for (int64_t s = 0; s < c->series; s++) {
+            dsv4__window one;
+            one.run_count = 0;
+            dsv4__add_run(call, piece, source, s, t, 1, &one);
+            rows.kv[s] = one.runs[0].kv;
+            rows.gate[s] = one.runs[0].gate;
+            rows.ape[s] = one.runs[0].ape;
+        }
+        dsv4__fold_token(state, c->kernels, t, &rows);
+    }
+}
+
+/* Leaves of each piece what its sequence goes on with. After pooling: rings and folds may still hold what a window of
+ * this block begins with. */
+static void dsv4__keep_rows(const dsv4__call *call, const dsv4__source *source) {
+    for (int64_t i = 0; i < call->pieces; i++) {
+        const dsv4__piece *piece = &call->ws->pieces[i];
+        if (piece->continues && dsv4__carries(call, piece)) {
+            if (piece->state != NULL && piece->t == piece->first) dsv4__carry_state_rows(call, piece, source);
+            dsv4__put_rows(call, piece, source, call->ws->carry);
+        }
+        if (piece->state == NULL) continue;
+        if (dsv4__folds(piece)) dsv4__fold_piece(call, piece, source);
+        dsv4__put_rows(call, piece, source, piece->state);
+    }
+}
+
+/* The stages kv and gate. */
+static void dsv4__show_rows(const dsv4__call *call, const dsv4__source *source) {
+    const dsv4_stages *stages = &call->batch.stages;
+    if (stages->kv == NULL && stages->gate == NULL) return;
+    for (int64_t i = 0; i < call->pieces; i++) {
+        const dsv4__piece *piece = &call->ws->pieces[i];
+        for (int64_t j = 0; j < piece->count; j++)
+            for (int64_t s = 0; s < call->c->series; s++) {
+                const int64_t to =
+                    (piece->stage_row + j) * call->c->columns + s * call->c->config.head_dim + source->channel;
+                dsv4__copy_row(source, piece->source_row + j, s, stages->kv == NULL ? NULL : stages->kv + to,
+                               stages->gate == NULL ? NULL : stages->gate + to);
+            }
+    }
+}
+
+static void dsv4__use_source(const dsv4__call *call, const dsv4__source *source, int64_t thread) {
+    dsv4__show_rows(call, source);
+    dsv4__pool_block(call, source, thread);
+    dsv4__keep_rows(call, source);
+}
+
+/* Task: pools this thread's share of the channels. */
+static void dsv4__pool_task(void *argument, int64_t thread) {
+    const dsv4__call *call = (const dsv4__call *)argument;
+    const int64_t groups = call->c->groups, threads = call->ws->threads;
+    if (call->batch.kv != NULL) {
+        const dsv4__source source = dsv4__thread_source(call, thread);
+        dsv4__use_source(call, &source, thread);
+        return;
+    }
+    for (int64_t group = groups * thread / threads; group < groups * (thread + 1) / threads; group++) {
+        const dsv4__source source = dsv4__sums_source(call, group);
+        dsv4__use_source(call, &source, thread);
+    }
+}
+
+/* ---- Back: the windows that touch a part, recomputed -------------------------------------------------------- */
+
+/* Task: copies the projections of a block onto this thread's groups to the arrays of recomputed rows. */
+static void dsv4__recompute_task(void *argument, int64_t thread) {
+    const dsv4__call *call = (const dsv4__call *)argument;
+    const int64_t groups = call->c->groups, threads = call->ws->threads;
+    for (int64_t group = groups * thread / threads; group < groups * (thread + 1) / threads; group++) {
+        const dsv4__source source = dsv4__sums_source(call, group);
+        dsv4__show_rows(call, &source);
+    }
+}
+
+/* Projects the rows of all parts, block by block. */
+static void dsv4__recompute(dsv4__back *back) {
+    dsv4__call *call = &back->call;
+    int64_t p = 0, done = 0;
+    while (p < back->parts) {
+        call->rows = call->pieces = 0;
+        while (p < back->parts && call->rows < call->ws->block_rows) {
+            const dsv4__piece *rows = &back->room->parts[p].rows;
+            dsv4__piece *piece = &call->ws->pieces[call->pieces];
+            *piece = *rows;
+            piece->row = piece->source_row = call->rows;
+            piece->count = dsv4__min(rows->count - done, call->ws->block_rows - call->rows);
+            piece->t += done;
+            piece->token += done;
+            piece->stage_row = rows->source_row + done;
+            call->pieces += piece->count > 0;
+            call->rows += piece->count;
+            done += piece->count;
+            if (done < rows->count) break;
+            done = 0;
+            p++;
+        }
+        if (call->rows == 0) break;
+        dsv4__project_block(call);
+        dsv4__for_threads(call, dsv4__recompute_task, call, call->rows * call->c->columns);
+    }
+}
+
+/* Task: pools the chunk's windows, over this thread's channels. */
+static void dsv4__repool_task(void *argument, int64_t thread) {
+    const dsv4__back *back = (const dsv4__back *)argument;
+    const dsv4__source source = dsv4__thread_source(&back->call, thread);
+    const int64_t dim = back->call.c->config.head_dim;
+    dsv4__pool_job job = dsv4__pool_settings(&back->call, &source, thread);
+    dsv4__window window;
+    job.window = &window;
+    for (int64_t p = 0; p < back->parts; p++) {
+        const dsv4__piece *rows = &back->room->parts[p].rows;
+        for (int64_t i = 0; i < rows->windows; i++) {
+            window = dsv4__window_rows(&back->call, rows, &source, rows->window + i, 0);
+            job.pooled = back->room->normed + (rows->slot + i) * dim + source.channel;
+            back->call.c->kernels->pool(&job);
+        }
+    }
+}
+
+/* ---- Back: dkv, dgate and dape ------------------------------------------------------------------------------ */
+
+/* Tells a run of `count` rows from token t on where its gradients go: to the chunk's rows, to the state before the
+ * segment, or nowhere; and returns after how many rows that changes. */
+static int64_t dsv4__run_target(const dsv4__back *back, const dsv4__part *part, const dsv4__source *source,
+                                int64_t series, int64_t t, int64_t count, dsv4__run *run) {
+    const int64_t dim = back->call.c->config.head_dim, stride = back->room->d_stride;
+    const int64_t offset = series * dim + source->channel, end = part->t + part->count;
+    dsv4_state *previous = part->gradient != NULL ? part->gradient->previous : NULL;
+    run->dkv = run->dgate = NULL;
+    if (t < part->seen) {
+        if (previous == NULL) return count;
+        const int64_t capacity = previous->capacity[series];
+        run->dkv = dsv4__state_row(previous, series, t) + source->channel;
+        run->dgate = run->dkv + dim;
+        run->d_stride = previous->row;
+        count = dsv4__min(count, capacity - t % capacity);
+    } else if (t < part->t) {
+        count = dsv4__min(count, part->t - t);
+    } else if (t < end) {
+        run->dkv = back->room->dkv + (part->row + t - part->t) * stride + offset;
+        run->dgate = back->room->dgate + (part->row + t - part->t) * stride + offset;
+        run->d_stride = stride;
+        count = dsv4__min(count, end - t);
+    }
+    if (back->call.c->config.no_gate) run->dgate = NULL;
+    return count;
+}
+
+/* A window's runs, each cut where its gradients' place changes. */
+static dsv4__window dsv4__window_back(const dsv4__back *back, const dsv4__part *part, const dsv4__source *source,
+                                      int64_t w) {
+    const int64_t ratio = back->call.c->config.ratio, lag = back->call.c->series - 1;
+    const dsv4__window whole = dsv4__window_rows(&back->call, &part->rows, source, w, 0);
+    dsv4__window cut;
+    int64_t t = (w - lag) * ratio;
+    cut.run_count = 0;
+    for (int i = 0; i < whole.run_count; i++)
+        for (int64_t done = 0; done < whole.runs[i].count;) {
+            dsv4__run *run = &cut.runs[cut.run_count++];
+            DSV4_ASSERT(cut.run_count <= DSV4__MAX_RUNS);
+            *run = whole.runs[i];
+            if (run->kv != NULL) {
+                run->kv += done * run->stride;
+                if (run->gate != NULL) run->gate += done * run->stride;
+                if (run->ape != NULL) run->ape += done * run->ape_stride;
+                run->count = dsv4__run_target(back, part, source, lag > 0 && t >= w * ratio, t, run->count - done, run);
+            }
+            done += run->count;
+            t += run->count;
+        }
+    return cut;
+}
+
+static void dsv4__copy_or_clear(float *to, const float *from, size_t bytes) {
+    if (from != NULL)
+        memcpy(to, from, bytes);
+    else
+        memset(to, 0, bytes);
+}
+
+/* Rows of the part whose window closes after the segment get what the following part says, or 0; so do the rows around
+ * it that fill pairs or steps up. */
+static void dsv4__open_rows(const dsv4__back *back, const dsv4__part *part, const dsv4__source *source) {
+    const dsv4_compressor *c = back->call.c;
+    const dsv4_state *next = part->gradient != NULL ? part->gradient->next : NULL;
+    const size_t bytes = (size_t)source->channels * sizeof(float);
+    for (int64_t s = 0; s < c->series; s++) {
+        const int64_t lag = c->series - 1 - s, first = (part->closed - lag) * c->config.ratio;
+        const int64_t open = dsv4__min(dsv4__max(first, part->t), part->t + part->count);
+        const int64_t lead = part->t - dsv4__part_lead(back, part->t), end = lead + dsv4__part_rows(back, part);
+        for (int64_t t = lead < part->t ? lead : open; t < end; t = t + 1 == part->t ? open : t + 1) {
+            const int64_t to =
+                (part->row + t - part->t) * back->room->d_stride + s * c->config.head_dim + source->channel;
+            const int known =
+                next != NULL && t >= part->t && t < part->t + part->count; /* never without a gate: ratio is 1 then */
+            const float *from = known ? dsv4__state_row(next, s, t) + source->channel : NULL;
+            dsv4__copy_or_clear(back->room->dkv + to, from, bytes);
+            dsv4__copy_or_clear(back->room->dgate + to, known ? from + c->config.head_dim : NULL, bytes);
+        }
+    }
+}
+
+/* Adds a part's rows of dgate to dape, as one block, over the source's channels. */
+static void dsv4__sum_ape(const dsv4__back *back, const dsv4__part *part, const dsv4__source *source) {
+    const dsv4_compressor *c = back->call.c;
+    const int64_t ratio = c->config.ratio, dim = c->config.head_dim;
+    for (int64_t s = 0; s < c->series; s++) {
+        const int64_t offset = s * dim + source->channel;
+        for (int64_t i = 0; i < part->count; i++) {
+            float *block = back->room->dape_block + (part->t + i) % ratio * c->columns + offset;
+            if (i < ratio) memset(block, 0, (size_t)source->channels * sizeof(float));
+            c->kernels->add(block, back->room->dgate + (part->row + i) * back->room->d_stride + offset, NULL,
+                            source->channels);
+        }
+        for (int64_t i = 0; i < dsv4__min(part->count, ratio); i++) {
+            const int64_t row = (part->t + i) % ratio * c->columns + offset;
+            c->kernels->add(back->room->dape + row, back->room->dape_block + row, NULL, source->channels);
+        }
+    }
+}
+
+/* Adds the entries that close within a part to dnorm, as one block. */
+static void dsv4__sum_norm(const dsv4__back *back, const dsv4__part *part, const dsv4__source *source) {
+    const dsv4_compressor *c = back->call.c;
+    const int64_t closing = (part->t + part->count) / c->config.ratio - part->rows.window;
+    float *block = back->room->dnorm_block + source->channel;
+    memset(block, 0, (size_t)source->channels * sizeof(float));
+    for (int64_t i = 0; i < closing; i++) {
+        const int64_t slot = (part->rows.slot + i) * c->config.head_dim + source->channel;
+        c->kernels->add(block, back->room->dscaled + slot, back->room->normed + slot, source->channels);
+    }
+    c->kernels->add(back->room->dnorm + source->channel, block, NULL, source->channels);
+}
+
+/* Task: dkv and dgate of the chunk's rows over this thread's channels, and the sums that need nothing else. */
+static void dsv4__windows_back_task(void *argument, int64_t thread) {
+    const dsv4__back *back = (const dsv4__back *)argument;
+    const dsv4_compressor *c = back->call.c;
+    const dsv4__source source = dsv4__thread_source(&back->call, thread);
+    dsv4__pool_job job = dsv4__pool_settings(&back->call, &source, thread);
+    dsv4__window window;
+    job.window = &window;
+    for (int64_t p = 0; p < back->parts && source.channels > 0; p++) {
+        const dsv4__part *part = &back->room->parts[p];
+        for (int64_t i = 0; i < part->rows.windows; i++) {
+            window = dsv4__window_back(back, part, &source, part->rows.window + i);
+            job.dpooled = back->room->dpooled + (part->rows.slot + i) * c->config.head_dim + source.channel;
+            c->kernels->pool_back(&job);
+        }
+        dsv4__open_rows(back, part, &source);
+        if (back->g.dape.data != NULL && !c->config.no_gate) dsv4__sum_ape(back, part, &source); /* else 0 */
+        if (back->g.dnorm.data != NULL) dsv4__sum_norm(back, part, &source);
+    }
+    for (int64_t row = 0; row < back->rows && back->round; row++)
+        for (int64_t s = 0; s < c->series; s++) {
+            const int64_t at = row * back->room->d_stride + s * c->config.head_dim + source.channel;
+            c->kernels->round_array(back->room->dkv + at, source.channels);
+            if (!c->config.no_gate) c->kernels->round_array(back->room->dgate + at, source.channels);
+        }
+}
+
+/* ------------------------------------------------------------------------------------------------------------
+ * 3q. Entries: norm, RoPE and row format; their way back to dpooled and dnorm
+ * ------------------------------------------------------------------------------------------------------------ */
+
+/* One entry, from its pooled row to out. */
+static void dsv4__finish_entry(const dsv4__call *call, const dsv4__piece *piece, int64_t index,
+                               const dsv4__scratch *scratch) {
+    const dsv4_config *config = &call->c->config;
+    const dsv4_batch *batch = &call->batch;
+    const int64_t entry = dsv4__entry_row(call, piece, index);
+    dsv4__finish_job job;
+    if (entry < 0) return;
+    memset(&job, 0, sizeof job);
+    dsv4__rope_row(config, call->c->inv_freq, piece->position + index * config->ratio, scratch->cos_row,
+                   scratch->sin_row);
+    job.config = config;
+    job.norm = call->c->norm;
+    job.cos_row = scratch->cos_row;
+    job.sin_row = scratch->sin_row;
+    job.pooled = call->ws->pooled + (piece->slot + index) * config->head_dim;
+    job.row = scratch->row;
+    job.swapped = scratch->swapped;
+    job.out_dtype = batch->out.dtype;
+    job.out = dsv4__in_mutable(batch->out, entry, 0);
+    if (job.out_dtype == DSV4_PACKED && batch->scales.data != NULL)
+        job.scales = (unsigned char *)dsv4__in_mutable(batch->scales, entry, 0);
+    job.latent_dtype = job.out_dtype == DSV4_F32 ? DSV4_F32 : DSV4_BF16;
+    job.latent = batch->stages.latent;
+    if (job.latent != NULL) job.latent = dsv4__at_mutable(job.latent, job.latent_dtype, entry * config->head_dim);
+    call->c->kernels->finish(&job);
+    if (batch->stages.pooled != NULL)
+        memcpy(batch->stages.pooled + entry * config->head_dim, job.pooled, (size_t)config->head_dim * sizeof(float));
+}
+
+/* Task: finishes this thread's share of the block's entries. */
+static void dsv4__finish_task(void *argument, int64_t thread) {
+    const dsv4__call *call = (const dsv4__call *)argument;
+    const int64_t threads = call->ws->threads;
+    const int64_t first = call->entries * thread / threads, end = call->entries * (thread + 1) / threads;
+    const dsv4__scratch scratch = dsv4__scratch_of(call->ws, thread);
+    for (int64_t i = 0; i < call->pieces; i++) {
+        const dsv4__piece *piece = &call->ws->pieces[i];
+        const int64_t last = dsv4__min(end, piece->slot + piece->windows);
+        for (int64_t slot = dsv4__max(first, piece->slot); slot < last; slot++)
+            dsv4__finish_entry(call, piece, slot - piece->slot, &scratch);
+    }
+}
+
+/* ---- Back --------------------------------------------------------------------------------------------------- */
+
+/* One entry: dout to dpooled, leaving the scaled row's gradient and the normalised row for dnorm. */
+static void dsv4__entry_back(const dsv4__back *back, const dsv4__part *part, int64_t index,
+                             const dsv4__scratch *scratch) {
+    const dsv4_compressor *c = back->call.c;
+    const dsv4__piece *rows = &part->rows;
+    const int64_t dim = c->config.head_dim, slot = (rows->slot + index) * dim;
+    const int64_t entry = dsv4__entry_row(&back->call, rows, index);
+    dsv4__finish_job job;
+    memset(&job, 0, sizeof job);
+    dsv4__rope_row(&c->config, c->inv_freq, rows->position + index * c->config.ratio, scratch->cos_row,
+                   scratch->sin_row);
+    for (int64_t i = 0; i < c->config.rope_dim; i++) scratch->sin_row[i] = -scratch->sin_row[i];
+    job.config = &c->config;
+    job.norm = c->norm;
+    job.cos_row = scratch->cos_row;
+    job.sin_row = scratch->sin_row;
+    job.swapped = scratch->swapped;
+    job.pooled = back->room->normed + slot;
+    job.row = back->room->dscaled + slot;
+    job.dpooled = back->room->dpooled + slot;
+    if (entry < 0)
+        memset(job.row, 0, (size_t)dim * sizeof(float)); /* not stored, so nothing hangs on it */
+    else if (back->g.dout.dtype == DSV4_BF16)
+        c->kernels->widen(job.row, (const dsv4_bf16 *)dsv4__in(back->g.dout, entry, 0), dim);
+    else
+        memcpy(job.row, dsv4__in(back->g.dout, entry, 0), (size_t)dim * sizeof(float));
+    c->kernels->finish_back(&job);
+}
+
+/* Task: this thread's share of the chunk's windows. */
+static void dsv4__entries_back_task(void *argument, int64_t thread) {
+    const dsv4__back *back = (const dsv4__back *)argument;
+    const int64_t threads = back->call.ws->threads;
+    const int64_t first = back->windows * thread / threads, end = back->windows * (thread + 1) / threads;
+    const dsv4__scratch scratch = dsv4__scratch_of(back->call.ws, thread);
+    for (int64_t p = 0; p < back->parts; p++) {
+        const dsv4__part *part = &back->room->parts[p];
+        const int64_t last = dsv4__min(end, part->rows.slot + part->rows.windows);
+        for (int64_t slot = dsv4__max(first, part->rows.slot); slot < last; slot++)
+            dsv4__entry_back(back, part, slot - part->rows.slot, &scratch);
+    }
+}
+
+/* ------------------------------------------------------------------------------------------------------------
+ * 3r. Calls: what they may be, and what they do
  * ------------------------------------------------------------------------------------------------------------ */
 
 DSV4_API int64_t dsv4_visible_entries(int64_t t, int64_t ratio) {
@@ -4645,26 +5926,7 @@ DSV4_API dsv4_status dsv4_mask(const dsv4_mask_spec *spec, dsv4_matrix mask, dsv
     return DSV4_OK;
 }
 
-/* A batch with its defaults in place, and the block that is being worked on. */
-typedef struct dsv4__call {
-    const dsv4_compressor *c;
-    dsv4_workspace *ws;
-    dsv4_batch batch;
-    dsv4_segment whole;            /* all tokens, where the batch came without segments */
-    int x_bf16;                    /* x came as bf16 */
-    int dot;                       /* and is packed so, for the bf16 dot product */
-    int tiles;                     /* on tiles */
-    int64_t rows, pieces, entries; /* of the current block */
-    int64_t emitted;               /* entries of the blocks before; on the way back, of the segments before */
-    int64_t term, term_end;        /* terms of x that are packed */
-    int64_t segment, done;         /* where the next block begins: segment, tokens of it already taken */
-} dsv4__call;
-
-/* Tokens of a segment that are worked on. */
-static int64_t dsv4__tokens_used(const dsv4_batch *batch, const dsv4_segment *segment, int64_t ratio) {
-    const int64_t tail = segment->state == NULL && batch->drop_tail ? segment->count % ratio : 0;
-    return segment->count - tail;
-}
+/* ---- What a call may be ------------------------------------------------------------------------------------- */
 
 static dsv4_status dsv4__check_span(int64_t first, int64_t count, int64_t limit, int64_t segment, const char *what,
                                     dsv4_error *error) {
@@ -4814,582 +6076,7 @@ static dsv4_status dsv4__check_outputs(const dsv4_compressor *c, dsv4_batch *bat
     return dsv4__check_optional(stages->latent, batch->out.dtype == DSV4_F32 ? 4 : 2, "stages.latent", error);
 }
 
-/* Adds to the block as many tokens of the current segment as fit, without closing more windows than there are slots. */
-static void dsv4__take_piece(dsv4__call *call) {
-    const dsv4_segment *segment = &call->batch.segments[call->segment];
-    const int64_t ratio = call->c->config.ratio, seen = dsv4_state_tokens(segment->state);
-    const int64_t left = dsv4__tokens_used(&call->batch, segment, ratio) - call->done;
-    dsv4__piece *piece = &call->ws->pieces[call->pieces++];
-    piece->segment = segment;
-    piece->token = segment->token + call->done;
-    piece->t = seen + call->done;
-    piece->row = call->rows;
-    piece->source_row = call->batch.kv != NULL ? piece->token : piece->row;
-    piece->stage_row = piece->token;
-    piece->count = dsv4__min(left, call->ws->block_rows - call->rows);
-    piece->count = dsv4__min(piece->count, (call->ws->slots - call->entries + 1) * ratio - 1 - piece->t % ratio);
-    piece->state = segment->state;
-    piece->continues = piece->count < left;
-    piece->first = seen;
-    piece->folded = piece->state != NULL ? piece->state->floor : 0;
-    piece->window = piece->t / ratio;
-    piece->windows = (piece->t + piece->count) / ratio - piece->window;
-    piece->slot = call->entries;
-    piece->entry = segment->entry + piece->window - seen / ratio;
-    piece->number = call->emitted + piece->slot;
-    piece->position = segment->position - seen + piece->window * ratio;
-    call->rows += piece->count;
-    call->entries += piece->windows;
-    DSV4_ASSERT(call->entries <= call->ws->slots);
-    call->done = piece->count < left ? call->done + piece->count : 0;
-    if (call->done == 0) call->segment++;
-}
-
-/* The row of a piece's entry: in out, scales, dout and the stages; negative: it is not stored. */
-static int64_t dsv4__entry_row(const dsv4__call *call, const dsv4__piece *piece, int64_t index) {
-    const int64_t *rows = call->batch.entry_rows;
-    return rows != NULL ? rows[piece->number + index] : piece->entry + index;
-}
-
-/* Lays out the next block; 0 when nothing is left. */
-static int dsv4__next_block(dsv4__call *call) {
-    call->emitted += call->entries;
-    call->rows = call->pieces = call->entries = 0;
-    while (call->segment < call->batch.segment_count && call->rows < call->ws->block_rows &&
-           call->entries < call->ws->slots) {
-        const dsv4_segment *segment = &call->batch.segments[call->segment];
-        if (dsv4__tokens_used(&call->batch, segment, call->c->config.ratio) > 0)
-            dsv4__take_piece(call);
-        else
-            call->segment++;
-    }
-    return call->rows > 0;
-}
-
-/* Runs one task for each thread; on the calling thread where `work` (numbers touched) is not worth waking others. */
-static void dsv4__for_threads(const dsv4__call *call, dsv4_task *task, void *argument, int64_t work) {
-    const dsv4_workspace *ws = call->ws;
-    if (ws->threads > 1 && work >= 65536)
-        ws->parallel.run(ws->parallel.context, ws->threads, task, argument);
-    else
-        for (int64_t thread = 0; thread < ws->threads; thread++) task(argument, thread);
-}
-
-/* The product of a job, on tiles or not. A task that has any begins and ends with the tiles. */
-static void dsv4__multiply(const dsv4__call *call, const dsv4__product_job *job) {
-    if (call->tiles)
-        call->c->kernels->tile_product(job);
-    else
-        call->c->kernels->product(job);
-}
-
-static void dsv4__begin_tiles(const dsv4__call *call, int64_t rows) {
-    if (call->tiles) call->c->kernels->tile_begin(rows);
-}
-
-static void dsv4__end_tiles(const dsv4__call *call) {
-    if (call->tiles) call->c->kernels->tile_end();
-}
-
-/* Rows as they are packed: tiles, unless one is enough, are whole. */
-static int64_t dsv4__packed_rows(const dsv4__call *call) {
-    if (!call->tiles || call->rows <= DSV4__TILE) return call->rows;
-    return dsv4__ceil_div(call->rows, DSV4__TILE) * DSV4__TILE;
-}
-
-/* How rows become left operands of products: [blocks of terms][rows][256]. */
-typedef struct dsv4__row_packer {
-    const dsv4__kernels *kernels;
-    dsv4_dtype from, to;
-    int64_t terms, padded, rows; /* terms up to `padded` are 0 */
-    void *packed;
-} dsv4__row_packer;
-
-/* One row into its place in each block of terms. */
-static void dsv4__pack_row(const dsv4__row_packer *packer, const void *from, int64_t row) {
-    for (int64_t k = 0; k < packer->terms; k += DSV4__KBLOCK) {
-        const int64_t count = dsv4__min(packer->terms - k, DSV4__KBLOCK);
-        const void *source = dsv4__at(from, packer->from, k);
-        void *to = dsv4__at_mutable(packer->packed, packer->to, k * packer->rows + row * DSV4__KBLOCK);
-        if (packer->from == packer->to)
-            memcpy(to, source, (size_t)count * dsv4_dtype_size(packer->to));
-        else if (packer->to == DSV4_F32)
-            packer->kernels->widen((float *)to, (const dsv4_bf16 *)source, count);
-        else
-            packer->kernels->narrow((dsv4_bf16 *)to, (const float *)source, count);
-        for (int64_t i = count; i < dsv4__min(packer->padded - k, DSV4__KBLOCK); i++) dsv4__put(to, packer->to, i, 0);
-    }
-}
-
-/* Task: packs the current terms of this thread's share of the block's rows, asking for what lies two rows on. */
-static void dsv4__pack_task(void *argument, int64_t thread) {
-    const dsv4__call *call = (const dsv4__call *)argument;
-    const int64_t first = call->rows * thread / call->ws->threads, end = call->rows * (thread + 1) / call->ws->threads;
-    const dsv4_batch *batch = &call->batch;
-    dsv4__row_packer packer;
-    packer.kernels = call->c->kernels;
-    packer.from = batch->x.dtype;
-    packer.to = call->dot ? DSV4_BF16 : DSV4_F32;
-    packer.terms = dsv4__min(call->term_end, call->c->config.hidden_dim) - call->term;
-    packer.padded = call->term_end - call->term;
-    packer.rows = dsv4__packed_rows(call);
-    packer.packed = call->ws->x;
-    const uintptr_t number = dsv4_dtype_size(batch->x.dtype), stride = number * (uintptr_t)batch->x.stride;
-    const uintptr_t bytes = number * (uintptr_t)packer.terms;
-    for (int64_t i = 0; i < call->pieces; i++) {
-        const dsv4__piece *piece = &call->ws->pieces[i];
-        const int64_t last = dsv4__min(end, piece->row + piece->count);
-        for (int64_t row = dsv4__max(first, piece->row); row < last; row++) {
-            const int64_t token = piece->token + row - piece->row;
-            const void *from = dsv4__in(batch->x, token, call->term);
-            dsv4__fetch((uintptr_t)from + 2 * stride, bytes);
-            dsv4__pack_row(&packer, from, row);
-        }
-    }
-}
-
-static float *dsv4__group_sums(const dsv4__call *call, int64_t group) {
-    const dsv4_compressor *c = call->c;
-    return call->ws->sums + group * call->ws->block_rows * c->series * c->matrices * DSV4__PANEL;
-}
-
-/* The order of a product, by whether both operands came as bf16. */
-static dsv4__order dsv4__order_of(const dsv4_compressor *c, int bf16) {
-    return !bf16 ? DSV4__FUSED_TERMS : c->config.sums == DSV4_SUMS_TILES ? DSV4__STEPS : DSV4__PAIRS;
-}
-
-/* Terms of one product: a block of them, or what tiles take. */
-static int64_t dsv4__product_terms(const dsv4__call *call) {
-    return call->tiles ? call->c->span : (int64_t)DSV4__KBLOCK;
-}
-
-/* Adds one product's terms to the projections onto one group: sums [rows, panels, 32]. `after` is what the last panel's
- * weights are followed by. */
-static void dsv4__project_group(const dsv4__call *call, int64_t group, int64_t term, const void *after, float *wide) {
-    const dsv4_compressor *c = call->c;
-    const int64_t panels = c->series * c->matrices;
-    dsv4__product_job job;
-    memset(&job, 0, sizeof job);
-    job.dot = call->dot;
-    job.rows = call->rows;
-    const int64_t packed = dsv4__packed_rows(call);
-    job.x = dsv4__at(call->ws->x, call->dot ? DSV4_BF16 : DSV4_F32, (term - call->term) * packed);
-    job.x_block = packed * DSV4__KBLOCK * 2;
-    job.pairs = dsv4__min(c->terms - term, dsv4__product_terms(call)) / 2;
-    job.sum_stride = panels * DSV4__PANEL;
-    job.first = term == 0;
-    job.wide = wide;
-    for (int64_t p = 0; p < panels; p++) {
-        job.w = dsv4__panel(c, group, term, p);
-        job.w_bf16 = c->w_bf16[p % c->matrices];
-        job.order = dsv4__order_of(c, job.w_bf16 && call->x_bf16);
-        job.sum = dsv4__group_sums(call, group) + p * DSV4__PANEL;
-        job.next_bytes = job.pairs * 2 * DSV4__PANEL * (job.w_bf16 ? 2 : 4);
-        job.next = p + 1 < panels ? (uintptr_t)dsv4__panel(c, group, term, p + 1) : (uintptr_t)after;
-        dsv4__multiply(call, &job);
-    }
-}
-
-/* Task: projects the packed terms of the block's rows onto this thread's share of the groups. */
-static void dsv4__project_task(void *argument, int64_t thread) {
-    const dsv4__call *call = (const dsv4__call *)argument;
-    const dsv4_compressor *c = call->c;
-    const int64_t threads = call->ws->threads;
-    const int64_t first = c->groups * thread / threads, end = c->groups * (thread + 1) / threads;
-    const int64_t step = dsv4__product_terms(call);
-    const dsv4__scratch scratch = dsv4__scratch_of(call->ws, thread);
-    dsv4__begin_tiles(call, call->rows);
-    for (int64_t group = first; group < end; group++)
-        for (int64_t term = call->term; term < call->term_end; term += step) {
-            const int64_t next_group = group + 1 < end ? group + 1 : first;
-            const int64_t next_term = group + 1 < end ? call->term : call->term_end < c->terms ? call->term_end : 0;
-            const void *after = term + step < call->term_end ? dsv4__panel(c, group, term + step, 0)
-                                                             : dsv4__panel(c, next_group, next_term, 0);
-            dsv4__project_group(call, group, term, after, scratch.wide);
-        }
-    dsv4__end_tiles(call);
-    if (call->term_end < c->terms || !(c->config.rounding & DSV4_ROUND_PROJECTION)) return;
-    for (int64_t group = first; group < end; group++)
-        c->kernels->round_array(dsv4__group_sums(call, group), call->rows * c->series * c->matrices * DSV4__PANEL);
-}
-
-/* kv and gate of the block's rows, for all groups. */
-static void dsv4__project_block(dsv4__call *call) {
-    const dsv4_compressor *c = call->c;
-    const int64_t terms = dsv4__min(c->terms, dsv4__product_terms(call));
-    const int64_t bytes = dsv4__packed_rows(call) * terms * (call->dot ? 2 : 4);
-    const int64_t step = call->ws->x_bytes / bytes * terms;
-    for (call->term = 0; call->term < c->terms; call->term = call->term_end) {
-        call->term_end = dsv4__min(call->term + step, c->terms);
-        const int64_t numbers = call->rows * (call->term_end - call->term);
-        dsv4__for_threads(call, dsv4__pack_task, call, numbers);
-        dsv4__for_threads(call, dsv4__project_task, call, numbers * c->columns);
-    }
-}
-
-/* Where a task finds the projections of the current block: channel `channel` of kv and gate of (row, series). */
-typedef struct dsv4__source {
-    const float *kv, *gate;    /* of row 0, series 0, the task's first channel; gate NULL with no_gate */
-    int64_t stride;            /* numbers from row to row */
-    int64_t series;            /* numbers from series to series */
-    int64_t channel, channels; /* the task's channels: first and how many */
-} dsv4__source;
-
-static dsv4__source dsv4__sums_source(const dsv4__call *call, int64_t group) {
-    const dsv4_compressor *c = call->c;
-    dsv4__source source;
-    source.kv = dsv4__group_sums(call, group);
-    source.gate = c->config.no_gate ? NULL : source.kv + DSV4__PANEL;
-    source.series = c->matrices * DSV4__PANEL;
-    source.stride = c->series * source.series;
-    source.channel = group * DSV4__PANEL;
-    source.channels = dsv4__min(c->config.head_dim - source.channel, DSV4__PANEL);
-    return source;
-}
-
-/* Projections that lie in arrays: given ones, or recomputed; the channels of a thread's share of the groups. */
-static dsv4__source dsv4__thread_source(const dsv4__call *call, int64_t thread) {
-    const dsv4_compressor *c = call->c;
-    const int64_t threads = call->ws->threads, end = c->groups * (thread + 1) / threads * DSV4__PANEL;
-    dsv4__source source;
-    source.channel = dsv4__min(c->groups * thread / threads * DSV4__PANEL, c->config.head_dim);
-    source.channels = dsv4__min(end, c->config.head_dim) - source.channel;
-    source.kv = call->batch.kv + source.channel;
-    source.gate = c->config.no_gate ? NULL : call->batch.gate + source.channel;
-    source.series = c->config.head_dim;
-    source.stride = c->columns;
-    return source;
-}
-
-/* Whether a piece's state folds what it has seen: its rows, where it has any, then hold scores. */
-static int dsv4__folds(const dsv4__piece *piece) { return piece->state != NULL && piece->state->windows > 0; }
-
-/* Whether rows of a piece that continues have to wait in the workspace: those of a segment without a state, and, where
- * weights are asked for, of one whose state folds. */
-static int dsv4__carries(const dsv4__call *call, const dsv4__piece *piece) {
-    return piece->state == NULL || (dsv4__folds(piece) && call->batch.stages.weights != NULL);
-}
-
-/* Where the rows before a piece wait. */
-static const dsv4_state *dsv4__holder(const dsv4__call *call, const dsv4__piece *piece) {
-    const int carried = piece->t > piece->first && dsv4__carries(call, piece);
-    return carried ? call->ws->carry : piece->state;
-}
-
-/* Row 0's ape of a series, for rows from token t on. */
-static const float *dsv4__ape_from(const dsv4__call *call, const dsv4__source *source, int64_t series, int64_t t) {
-    const dsv4_compressor *c = call->c;
-    if (c->ape == NULL) return NULL;
-    return c->ape + t % c->config.ratio * c->columns + series * c->config.head_dim + source->channel;
-}
-
-/* Appends `count` rows from token t on: of the piece itself, or of the ring where they wait. */
-static void dsv4__add_run(const dsv4__call *call, const dsv4__piece *piece, const dsv4__source *source, int64_t series,
-                          int64_t t, int64_t count, dsv4__window *window) {
-    const dsv4_compressor *c = call->c;
-    dsv4__run *run = &window->runs[window->run_count++];
-    DSV4_ASSERT(window->run_count <= DSV4__MAX_RUNS);
-    memset(run, 0, sizeof *run);
-    run->count = count;
-    run->ape = dsv4__ape_from(call, source, series, t);
-    run->ape_stride = c->columns;
-    if (t >= piece->t) {
-        const int64_t offset = (piece->source_row + t - piece->t) * source->stride + series * source->series;
-        run->kv = source->kv + offset;
-        run->gate = source->gate == NULL ? NULL : source->gate + offset;
-        run->stride = source->stride;
-    } else {
-        const dsv4_state *holder = dsv4__holder(call, piece);
-        const float *row = dsv4__state_row(holder, series, t) + source->channel;
-        run->kv = row;
-        run->gate = row + c->config.head_dim; /* windows without a gate have one row, which does not wait */
-        run->stride = holder->row;
-        if (dsv4__folds(piece)) run->ape = NULL;
-    }
-}
-
-/* Appends the rows [t, end) of a series: from the ring, twice where it wraps, then from the piece. */
-static void dsv4__add_series(const dsv4__call *call, const dsv4__piece *piece, const dsv4__source *source,
-                             int64_t series, int64_t t, int64_t end, dsv4__window *window) {
-    while (t < end) {
-        int64_t count = end - t;
-        if (t < piece->t) {
-            const int64_t capacity = dsv4__holder(call, piece)->capacity[series];
-            count = dsv4__min(dsv4__min(end, piece->t) - t, capacity - t % capacity);
-        }
-        dsv4__add_run(call, piece, source, series, t, count, window);
-        t += count;
-    }
-}
-
-/* The rows that window w of a piece pools, in order, but for those of tokens before `from`. */
-static dsv4__window dsv4__window_rows(const dsv4__call *call, const dsv4__piece *piece, const dsv4__source *source,
-                                      int64_t w, int64_t from) {
-    const int64_t ratio = call->c->config.ratio, lag = call->c->series - 1;
-    dsv4__window window;
-    window.run_count = 0;
-    if (lag == 1 && w > 0)
-        dsv4__add_series(call, piece, source, 0, dsv4__max((w - 1) * ratio, from), w * ratio, &window);
-    if (lag == 1 && w == 0 && from == 0) {
-        memset(&window.runs[0], 0, sizeof window.runs[0]);
-        window.runs[window.run_count++].count = ratio;
-    }
-    dsv4__add_series(call, piece, source, lag, dsv4__max(w * ratio, from), (w + 1) * ratio, &window);
-    return window;
-}
-
-/* What all pooling of a thread has in common. */
-static dsv4__pool_job dsv4__pool_settings(const dsv4__call *call, const dsv4__source *source, int64_t thread) {
-    const dsv4_config *config = &call->c->config;
-    dsv4__pool_job job;
-    memset(&job, 0, sizeof job);
-    job.channels = source->channels;
-    job.rounding = config->rounding;
-    job.pad_gate = dsv4__pad_gate(config);
-    job.scores = dsv4__scratch_of(call->ws, thread).wide;
-    job.fold_stride = config->head_dim;
-    return job;
-}
-
-/* What follows window w of a piece at some distance, where projections are given. */
-static dsv4__rows_ahead dsv4__rows_behind(const dsv4__call *call, const dsv4__piece *piece, const dsv4__source *source,
-                                          int64_t w) {
-    dsv4__rows_ahead ahead;
-    memset(&ahead, 0, sizeof ahead);
-    if (call->batch.kv == NULL || source->gate == NULL) return ahead;
-    const int64_t number = (int64_t)sizeof(float);
-    ahead.rows = call->c->config.ratio;
-    ahead.series = call->c->series;
-    ahead.stride = source->stride * number;
-    ahead.series_stride = source->series * number;
-    ahead.bytes = source->channels * number;
-    const int64_t windows = ahead.rows < 16 ? 2 : 1; /* few rows do not last until memory has answered */
-    const int64_t offset = (piece->source_row + (w + windows) * ahead.rows - piece->t) * ahead.stride;
-    ahead.kv = (uintptr_t)source->kv + (uintptr_t)offset;
-    ahead.gate = (uintptr_t)source->gate + (uintptr_t)offset;
-    return ahead;
-}
-
-/* Pools a window of many rows that come from memory: some rows of all channels at a time, so that these are read as
- * they lie and the next ones are fetched meanwhile. `fold` holds what is folded in between. */
-static void dsv4__pool_by_rows(const dsv4__call *call, dsv4__pool_job job, float *fold) {
-    const dsv4__window whole = *job.window;
-    dsv4__window part;
-    part.run_count = 1;
-    job.window = &part;
-    for (int i = 0; i < whole.run_count; i++)
-        for (int64_t done = 0; done < whole.runs[i].count; done += part.runs[0].count) {
-            dsv4__run *run = &part.runs[0];
-            const int64_t number = (int64_t)sizeof(float);
-            *run = whole.runs[i];
-            run->count = dsv4__min(run->count - done, DSV4__ROWS_AT_ONCE);
-            if (run->kv != NULL) run->kv += done * run->stride;
-            if (run->gate != NULL) run->gate += done * run->stride;
-            if (run->ape != NULL) run->ape += done * run->ape_stride;
-            memset(&job.ahead, 0, sizeof job.ahead);
-            if (run->kv != NULL) { /* not the rows that window 0 lacks; long windows have gates */
-                job.ahead.kv = (uintptr_t)run->kv + (uintptr_t)(2 * DSV4__ROWS_AT_ONCE * run->stride * number);
-                job.ahead.gate = (uintptr_t)run->gate + (uintptr_t)(2 * DSV4__ROWS_AT_ONCE * run->stride * number);
-                job.ahead.rows = run->count;
-                job.ahead.series = 1;
-                job.ahead.stride = run->stride * number;
-                job.ahead.bytes = job.channels * number;
-            }
-            job.to = i + 1 == whole.run_count && done + run->count == whole.runs[i].count ? NULL : fold;
-            call->c->kernels->pool(&job);
-            job.from = job.to;
-        }
-}
-
-/* Pools the windows of the block that close, over the source's channels. */
-static void dsv4__pool_block(const dsv4__call *call, const dsv4__source *source, int64_t thread) {
-    const dsv4_compressor *c = call->c;
-    const int64_t dim = c->config.head_dim, rows = c->series * c->config.ratio;
-    dsv4__pool_job job = dsv4__pool_settings(call, source, thread);
-    dsv4__window window;
-    const int by_rows = call->batch.kv != NULL && call->batch.stages.weights == NULL && !c->keeps_rows &&
-                        c->config.ratio >= 4 * DSV4__ROWS_AT_ONCE;
-    job.window = &window;
-    job.weights_stride = dim;
-    for (int64_t i = 0; i < call->pieces; i++) {
-        const dsv4__piece *piece = &call->ws->pieces[i];
-        const int goes_on = dsv4__folds(piece) && call->batch.stages.weights == NULL; /* weights need all rows */
-        for (int64_t j = 0; j < piece->windows; j++) {
-            const int64_t w = piece->window + j;
-            const float *fold =
-                goes_on ? dsv4__fold_at(piece->state, w - piece->folded / c->config.ratio, piece->folded) : NULL;
-            job.from = fold == NULL ? NULL : fold + source->channel;
-            window = dsv4__window_rows(call, piece, source, w, goes_on ? piece->folded : 0);
-            job.ahead = dsv4__rows_behind(call, piece, source, w);
-            job.pooled = call->ws->pooled + (piece->slot + j) * dim + source->channel;
-            const int64_t entry = dsv4__entry_row(call, piece, j);
-            job.weights = entry < 0 ? NULL : call->batch.stages.weights;
-            if (job.weights != NULL) job.weights += entry * rows * dim + source->channel;
-            if (by_rows)
-                dsv4__pool_by_rows(call, job, dsv4__scratch_of(call->ws, thread).wide);
-            else
-                c->kernels->pool(&job);
-        }
-    }
-}
-
-/* Copies the source's channels of one row of one series: kv and, where there is one, gate. */
-static void dsv4__copy_row(const dsv4__source *source, int64_t row, int64_t series, float *kv, float *gate) {
-    const int64_t offset = row * source->stride + series * source->series;
-    const size_t bytes = (size_t)source->channels * sizeof(float);
-    if (kv != NULL) memcpy(kv, source->kv + offset, bytes);
-    if (gate != NULL && source->gate != NULL) memcpy(gate, source->gate + offset, bytes);
-}
-
-/* Puts the last rows of a piece into a ring, as scores where its state folds. */
-static void dsv4__put_rows(const dsv4__call *call, const dsv4__piece *piece, const dsv4__source *source,
-                           const dsv4_state *holder) {
-    const dsv4_compressor *c = call->c;
-    const int64_t end = piece->t + piece->count;
-    for (int64_t s = 0; s < c->series; s++)
-        for (int64_t t = dsv4__max(piece->t, end - holder->capacity[s]); t < end; t++) {
-            float *row = dsv4__state_row(holder, s, t) + source->channel, *gate = row + c->config.head_dim;
-            dsv4__copy_row(source, piece->source_row + t - piece->t, s, row, gate);
-            if (!dsv4__folds(piece)) continue;
-            if (c->ape != NULL) c->kernels->add(gate, dsv4__ape_from(call, source, s, t), NULL, source->channels);
-            if (c->config.rounding & DSV4_ROUND_SCORE) c->kernels->round_array(gate, source->channels);
-        }
-}
-
-/* Lets the rows of the state that the first open window needs wait with those of the piece. */
-static void dsv4__carry_state_rows(const dsv4__call *call, const dsv4__piece *piece, const dsv4__source *source) {
-    const dsv4_state *carry = call->ws->carry;
-    for (int64_t s = 0; s < call->c->series; s++)
-        for (int64_t t = dsv4__state_first(carry, s, piece->first); t < piece->first; t++) {
-            const float *from = dsv4__state_row(piece->state, s, t) + source->channel;
-            float *to = dsv4__state_row(carry, s, t) + source->channel;
-            memcpy(to, from, (size_t)source->channels * sizeof *to);
-            memcpy(to + carry->head_dim, from + carry->head_dim, (size_t)source->channels * sizeof *to);
-        }
-}
-
-/* Folds what falls out of a roll-back's reach: from where the state stands, or, where all windows open there close,
- * from the first row of those that are open in the end. */
-static void dsv4__fold_piece(const dsv4__call *call, const dsv4__piece *piece, const dsv4__source *source) {
-    const dsv4_compressor *c = call->c;
-    const dsv4_state *state = piece->state;
-    const int64_t ratio = c->config.ratio, lag = c->series - 1;
-    const int64_t floor = dsv4__max(piece->folded, piece->t + piece->count - state->depth);
-    const int64_t start = dsv4__max(piece->folded, (floor / ratio - lag) * ratio);
-    dsv4__token_rows rows;
-    memset(&rows, 0, sizeof rows);
-    rows.channel = source->channel;
-    rows.channels = source->channels;
-    rows.rounding = c->config.rounding & DSV4_ROUND_SCORE;
-    for (int64_t t = start; t < floor; t++) {
-        rows.fresh = lag == 1 && start > piece->folded && t < start + ratio;
-        for (int64_t s = 0; s < c->series; s++) {
-            dsv4__window one;
-            one.run_count = 0;
-            dsv4__add_run(call, piece, source, s, t, 1, &one);
-            rows.kv[s] = one.runs[0].kv;
-            rows.gate[s] = one.runs[0].gate;
-            rows.ape[s] = one.runs[0].ape;
-        }
-        dsv4__fold_token(state, c->kernels, t, &rows);
-    }
-}
-
-/* Leaves of each piece what its sequence goes on with. After pooling: rings and folds may still hold what a window of
- * this block begins with. */
-static void dsv4__keep_rows(const dsv4__call *call, const dsv4__source *source) {
-    for (int64_t i = 0; i < call->pieces; i++) {
-        const dsv4__piece *piece = &call->ws->pieces[i];
-        if (piece->continues && dsv4__carries(call, piece)) {
-            if (piece->state != NULL && piece->t == piece->first) dsv4__carry_state_rows(call, piece, source);
-            dsv4__put_rows(call, piece, source, call->ws->carry);
-        }
-        if (piece->state == NULL) continue;
-        if (dsv4__folds(piece)) dsv4__fold_piece(call, piece, source);
-        dsv4__put_rows(call, piece, source, piece->state);
-    }
-}
-
-/* The stages kv and gate. */
-static void dsv4__show_rows(const dsv4__call *call, const dsv4__source *source) {
-    const dsv4_stages *stages = &call->batch.stages;
-    if (stages->kv == NULL && stages->gate == NULL) return;
-    for (int64_t i = 0; i < call->pieces; i++) {
-        const dsv4__piece *piece = &call->ws->pieces[i];
-        for (int64_t j = 0; j < piece->count; j++)
-            for (int64_t s = 0; s < call->c->series; s++) {
-                const int64_t to =
-                    (piece->stage_row + j) * call->c->columns + s * call->c->config.head_dim + source->channel;
-                dsv4__copy_row(source, piece->source_row + j, s, stages->kv == NULL ? NULL : stages->kv + to,
-                               stages->gate == NULL ? NULL : stages->gate + to);
-            }
-    }
-}
-
-static void dsv4__use_source(const dsv4__call *call, const dsv4__source *source, int64_t thread) {
-    dsv4__show_rows(call, source);
-    dsv4__pool_block(call, source, thread);
-    dsv4__keep_rows(call, source);
-}
-
-/* Task: pools this thread's share of the channels. */
-static void dsv4__pool_task(void *argument, int64_t thread) {
-    const dsv4__call *call = (const dsv4__call *)argument;
-    const int64_t groups = call->c->groups, threads = call->ws->threads;
-    if (call->batch.kv != NULL) {
-        const dsv4__source source = dsv4__thread_source(call, thread);
-        dsv4__use_source(call, &source, thread);
-        return;
-    }
-    for (int64_t group = groups * thread / threads; group < groups * (thread + 1) / threads; group++) {
-        const dsv4__source source = dsv4__sums_source(call, group);
-        dsv4__use_source(call, &source, thread);
-    }
-}
-
-/* One entry, from its pooled row to out. */
-static void dsv4__finish_entry(const dsv4__call *call, const dsv4__piece *piece, int64_t index,
-                               const dsv4__scratch *scratch) {
-    const dsv4_config *config = &call->c->config;
-    const dsv4_batch *batch = &call->batch;
-    const int64_t entry = dsv4__entry_row(call, piece, index);
-    dsv4__finish_job job;
-    if (entry < 0) return;
-    memset(&job, 0, sizeof job);
-    dsv4__rope_row(config, call->c->inv_freq, piece->position + index * config->ratio, scratch->cos_row,
-                   scratch->sin_row);
-    job.config = config;
-    job.norm = call->c->norm;
-    job.cos_row = scratch->cos_row;
-    job.sin_row = scratch->sin_row;
-    job.pooled = call->ws->pooled + (piece->slot + index) * config->head_dim;
-    job.row = scratch->row;
-    job.swapped = scratch->swapped;
-    job.out_dtype = batch->out.dtype;
-    job.out = dsv4__in_mutable(batch->out, entry, 0);
-    if (job.out_dtype == DSV4_PACKED && batch->scales.data != NULL)
-        job.scales = (unsigned char *)dsv4__in_mutable(batch->scales, entry, 0);
-    job.latent_dtype = job.out_dtype == DSV4_F32 ? DSV4_F32 : DSV4_BF16;
-    job.latent = batch->stages.latent;
-    if (job.latent != NULL) job.latent = dsv4__at_mutable(job.latent, job.latent_dtype, entry * config->head_dim);
-    call->c->kernels->finish(&job);
-    if (batch->stages.pooled != NULL)
-        memcpy(batch->stages.pooled + entry * config->head_dim, job.pooled, (size_t)config->head_dim * sizeof(float));
-}
-
-/* Task: finishes this thread's share of the block's entries. */
-static void dsv4__finish_task(void *argument, int64_t thread) {
-    const dsv4__call *call = (const dsv4__call *)argument;
-    const int64_t threads = call->ws->threads;
-    const int64_t first = call->entries * thread / threads, end = call->entries * (thread + 1) / threads;
-    const dsv4__scratch scratch = dsv4__scratch_of(call->ws, thread);
-    for (int64_t i = 0; i < call->pieces; i++) {
-        const dsv4__piece *piece = &call->ws->pieces[i];
-        const int64_t last = dsv4__min(end, piece->slot + piece->windows);
-        for (int64_t slot = dsv4__max(first, piece->slot); slot < last; slot++)
-            dsv4__finish_entry(call, piece, slot - piece->slot, &scratch);
-    }
-}
+/* ---- Forward ------------------------------------------------------------------------------------------------ */
 
 /* States have folded what this block put out of their roll-backs' reach. */
 static void dsv4__end_block(const dsv4__call *call) {
@@ -5445,6 +6132,8 @@ DSV4_API dsv4_status dsv4_compress(const dsv4_compressor *compressor, const dsv4
     return DSV4_OK;
 }
 
+/* ---- Rows alone --------------------------------------------------------------------------------------------- */
+
 DSV4_API dsv4_status dsv4_quantise(const dsv4_compressor *compressor, dsv4_const_matrix plain,
                                    const dsv4_quantised *rows, dsv4_workspace *workspace, dsv4_error *error) {
     dsv4__call call;
@@ -5497,682 +6186,7 @@ DSV4_API dsv4_status dsv4_unpack(const dsv4_config *config, int64_t count, dsv4_
     return DSV4_OK;
 }
 
-/* ------------------------------------------------------------------------------------------------------------
- * 3o. Gradients
- *
- * Tokens are worked on in chunks of up to 256, made of parts: the tokens of one segment in one block of 256 of its
- * sequence, so that a part's sums are whole blocks of the numeric contract. What a part needs is a function of the
- * windows that touch it, so parts do not depend on each other:
- *     recompute  kv and gate of these windows' rows (unless they are given), and pool them
- *     entries    from dout back through RoPE and RMSNorm to dpooled
- *     windows    from dpooled back through softmax to dkv and dgate of the part's rows
- *     products   dx = dkv wkv + dgate wgate;  dwkv += dkv^T x;  dwgate += dgate^T x
- * The weights' gradients are too large for any cache: what they need of some chunks is laid by in slabs, so that each
- * of their numbers is fetched once for all of these.
- * ------------------------------------------------------------------------------------------------------------ */
-
-/* What a backward call adds to a call. The arrays are parts of the workspace. */
-typedef struct dsv4__back {
-    dsv4__call call; /* its pieces describe blocks of rows to recompute */
-    dsv4_gradients g;
-    const dsv4__training *room;
-    int recompute;
-    int round;           /* dkv and dgate are rounded to bf16: x and weights are */
-    int steps;           /* and sums over tokens go in steps of 32 of their sequence */
-    int started;         /* some part has been added to the weights' gradients */
-    int64_t parts, rows; /* of the chunk; rows padded to pairs */
-    int64_t context, windows;
-    int64_t segment, done;
-    int64_t slabs, blocks; /* laid by for the weights' gradients */
-} dsv4__back;
-
-/* Which sums over tokens or entries are wanted at all. */
-static int dsv4__wants_tokens(const dsv4_gradients *g) {
-    return g->dx.data != NULL || g->dwkv.data != NULL || g->dwgate.data != NULL || g->dape.data != NULL ||
-           g->dnorm.data != NULL;
-}
-
-static int64_t dsv4__padded(int64_t count) { return (count + 1) / 2 * 2; }
-
-/* Rows of 0 that a part from token t on has before its first row, and all of its rows: whole pairs, or whole steps. */
-static int64_t dsv4__part_lead(const dsv4__back *back, int64_t t) { return back->steps ? t % DSV4__STEP : 0; }
-
-static int64_t dsv4__part_rows(const dsv4__back *back, const dsv4__part *part) {
-    if (!back->steps) return dsv4__padded(part->count);
-    return dsv4__ceil_div(dsv4__part_lead(back, part->t) + part->count, DSV4__STEP) * DSV4__STEP;
-}
-
-/* Describes the part of the current segment that comes next. */
-static dsv4__part dsv4__part_ahead(const dsv4__back *back) {
-    const dsv4_batch *batch = &back->call.batch;
-    const dsv4_segment *segment = &batch->segments[back->segment];
-    const int64_t ratio = back->call.c->config.ratio, lag = back->call.c->series - 1;
-    const int64_t used = dsv4__tokens_used(batch, segment, ratio);
-    dsv4__part part;
-    memset(&part, 0, sizeof part);
-    part.segment = segment;
-    part.gradient = back->g.segments != NULL ? &back->g.segments[back->segment] : NULL;
-    part.seen = dsv4_state_tokens(segment->state);
-    part.closed = (part.seen + used) / ratio;
-    part.t = part.seen + back->done;
-    part.count = dsv4__min(used - back->done, DSV4__KBLOCK - part.t % DSV4__KBLOCK);
-    part.row = back->rows + dsv4__part_lead(back, part.t);
-    part.rows.segment = segment;
-    part.rows.state = segment->state;
-    part.rows.window = part.t / ratio;
-    const int64_t last = dsv4__min((part.t + part.count - 1) / ratio + lag + 1, part.closed);
-    part.rows.windows = dsv4__max(last - part.rows.window, 0);
-    part.rows.t = part.rows.first = dsv4__max(part.seen, (part.rows.window - lag) * ratio);
-    part.rows.count = part.rows.windows > 0 ? dsv4__max(last * ratio - part.rows.t, 0) : 0;
-    part.rows.token = segment->token + part.rows.t - part.seen;
-    part.rows.source_row = back->recompute ? back->context : part.rows.token;
-    part.rows.slot = back->windows;
-    part.rows.entry = segment->entry + part.rows.window - part.seen / ratio;
-    part.rows.number = back->call.emitted + part.rows.window - part.seen / ratio;
-    part.rows.position = segment->position - part.seen + part.rows.window * ratio;
-    return part;
-}
-
-/* Lays out the next chunk; 0 when nothing is left. */
-static int dsv4__next_chunk(dsv4__back *back) {
-    const dsv4__training *room = back->room;
-    back->parts = back->rows = back->context = back->windows = 0;
-    while (back->segment < back->call.batch.segment_count && back->parts < DSV4__CHUNK_PARTS) {
-        const dsv4_segment *segment = &back->call.batch.segments[back->segment];
-        if (back->done < dsv4__tokens_used(&back->call.batch, segment, back->call.c->config.ratio)) {
-            const dsv4__part part = dsv4__part_ahead(back);
-            if (back->parts > 0 && (back->rows + dsv4__part_rows(back, &part) > DSV4__KBLOCK ||
-                                    back->context + part.rows.count > room->context_rows ||
-                                    back->windows + part.rows.windows > room->windows))
-                break;
-            room->parts[back->parts++] = part;
-            back->rows += dsv4__part_rows(back, &part);
-            back->context += part.rows.count;
-            back->windows += part.rows.windows;
-            back->done += part.count;
-            if (dsv4__wants_tokens(&back->g)) continue; /* else a segment's first part is all that `previous` needs */
-        }
-        back->call.emitted += dsv4_entry_count(&back->call.c->config, segment->state, segment->count);
-        back->segment++;
-        back->done = 0;
-    }
-    return back->parts > 0;
-}
-
-/* Task: copies the projections of a block onto this thread's groups to the arrays of recomputed rows. */
-static void dsv4__recompute_task(void *argument, int64_t thread) {
-    const dsv4__call *call = (const dsv4__call *)argument;
-    const int64_t groups = call->c->groups, threads = call->ws->threads;
-    for (int64_t group = groups * thread / threads; group < groups * (thread + 1) / threads; group++) {
-        const dsv4__source source = dsv4__sums_source(call, group);
-        dsv4__show_rows(call, &source);
-    }
-}
-
-/* Projects the rows of all parts, block by block. */
-static void dsv4__recompute(dsv4__back *back) {
-    dsv4__call *call = &back->call;
-    int64_t p = 0, done = 0;
-    while (p < back->parts) {
-        call->rows = call->pieces = 0;
-        while (p < back->parts && call->rows < call->ws->block_rows) {
-            const dsv4__piece *rows = &back->room->parts[p].rows;
-            dsv4__piece *piece = &call->ws->pieces[call->pieces];
-            *piece = *rows;
-            piece->row = piece->source_row = call->rows;
-            piece->count = dsv4__min(rows->count - done, call->ws->block_rows - call->rows);
-            piece->t += done;
-            piece->token += done;
-            piece->stage_row = rows->source_row + done;
-            call->pieces += piece->count > 0;
-            call->rows += piece->count;
-            done += piece->count;
-            if (done < rows->count) break;
-            done = 0;
-            p++;
-        }
-        if (call->rows == 0) break;
-        dsv4__project_block(call);
-        dsv4__for_threads(call, dsv4__recompute_task, call, call->rows * call->c->columns);
-    }
-}
-
-/* Task: pools the chunk's windows, over this thread's channels. */
-static void dsv4__repool_task(void *argument, int64_t thread) {
-    const dsv4__back *back = (const dsv4__back *)argument;
-    const dsv4__source source = dsv4__thread_source(&back->call, thread);
-    const int64_t dim = back->call.c->config.head_dim;
-    dsv4__pool_job job = dsv4__pool_settings(&back->call, &source, thread);
-    dsv4__window window;
-    job.window = &window;
-    for (int64_t p = 0; p < back->parts; p++) {
-        const dsv4__piece *rows = &back->room->parts[p].rows;
-        for (int64_t i = 0; i < rows->windows; i++) {
-            window = dsv4__window_rows(&back->call, rows, &source, rows->window + i, 0);
-            job.pooled = back->room->normed + (rows->slot + i) * dim + source.channel;
-            back->call.c->kernels->pool(&job);
-        }
-    }
-}
-
-/* One entry: dout to dpooled, leaving the scaled row's gradient and the normalised row for dnorm. */
-static void dsv4__entry_back(const dsv4__back *back, const dsv4__part *part, int64_t index,
-                             const dsv4__scratch *scratch) {
-    const dsv4_compressor *c = back->call.c;
-    const dsv4__piece *rows = &part->rows;
-    const int64_t dim = c->config.head_dim, slot = (rows->slot + index) * dim;
-    const int64_t entry = dsv4__entry_row(&back->call, rows, index);
-    dsv4__finish_job job;
-    memset(&job, 0, sizeof job);
-    dsv4__rope_row(&c->config, c->inv_freq, rows->position + index * c->config.ratio, scratch->cos_row,
-                   scratch->sin_row);
-    for (int64_t i = 0; i < c->config.rope_dim; i++) scratch->sin_row[i] = -scratch->sin_row[i];
-    job.config = &c->config;
-    job.norm = c->norm;
-    job.cos_row = scratch->cos_row;
-    job.sin_row = scratch->sin_row;
-    job.swapped = scratch->swapped;
-    job.pooled = back->room->normed + slot;
-    job.row = back->room->dscaled + slot;
-    job.dpooled = back->room->dpooled + slot;
-    if (entry < 0)
-        memset(job.row, 0, (size_t)dim * sizeof(float)); /* not stored, so nothing hangs on it */
-    else if (back->g.dout.dtype == DSV4_BF16)
-        c->kernels->widen(job.row, (const dsv4_bf16 *)dsv4__in(back->g.dout, entry, 0), dim);
-    else
-        memcpy(job.row, dsv4__in(back->g.dout, entry, 0), (size_t)dim * sizeof(float));
-    c->kernels->finish_back(&job);
-}
-
-/* Task: this thread's share of the chunk's windows. */
-static void dsv4__entries_back_task(void *argument, int64_t thread) {
-    const dsv4__back *back = (const dsv4__back *)argument;
-    const int64_t threads = back->call.ws->threads;
-    const int64_t first = back->windows * thread / threads, end = back->windows * (thread + 1) / threads;
-    const dsv4__scratch scratch = dsv4__scratch_of(back->call.ws, thread);
-    for (int64_t p = 0; p < back->parts; p++) {
-        const dsv4__part *part = &back->room->parts[p];
-        const int64_t last = dsv4__min(end, part->rows.slot + part->rows.windows);
-        for (int64_t slot = dsv4__max(first, part->rows.slot); slot < last; slot++)
-            dsv4__entry_back(back, part, slot - part->rows.slot, &scratch);
-    }
-}
-
-/* Tells a run of `count` rows from token t on where its gradients go: to the chunk's rows, to the state before the
- * segment, or nowhere; and returns after how many rows that changes. */
-static int64_t dsv4__run_target(const dsv4__back *back, const dsv4__part *part, const dsv4__source *source,
-                                int64_t series, int64_t t, int64_t count, dsv4__run *run) {
-    const int64_t dim = back->call.c->config.head_dim, stride = back->room->d_stride;
-    const int64_t offset = series * dim + source->channel, end = part->t + part->count;
-    dsv4_state *previous = part->gradient != NULL ? part->gradient->previous : NULL;
-    run->dkv = run->dgate = NULL;
-    if (t < part->seen) {
-        if (previous == NULL) return count;
-        const int64_t capacity = previous->capacity[series];
-        run->dkv = dsv4__state_row(previous, series, t) + source->channel;
-        run->dgate = run->dkv + dim;
-        run->d_stride = previous->row;
-        count = dsv4__min(count, capacity - t % capacity);
-    } else if (t < part->t) {
-        count = dsv4__min(count, part->t - t);
-    } else if (t < end) {
-        run->dkv = back->room->dkv + (part->row + t - part->t) * stride + offset;
-        run->dgate = back->room->dgate + (part->row + t - part->t) * stride + offset;
-        run->d_stride = stride;
-        count = dsv4__min(count, end - t);
-    }
-    if (back->call.c->config.no_gate) run->dgate = NULL;
-    return count;
-}
-
-/* A window's runs, each cut where its gradients' place changes. */
-static dsv4__window dsv4__window_back(const dsv4__back *back, const dsv4__part *part, const dsv4__source *source,
-                                      int64_t w) {
-    const int64_t ratio = back->call.c->config.ratio, lag = back->call.c->series - 1;
-    const dsv4__window whole = dsv4__window_rows(&back->call, &part->rows, source, w, 0);
-    dsv4__window cut;
-    int64_t t = (w - lag) * ratio;
-    cut.run_count = 0;
-    for (int i = 0; i < whole.run_count; i++)
-        for (int64_t done = 0; done < whole.runs[i].count;) {
-            dsv4__run *run = &cut.runs[cut.run_count++];
-            DSV4_ASSERT(cut.run_count <= DSV4__MAX_RUNS);
-            *run = whole.runs[i];
-            if (run->kv != NULL) {
-                run->kv += done * run->stride;
-                if (run->gate != NULL) run->gate += done * run->stride;
-                if (run->ape != NULL) run->ape += done * run->ape_stride;
-                run->count = dsv4__run_target(back, part, source, lag > 0 && t >= w * ratio, t, run->count - done, run);
-            }
-            done += run->count;
-            t += run->count;
-        }
-    return cut;
-}
-
-static void dsv4__copy_or_clear(float *to, const float *from, size_t bytes) {
-    if (from != NULL)
-        memcpy(to, from, bytes);
-    else
-        memset(to, 0, bytes);
-}
-
-/* Rows of the part whose window closes after the segment get what the following part says, or 0; so do the rows around
- * it that fill pairs or steps up. */
-static void dsv4__open_rows(const dsv4__back *back, const dsv4__part *part, const dsv4__source *source) {
-    const dsv4_compressor *c = back->call.c;
-    const dsv4_state *next = part->gradient != NULL ? part->gradient->next : NULL;
-    const size_t bytes = (size_t)source->channels * sizeof(float);
-    for (int64_t s = 0; s < c->series; s++) {
-        const int64_t lag = c->series - 1 - s, first = (part->closed - lag) * c->config.ratio;
-        const int64_t open = dsv4__min(dsv4__max(first, part->t), part->t + part->count);
-        const int64_t lead = part->t - dsv4__part_lead(back, part->t), end = lead + dsv4__part_rows(back, part);
-        for (int64_t t = lead < part->t ? lead : open; t < end; t = t + 1 == part->t ? open : t + 1) {
-            const int64_t to =
-                (part->row + t - part->t) * back->room->d_stride + s * c->config.head_dim + source->channel;
-            const int known =
-                next != NULL && t >= part->t && t < part->t + part->count; /* never without a gate: ratio is 1 then */
-            const float *from = known ? dsv4__state_row(next, s, t) + source->channel : NULL;
-            dsv4__copy_or_clear(back->room->dkv + to, from, bytes);
-            dsv4__copy_or_clear(back->room->dgate + to, known ? from + c->config.head_dim : NULL, bytes);
-        }
-    }
-}
-
-/* Adds a part's rows of dgate to dape, as one block, over the source's channels. */
-static void dsv4__sum_ape(const dsv4__back *back, const dsv4__part *part, const dsv4__source *source) {
-    const dsv4_compressor *c = back->call.c;
-    const int64_t ratio = c->config.ratio, dim = c->config.head_dim;
-    for (int64_t s = 0; s < c->series; s++) {
-        const int64_t offset = s * dim + source->channel;
-        for (int64_t i = 0; i < part->count; i++) {
-            float *block = back->room->dape_block + (part->t + i) % ratio * c->columns + offset;
-            if (i < ratio) memset(block, 0, (size_t)source->channels * sizeof(float));
-            c->kernels->add(block, back->room->dgate + (part->row + i) * back->room->d_stride + offset, NULL,
-                            source->channels);
-        }
-        for (int64_t i = 0; i < dsv4__min(part->count, ratio); i++) {
-            const int64_t row = (part->t + i) % ratio * c->columns + offset;
-            c->kernels->add(back->room->dape + row, back->room->dape_block + row, NULL, source->channels);
-        }
-    }
-}
-
-/* Adds the entries that close within a part to dnorm, as one block. */
-static void dsv4__sum_norm(const dsv4__back *back, const dsv4__part *part, const dsv4__source *source) {
-    const dsv4_compressor *c = back->call.c;
-    const int64_t closing = (part->t + part->count) / c->config.ratio - part->rows.window;
-    float *block = back->room->dnorm_block + source->channel;
-    memset(block, 0, (size_t)source->channels * sizeof(float));
-    for (int64_t i = 0; i < closing; i++) {
-        const int64_t slot = (part->rows.slot + i) * c->config.head_dim + source->channel;
-        c->kernels->add(block, back->room->dscaled + slot, back->room->normed + slot, source->channels);
-    }
-    c->kernels->add(back->room->dnorm + source->channel, block, NULL, source->channels);
-}
-
-/* Task: dkv and dgate of the chunk's rows over this thread's channels, and the sums that need nothing else. */
-static void dsv4__windows_back_task(void *argument, int64_t thread) {
-    const dsv4__back *back = (const dsv4__back *)argument;
-    const dsv4_compressor *c = back->call.c;
-    const dsv4__source source = dsv4__thread_source(&back->call, thread);
-    dsv4__pool_job job = dsv4__pool_settings(&back->call, &source, thread);
-    dsv4__window window;
-    job.window = &window;
-    for (int64_t p = 0; p < back->parts && source.channels > 0; p++) {
-        const dsv4__part *part = &back->room->parts[p];
-        for (int64_t i = 0; i < part->rows.windows; i++) {
-            window = dsv4__window_back(back, part, &source, part->rows.window + i);
-            job.dpooled = back->room->dpooled + (part->rows.slot + i) * c->config.head_dim + source.channel;
-            c->kernels->pool_back(&job);
-        }
-        dsv4__open_rows(back, part, &source);
-        if (back->g.dape.data != NULL && !c->config.no_gate) dsv4__sum_ape(back, part, &source); /* else 0 */
-        if (back->g.dnorm.data != NULL) dsv4__sum_norm(back, part, &source);
-    }
-    for (int64_t row = 0; row < back->rows && back->round; row++)
-        for (int64_t s = 0; s < c->series; s++) {
-            const int64_t at = row * back->room->d_stride + s * c->config.head_dim + source.channel;
-            c->kernels->round_array(back->room->dkv + at, source.channels);
-            if (!c->config.no_gate) c->kernels->round_array(back->room->dgate + at, source.channels);
-        }
-}
-
-/* dkv or dgate of the chunk, packed by rows. */
-static float *dsv4__d_rows(const dsv4__back *back, int64_t matrix) {
-    return back->room->d_rows +
-           matrix * dsv4__ceil_div(back->call.c->columns, DSV4__KBLOCK) * DSV4__KBLOCK * DSV4__KBLOCK;
-}
-
-/* dkv or dgate of a slab, by columns. */
-static float *dsv4__d_columns(const dsv4__back *back, int64_t slab, int64_t matrix) {
-    const dsv4_compressor *c = back->call.c;
-    return back->room->d_columns + (slab * c->matrices + matrix) * c->columns * DSV4__KBLOCK;
-}
-
-/* x of a slab from row `row` on, over panel i of the hidden columns. */
-static void *dsv4__x_panel(const dsv4__back *back, int64_t slab, int64_t i, int64_t row) {
-    const int64_t panels = dsv4__ceil_div(back->call.c->config.hidden_dim, DSV4__PANEL);
-    return dsv4__at_mutable(back->room->x_panels, back->call.dot ? DSV4_BF16 : DSV4_F32,
-                            ((slab * panels + i) * DSV4__KBLOCK + row) * DSV4__PANEL);
-}
-
-static int dsv4__wants_weights(const dsv4__back *back) {
-    return back->g.dwkv.data != NULL || back->g.dwgate.data != NULL;
-}
-
-/* to[column][row] = from[row][column], for rows [row, row_end) and up to 256 columns; both lie 256 numbers apart. Some
- * rows at a time, so that what is written are not single numbers. */
-#define DSV4__TRANSPOSE(NAME, NUMBER)                                                                 \
-    static void NAME(const NUMBER *from, NUMBER *to, int64_t row, int64_t row_end, int64_t columns) { \
-        enum { ROWS = 8 };                                                                            \
-        for (; row + ROWS <= row_end; row += ROWS)                                                    \
-            for (int64_t column = 0; column < columns; column++) {                                    \
-                NUMBER numbers[ROWS];                                                                 \
-                DSV4__UNROLL                                                                          \
-                for (int r = 0; r < ROWS; r++) numbers[r] = from[(row + r) * DSV4__KBLOCK + column];  \
-                memcpy(to + column * DSV4__KBLOCK + row, numbers, sizeof numbers);                    \
-            }                                                                                         \
-        for (; row < row_end; row++)                                                                  \
-            for (int64_t column = 0; column < columns; column++)                                      \
-                to[column * DSV4__KBLOCK + row] = from[row * DSV4__KBLOCK + column];                  \
-    }
-DSV4__TRANSPOSE(dsv4__transpose_bf16, dsv4_bf16)
-DSV4__TRANSPOSE(dsv4__transpose_f32, float)
-
-/* Lays rows [row, end) of packed dkv or dgate out by columns. */
-static void dsv4__transpose(const dsv4__back *back, int64_t matrix, int64_t row, int64_t end) {
-    const dsv4_dtype dtype = back->call.dot ? DSV4_BF16 : DSV4_F32;
-    for (int64_t first = 0; first < back->call.c->columns; first += DSV4__KBLOCK) {
-        const int64_t columns = dsv4__min(back->call.c->columns - first, DSV4__KBLOCK);
-        const void *from = dsv4__at(dsv4__d_rows(back, matrix), dtype, first * back->rows);
-        void *to = dsv4__at_mutable(dsv4__d_columns(back, back->slabs, matrix), dtype, first * DSV4__KBLOCK);
-        if (dtype == DSV4_BF16)
-            dsv4__transpose_bf16((const dsv4_bf16 *)from, (dsv4_bf16 *)to, row, end, columns);
-        else
-            dsv4__transpose_f32((const float *)from, (float *)to, row, end, columns);
-    }
-}
-
-/* Task: lays this thread's rows of dkv and dgate out for the products: by rows for dx, by columns for the weights. */
-static void dsv4__pack_back_task(void *argument, int64_t thread) {
-    const dsv4__back *back = (const dsv4__back *)argument;
-    const dsv4_compressor *c = back->call.c;
-    const int64_t threads = back->call.ws->threads;
-    const int64_t row = back->rows * thread / threads, end = back->rows * (thread + 1) / threads;
-    for (int64_t m = 0; m < c->matrices; m++) {
-        const float *from = m == 0 ? back->room->dkv : back->room->dgate;
-        dsv4__row_packer packer;
-        packer.kernels = c->kernels;
-        packer.from = DSV4_F32;
-        packer.to = back->call.dot ? DSV4_BF16 : DSV4_F32;
-        packer.terms = c->columns;
-        packer.padded = c->back_terms;
-        packer.rows = back->rows;
-        packer.packed = dsv4__d_rows(back, m);
-        for (int64_t r = row; r < end; r++) dsv4__pack_row(&packer, from + r * back->room->d_stride, r);
-        if (dsv4__wants_weights(back)) dsv4__transpose(back, m, row, end);
-    }
-}
-
-/* Writes the chunk's dx over panels [first, end) from the sums of it: rows of DSV4__DX_PANELS panels. */
-static void dsv4__put_dx(const dsv4__back *back, const float *sums, int64_t first, int64_t end) {
-    const dsv4_matrix dx = back->g.dx;
-    const int64_t h = first * DSV4__PANEL;
-    const int64_t n = dsv4__min(end * DSV4__PANEL, back->call.c->config.hidden_dim) - h;
-    for (int64_t p = 0; p < back->parts; p++) {
-        const dsv4__part *part = &back->room->parts[p];
-        const int64_t token = part->segment->token + part->t - part->seen;
-        for (int64_t i = 0; i < part->count; i++) {
-            const float *from = sums + (part->row + i) * DSV4__DX_PANELS * DSV4__PANEL;
-            void *to = dsv4__in_mutable(dx, token + i, h);
-            if (dx.dtype == DSV4_BF16)
-                back->call.c->kernels->narrow((dsv4_bf16 *)to, from, n);
-            else
-                memcpy(to, from, (size_t)n * sizeof(float));
-        }
-    }
-}
-
-/* dx over a few panels [first, end) of hidden columns: dkv wkv, then dgate wgate. Their sums, and the block of dkv
- * or dgate that is multiplied, stay in the second cache. */
-static void dsv4__dx_panels(const dsv4__back *back, float *sums, int64_t first, int64_t end, dsv4__product_job *job) {
-    const dsv4_compressor *c = back->call.c;
-    job->rows = back->rows;
-    job->sum_stride = (int64_t)DSV4__DX_PANELS * DSV4__PANEL;
-    for (int64_t m = 0; m < c->matrices; m++)
-        for (int64_t k = 0; k < c->columns; k += DSV4__KBLOCK)
-            for (int64_t i = first; i < end; i++) {
-                job->x = dsv4__at(dsv4__d_rows(back, m), back->call.dot ? DSV4_BF16 : DSV4_F32, k * back->rows);
-                job->w = dsv4__back_panel(c, i, m, k);
-                job->w_bf16 = c->w_bf16[m];
-                job->pairs = dsv4__min(c->back_terms - k, DSV4__KBLOCK) / 2;
-                job->first = m == 0 && k == 0;
-                job->sum = sums + (i - first) * DSV4__PANEL;
-                job->next_bytes = job->pairs * 2 * DSV4__PANEL * (job->w_bf16 ? 2 : 4);
-                job->next = (uintptr_t)(i + 1 < end ? dsv4__back_panel(c, i + 1, m, k)
-                                                    : dsv4__back_panel(c, first, m, k) + job->next_bytes);
-                dsv4__multiply(&back->call, job);
-            }
-    dsv4__put_dx(back, sums, first, end);
-}
-
-/* The hidden columns of panel i of every part's x, as right operands: terms are tokens. */
-static void dsv4__pack_x_panel(const dsv4__back *back, int64_t i) {
-    const dsv4_batch *batch = &back->call.batch;
-    const dsv4_dtype dtype = back->call.dot ? DSV4_BF16 : DSV4_F32;
-    for (int64_t p = 0; p < back->parts; p++) {
-        const dsv4__part *part = &back->room->parts[p];
-        const int64_t token = part->segment->token + part->t - part->seen;
-        dsv4__terms source;
-        source.kernels = back->call.c->kernels;
-        source.first = dsv4__in(batch->x, token, i * DSV4__PANEL);
-        source.dtype = batch->x.dtype;
-        source.stride = batch->x.stride;
-        source.terms = part->count;
-        source.columns = dsv4__min(back->call.c->config.hidden_dim - i * DSV4__PANEL, DSV4__PANEL);
-        source.lead = dsv4__part_lead(back, part->t);
-        source.padded = dsv4__part_rows(back, part);
-        dsv4__pack_terms(&source, dtype, dsv4__x_panel(back, back->slabs, i, part->row - source.lead));
-    }
-}
-
-/* Where the sums of a weight's gradient live: the caller's fp32 array, or, for bf16, the workspace. */
-static float *dsv4__weight_sums(const dsv4__back *back, int64_t matrix, int64_t *stride) {
-    const dsv4_matrix *target = matrix == 0 ? &back->g.dwkv : &back->g.dwgate;
-    const dsv4_compressor *c = back->call.c;
-    *stride =
-        target->dtype == DSV4_F32 ? target->stride : dsv4__ceil_div(c->config.hidden_dim, DSV4__PANEL) * DSV4__PANEL;
-    return target->dtype == DSV4_F32 ? (float *)target->data : back->room->weight_sums + matrix * c->columns * *stride;
-}
-
-/* Copies rows of n numbers from one matrix to another. */
-static void dsv4__copy_rows(float *to, int64_t to_stride, const float *from, int64_t from_stride, int64_t rows,
-                            int64_t n) {
-    for (int64_t r = 0; r < rows; r++) memcpy(to + r * to_stride, from + r * from_stride, (size_t)n * sizeof(float));
-}
-
-/* Rows [row, row + rows) of one weight's gradient over panel i of the hidden columns: adds the blocks laid by. Sums
- * that many blocks are added to are copied: their rows fall on few sets of the caches. */
-static void dsv4__dw_tile(const dsv4__back *back, int64_t matrix, int64_t row, int64_t i, dsv4__product_job *job,
-                          float *spare) {
-    const dsv4_dtype dtype = back->call.dot ? DSV4_BF16 : DSV4_F32;
-    int64_t stride;
-    float *sums = dsv4__weight_sums(back, matrix, &stride) + row * stride + i * DSV4__PANEL;
-    const int64_t n = dsv4__min(back->call.c->config.hidden_dim - i * DSV4__PANEL, DSV4__PANEL);
-    const int apart = n < DSV4__PANEL || back->blocks > 2 || back->call.tiles;
-    job->sum = apart ? spare : sums;
-    job->sum_stride = apart ? (int64_t)DSV4__PANEL : stride;
-    if (apart && (back->started || back->g.accumulate)) dsv4__copy_rows(spare, DSV4__PANEL, sums, stride, job->rows, n);
-    for (int64_t b = 0; b < back->blocks; b++) {
-        const dsv4__token_block *block = &back->room->blocks[b];
-        job->x = dsv4__at(dsv4__d_columns(back, block->slab, matrix), dtype, row * DSV4__KBLOCK + block->row);
-        job->w = dsv4__x_panel(back, block->slab, i, block->row);
-        job->pairs = block->count / 2;
-        job->first = !back->started && b == 0 && !back->g.accumulate;
-        job->sums_in_memory = !apart && b == 0;
-        const dsv4__token_block *after = &back->room->blocks[(b + 1) % back->blocks];
-        job->next = (uintptr_t)dsv4__x_panel(back, after->slab, i, after->row);
-        if (b + 1 == back->blocks) job->next += DSV4__KBLOCK * DSV4__PANEL * dsv4_dtype_size(dtype);
-        job->next_bytes = after->count * DSV4__PANEL * (job->w_bf16 ? 2 : 4);
-        dsv4__multiply(&back->call, job);
-    }
-    if (apart) dsv4__copy_rows(sums, stride, spare, DSV4__PANEL, job->rows, n);
-}
-
-/* A weight's gradient over the panels [first, end): some rows at a time, which stay in the second cache while the
- * panels of x pass by. */
-static void dsv4__dw_panels(const dsv4__back *back, int64_t matrix, int64_t first, int64_t end, dsv4__product_job *job,
-                            float *spare) {
-    const int64_t columns = back->call.c->columns, unit = dsv4__rows_unit(back->call.c);
-    job->w_bf16 = back->call.dot;
-    for (int64_t row = 0; row < columns; row += job->rows) {
-        job->rows = dsv4__min(columns - row, dsv4__rows_most(back->call.c) / unit * unit);
-        DSV4_ASSERT(job->rows <= DSV4__KBLOCK); /* what spare holds */
-        for (int64_t i = first; i < end; i++) dsv4__dw_tile(back, matrix, row, i, job, spare);
-    }
-}
-
-/* A thread's share of the hidden columns, as panels, and what it multiplies in. */
-typedef struct dsv4__hidden_share {
-    int64_t first, end;
-    dsv4__scratch scratch;
-    dsv4__product_job job;
-} dsv4__hidden_share;
-
-static dsv4__hidden_share dsv4__hidden_share_of(const dsv4__back *back, int64_t thread) {
-    const int64_t panels = dsv4__ceil_div(back->call.c->config.hidden_dim, DSV4__PANEL);
-    const int64_t threads = back->call.ws->threads;
-    dsv4__hidden_share share;
-    memset(&share, 0, sizeof share);
-    share.first = panels * thread / threads;
-    share.end = panels * (thread + 1) / threads;
-    share.scratch = dsv4__scratch_of(back->call.ws, thread);
-    share.job.dot = back->call.dot;
-    share.job.order = dsv4__order_of(back->call.c, back->round);
-    share.job.wide = share.scratch.wide;
-    return share;
-}
-
-/* Task: over this thread's hidden columns, dx, and x laid by for the weights' gradients. */
-static void dsv4__tokens_task(void *argument, int64_t thread) {
-    const dsv4__back *back = (const dsv4__back *)argument;
-    dsv4__hidden_share share = dsv4__hidden_share_of(back, thread);
-    float *sums = back->room->dx_sums + thread * DSV4__DX_PANELS * DSV4__KBLOCK * DSV4__PANEL;
-    dsv4__begin_tiles(&back->call, back->rows);
-    for (int64_t i = share.first; i < share.end && back->g.dx.data != NULL; i += DSV4__DX_PANELS)
-        dsv4__dx_panels(back, sums, i, dsv4__min(i + DSV4__DX_PANELS, share.end), &share.job);
-    dsv4__end_tiles(&back->call);
-    for (int64_t i = share.first; i < share.end && dsv4__wants_weights(back); i++) dsv4__pack_x_panel(back, i);
-}
-
-/* Task: adds what is laid by to the weights' gradients, over this thread's hidden columns. */
-static void dsv4__weights_task(void *argument, int64_t thread) {
-    const dsv4__back *back = (const dsv4__back *)argument;
-    dsv4__hidden_share share = dsv4__hidden_share_of(back, thread);
-    dsv4__begin_tiles(&back->call, DSV4__TILE);
-    for (int64_t m = 0; m < back->call.c->matrices; m++)
-        if ((m == 0 ? back->g.dwkv.data : back->g.dwgate.data) != NULL)
-            dsv4__dw_panels(back, m, share.first, share.end, &share.job, share.scratch.spare);
-    dsv4__end_tiles(&back->call);
-}
-
-static void dsv4__add_weights(dsv4__back *back) {
-    const int64_t work = back->slabs * DSV4__KBLOCK * back->call.c->columns * back->call.c->config.hidden_dim;
-    if (back->slabs == 0) return;
-    dsv4__for_threads(&back->call, dsv4__weights_task, back, work);
-    back->started = 1;
-    back->slabs = back->blocks = 0;
-}
-
-/* The chunk's tokens are laid by as one slab. */
-static void dsv4__lay_by(dsv4__back *back) {
-    for (int64_t p = 0; p < back->parts; p++) {
-        const dsv4__part *part = &back->room->parts[p];
-        dsv4__token_block *block = &back->room->blocks[back->blocks++];
-        block->slab = back->slabs;
-        block->row = part->row - dsv4__part_lead(back, part->t);
-        block->count = dsv4__part_rows(back, part);
-    }
-    back->slabs++;
-    if (back->slabs == DSV4__SLABS) dsv4__add_weights(back);
-}
-
-static void dsv4__run_chunk(dsv4__back *back) {
-    const dsv4_compressor *c = back->call.c;
-    const int64_t rows = dsv4__max(back->rows, back->context), work = rows * c->columns;
-    dsv4__call *call = &back->call;
-    if (back->recompute) dsv4__recompute(back);
-    dsv4__for_threads(call, dsv4__repool_task, back, work * 16);
-    dsv4__for_threads(call, dsv4__entries_back_task, back, back->windows * c->config.head_dim * 16);
-    dsv4__for_threads(call, dsv4__windows_back_task, back, work * 16);
-    if (back->g.dx.data == NULL && !dsv4__wants_weights(back)) return;
-    dsv4__for_threads(call, dsv4__pack_back_task, back, work * 4);
-    dsv4__for_threads(call, dsv4__tokens_task, back, work * c->config.hidden_dim);
-    if (dsv4__wants_weights(back)) dsv4__lay_by(back);
-}
-
-/* The gradient of the state before a segment: rows whose window closes later still are those of the state after it; the
- * others are written with the windows. */
-static void dsv4__begin_previous(const dsv4__back *back, int64_t index) {
-    const dsv4_compressor *c = back->call.c;
-    const dsv4_segment *segment = &back->call.batch.segments[index];
-    const dsv4_segment_gradient *gradient = &back->g.segments[index];
-    const int64_t seen = dsv4_state_tokens(segment->state), closed = (seen + segment->count) / c->config.ratio;
-    dsv4_state *previous = gradient->previous;
-    previous->origin = segment->state->origin;
-    previous->tokens = previous->floor = seen;
-    for (int64_t s = 0; s < c->series; s++)
-        for (int64_t t = dsv4__state_first(previous, s, seen); t < seen; t++) {
-            float *row = dsv4__state_row(previous, s, t);
-            if (t / c->config.ratio + dsv4__lag(previous, s) < closed) continue;
-            dsv4__copy_or_clear(row, gradient->next != NULL ? dsv4__state_row(gradient->next, s, t) : NULL,
-                                (size_t)previous->row * sizeof(float));
-        }
-}
-
-/* dx of the tokens that drop_tail left out. */
-static void dsv4__clear_tails(const dsv4__back *back) {
-    const dsv4_matrix dx = back->g.dx;
-    const size_t bytes = (size_t)back->call.c->config.hidden_dim * dsv4_dtype_size(dx.dtype);
-    for (int64_t i = 0; i < back->call.batch.segment_count && dx.data != NULL; i++) {
-        const dsv4_segment *segment = &back->call.batch.segments[i];
-        int64_t t = dsv4__tokens_used(&back->call.batch, segment, back->call.c->config.ratio);
-        for (; t < segment->count; t++) memset(dsv4__in_mutable(dx, segment->token + t, 0), 0, bytes);
-    }
-}
-
-/* Where sums, `stride` apart in the workspace or in `target` itself, start: at what `target` holds, or at 0. */
-static void dsv4__begin_sums(const dsv4__back *back, dsv4_matrix target, float *sums, int64_t stride, int64_t rows,
-                             int64_t columns) {
-    if (target.data == NULL) return;
-    if (back->g.accumulate)
-        dsv4__read_matrix(dsv4__as_const(target), sums, stride, rows, columns);
-    else
-        for (int64_t r = 0; r < rows; r++) memset(sums + r * stride, 0, (size_t)columns * sizeof *sums);
-}
-
-static void dsv4__end_sums(dsv4_matrix target, const float *sums, int64_t stride, int64_t rows, int64_t columns) {
-    if (target.data != NULL) dsv4__write_matrix(target, sums, stride, rows, columns);
-}
-
-/* Where the weights' sums start: bf16 ones go on in the workspace, fp32 ones where they are. Sums that start anew do so
- * with their first block, or here where there was none. */
-static void dsv4__begin_weights(const dsv4__back *back, int64_t matrix) {
-    const dsv4_matrix target = matrix == 0 ? back->g.dwkv : back->g.dwgate;
-    int64_t stride;
-    if (target.data == NULL || (target.dtype == DSV4_F32 && back->g.accumulate)) return;
-    float *sums = dsv4__weight_sums(back, matrix, &stride);
-    dsv4__begin_sums(back, target, sums, stride, back->call.c->columns, back->call.c->config.hidden_dim);
-}
-
-static void dsv4__end_weights(const dsv4__back *back, int64_t matrix) {
-    const dsv4_matrix target = matrix == 0 ? back->g.dwkv : back->g.dwgate;
-    int64_t stride;
-    if (target.data == NULL || target.dtype == DSV4_F32) return;
-    const float *sums = dsv4__weight_sums(back, matrix, &stride);
-    dsv4__write_matrix(target, sums, stride, back->call.c->columns, back->call.c->config.hidden_dim);
-}
+/* ---- What a backward call may be ---------------------------------------------------------------------------- */
 
 /* Where a parameter's gradient is wanted: its type and place, and that the configuration has it. */
 static dsv4_status dsv4__check_gradient(dsv4_matrix *target, const dsv4_param_info *info, const char *name,
@@ -6257,6 +6271,52 @@ static dsv4_status dsv4__check_gradients(dsv4__back *back, dsv4_error *error) {
     DSV4__TRY(dsv4__check_param_gradients(back, error));
     DSV4__TRY(dsv4__check_segments(c, batch, error));
     return dsv4__check_all_carried(back, error);
+}
+
+/* ---- Backward ----------------------------------------------------------------------------------------------- */
+
+static void dsv4__run_chunk(dsv4__back *back) {
+    const dsv4_compressor *c = back->call.c;
+    const int64_t rows = dsv4__max(back->rows, back->context), work = rows * c->columns;
+    dsv4__call *call = &back->call;
+    if (back->recompute) dsv4__recompute(back);
+    dsv4__for_threads(call, dsv4__repool_task, back, work * 16);
+    dsv4__for_threads(call, dsv4__entries_back_task, back, back->windows * c->config.head_dim * 16);
+    dsv4__for_threads(call, dsv4__windows_back_task, back, work * 16);
+    if (back->g.dx.data == NULL && !dsv4__wants_weights(back)) return;
+    dsv4__for_threads(call, dsv4__pack_back_task, back, work * 4);
+    dsv4__for_threads(call, dsv4__tokens_task, back, work * c->config.hidden_dim);
+    if (dsv4__wants_weights(back)) dsv4__lay_by(back);
+}
+
+/* The gradient of the state before a segment: rows whose window closes later still are those of the state after it; the
+ * others are written with the windows. */
+static void dsv4__begin_previous(const dsv4__back *back, int64_t index) {
+    const dsv4_compressor *c = back->call.c;
+    const dsv4_segment *segment = &back->call.batch.segments[index];
+    const dsv4_segment_gradient *gradient = &back->g.segments[index];
+    const int64_t seen = dsv4_state_tokens(segment->state), closed = (seen + segment->count) / c->config.ratio;
+    dsv4_state *previous = gradient->previous;
+    previous->origin = segment->state->origin;
+    previous->tokens = previous->floor = seen;
+    for (int64_t s = 0; s < c->series; s++)
+        for (int64_t t = dsv4__state_first(previous, s, seen); t < seen; t++) {
+            float *row = dsv4__state_row(previous, s, t);
+            if (t / c->config.ratio + dsv4__lag(previous, s) < closed) continue;
+            dsv4__copy_or_clear(row, gradient->next != NULL ? dsv4__state_row(gradient->next, s, t) : NULL,
+                                (size_t)previous->row * sizeof(float));
+        }
+}
+
+/* dx of the tokens that drop_tail left out. */
+static void dsv4__clear_tails(const dsv4__back *back) {
+    const dsv4_matrix dx = back->g.dx;
+    const size_t bytes = (size_t)back->call.c->config.hidden_dim * dsv4_dtype_size(dx.dtype);
+    for (int64_t i = 0; i < back->call.batch.segment_count && dx.data != NULL; i++) {
+        const dsv4_segment *segment = &back->call.batch.segments[i];
+        int64_t t = dsv4__tokens_used(&back->call.batch, segment, back->call.c->config.ratio);
+        for (; t < segment->count; t++) memset(dsv4__in_mutable(dx, segment->token + t, 0), 0, bytes);
+    }
 }
 
 DSV4_API dsv4_status dsv4_backward(const dsv4_compressor *compressor, const dsv4_batch *batch,

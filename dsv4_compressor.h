@@ -27,7 +27,7 @@
  *                                and <simde/x86/sse4.1.h> is found
  *     DSV4_COMPRESSOR_SCALAR     only the scalar kernels
  *     DSV4_COMPRESSOR_NO_AMX     leave out the `amx` kernels, and with them the one question to Linux: for AMX's tiles,
- *                                when kernel sets are listed or a compressor with DSV4_SUMS_TILES is created
+ *                                when kernel sets are marked or a compressor with DSV4_SUMS_TILES is created
  *     DSV4_COMPRESSOR_NO_HEAP    leave out dsv4_heap(), and with it <stdlib.h>
  *     DSV4_COMPRESSOR_FAST_MATH  compile under -ffast-math or x87 all the same; equal bits are then not guaranteed
  *     DSV4_ASSERT(condition)     what the library believes of itself             default: assert
@@ -954,7 +954,10 @@ typedef struct dsv4__size {
     int overflow;
 } dsv4__size;
 
-static uint64_t dsv4__product(dsv4__size *size, uint64_t a, uint64_t b) {
+/* Where a thread's share of `count` things begins; it ends where the next thread's begins. */
+static int64_t dsv4__share(int64_t count, int64_t thread, int64_t threads) { return count * thread / threads; }
+
+static uint64_t dsv4__size_mul(dsv4__size *size, uint64_t a, uint64_t b) {
     const uint64_t limit = (uint64_t)(SIZE_MAX / 2 < INT64_MAX / 2 ? SIZE_MAX / 2 : INT64_MAX / 2);
     if (a != 0 && b > limit / a) size->overflow = 1;
     return size->overflow ? 0 : a * b;
@@ -963,10 +966,32 @@ static uint64_t dsv4__product(dsv4__size *size, uint64_t a, uint64_t b) {
 /* Reserves rows * columns numbers of `bytes` each, aligned; returns where they begin. */
 static uint64_t dsv4__reserve(dsv4__size *size, int64_t rows, int64_t columns, size_t bytes) {
     const uint64_t begin = size->bytes;
-    const uint64_t length = dsv4__product(size, dsv4__product(size, (uint64_t)rows, (uint64_t)columns), bytes);
+    const uint64_t length = dsv4__size_mul(size, dsv4__size_mul(size, (uint64_t)rows, (uint64_t)columns), bytes);
     const uint64_t rounded = (length + (DSV4_ALIGNMENT - 1)) / DSV4_ALIGNMENT * DSV4_ALIGNMENT;
-    size->bytes = dsv4__product(size, begin + rounded, 1);
+    size->bytes = dsv4__size_mul(size, begin + rounded, 1);
     return begin;
+}
+
+/* Lays out a block, an array after the other. The same functions run over it twice: without memory, to learn its size,
+ * and then to place the arrays. */
+typedef struct dsv4__cursor {
+    unsigned char *base; /* NULL: no memory yet */
+    dsv4__size size;
+} dsv4__cursor;
+
+static dsv4__cursor dsv4__cursor_at(void *block) {
+    dsv4__cursor cursor = {NULL, {0, 0}};
+    cursor.base = (unsigned char *)block;
+    return cursor;
+}
+
+static void *dsv4__lay(dsv4__cursor *cursor, int64_t rows, int64_t columns, size_t bytes) {
+    const uint64_t begin = dsv4__reserve(&cursor->size, rows, columns, bytes);
+    return cursor->base != NULL ? cursor->base + begin : NULL;
+}
+
+static float *dsv4__lay_floats(dsv4__cursor *cursor, int64_t rows, int64_t columns) {
+    return (float *)dsv4__lay(cursor, rows, columns, sizeof(float));
 }
 
 static dsv4_status dsv4__size_check(const dsv4__size *size, const char *what, dsv4_error *error) {
@@ -1365,9 +1390,9 @@ DSV4_API void dsv4_cos_sin(float angle, float *cos_out, float *sin_out) {
         odd = dsv4__mul(odd, square) + sine[i];
     }
     const uint32_t c = dsv4__bits((float)even), s = dsv4__bits((float)dsv4__mul(rest, odd));
-    const uint32_t swap = (c ^ s) & (0u - (quadrant & 1u)); /* without branches here too */
-    *cos_out = dsv4__from_bits(c ^ swap ^ (((quadrant + 1u) & 2u) << 30));
-    *sin_out = dsv4__from_bits(s ^ swap ^ ((quadrant & 2u) << 30));
+    const uint32_t exchange = (c ^ s) & (0u - (quadrant & 1u)); /* without branches here too */
+    *cos_out = dsv4__from_bits(c ^ exchange ^ (((quadrant + 1u) & 2u) << 30));
+    *sin_out = dsv4__from_bits(s ^ exchange ^ ((quadrant & 2u) << 30));
 }
 
 /* The pair index at which a frequency turns `rotations` times within the original context (YaRN's
@@ -1657,7 +1682,7 @@ typedef struct dsv4__kernels {
     void (*tile_end)(void);
 } dsv4__kernels;
 
-#define DSV4__MAGIC 12582912.0f /* 1.5 * 2^23: adding it leaves the nearest integer in the low bits */
+#define DSV4__ROUND_BIAS 12582912.0f /* 1.5 * 2^23: adding it leaves the nearest integer in the low bits */
 
 #define DSV4__JOIN2(a, b) a##b
 #define DSV4__JOIN(a, b)  DSV4__JOIN2(a, b)
@@ -1680,7 +1705,7 @@ typedef struct dsv4__kernels {
  *   v_below(x, limit, v)                         0 in lanes where x < limit, else v
  *   v_above(a, b, x, y)                          x in lanes where a > b, else y
  *   v_unequal(a, b, v)                           0 in lanes where a = b, else v
- *   v_power(t)                                   2^n, t = n + DSV4__MAGIC
+ *   v_power(t)                                   2^n, t = n + DSV4__ROUND_BIAS
  *   v_masked(v, bits) v_or(a, b)                 of the lanes' bits; v_left(v, n), v_right(v, n) move them
  *   v_bytes(p) v_put_bytes(p, v)                 VL bytes from and to memory, as the lanes' low bits
  *   v_round(v)                                   to bf16, nearest even, NaN quiet
@@ -2063,7 +2088,7 @@ DSV4__INLINE void DSV4__FN(store_some)(float *p, DSV4__VF v, int64_t n) {
 /* e^x for x <= 0, within 2 ulp: x = n ln 2 + r, e^r = 1 + r + r^2 q(r). 0 where the result would be subnormal. What is
  * further down, -INFINITY above all, is brought up to where arithmetic on it is harmless. */
 DSV4__INLINE DSV4__VF DSV4__FN(exp)(DSV4__VF x) {
-    const DSV4__VF magic = dsv4__v_set(DSV4__MAGIC);
+    const DSV4__VF magic = dsv4__v_set(DSV4__ROUND_BIAS);
     x = dsv4__v_max(dsv4__v_set(-88.0f), x); /* in this order NaN stays */
     const DSV4__VF t = dsv4__v_fma(x, dsv4__v_set(1.44269504f), magic);
     const DSV4__VF n = dsv4__v_sub(t, magic);
@@ -2244,7 +2269,7 @@ DSV4__INLINE void DSV4__FN(exponentials)(const dsv4__pool_job *job, DSV4__SPAN a
 
 /* Where softmax weights are wanted one by one, rounded presets and the stage: sum becomes that of the rounded ones. On
  * arrays of its own, so that the other steps' stay in registers. */
-DSV4__INLINE void DSV4__FN(one_by_one)(const dsv4__pool_job *job, DSV4__SPAN at, const int vectors, DSV4__SOFTMAX *s) {
+DSV4__INLINE void DSV4__FN(weigh_rows)(const dsv4__pool_job *job, DSV4__SPAN at, const int vectors, DSV4__SOFTMAX *s) {
     const float *e = job->scores;
     float *weights = job->weights;
     DSV4__SOFTMAX own = *s;
@@ -2276,7 +2301,7 @@ DSV4__INLINE void DSV4__FN(pool_span)(const dsv4__pool_job *job, DSV4__SPAN at, 
     DSV4__SOFTMAX s;
     DSV4__FN(scores)(job, at, vectors, &s);
     DSV4__FN(exponentials)(job, at, vectors, &s);
-    DSV4__FN(one_by_one)(job, at, vectors, &s);
+    DSV4__FN(weigh_rows)(job, at, vectors, &s);
     DSV4__UNROLL
     for (int v = 0; v < vectors && weighted; v++)
         DSV4__FN(store_some)(job->pooled + at.c + v * DSV4__VL, s.sum[v], at.n);
@@ -2720,10 +2745,9 @@ DSV4__INLINE void DSV4__FN(term)(DSV4__VF acc[][DSV4__TILE_VECTORS], const int r
     }
 }
 
-/* Adds pair k of terms to a tile, in the order that the contract asks for. x and w are those of pair 0. swap: the odd
- * term first. */
-DSV4__INLINE void DSV4__FN(pair)(DSV4__VF acc[][DSV4__TILE_VECTORS], const int rows, const int mode, const int swap,
-                                 const void *x, const void *w, int64_t k) {
+/* Adds pair k of terms to a tile, in the order that the contract asks for. x and w are those of pair 0. */
+DSV4__INLINE void DSV4__FN(pair)(DSV4__VF acc[][DSV4__TILE_VECTORS], const int rows, const int mode,
+                                 const int odd_first, const void *x, const void *w, int64_t k) {
 #if defined(DSV4__DOT)
     if (mode == DSV4__FN(dots)) {
         DSV4__UNROLL
@@ -2738,10 +2762,10 @@ DSV4__INLINE void DSV4__FN(pair)(DSV4__VF acc[][DSV4__TILE_VECTORS], const int r
 #endif
     const float *values = (const float *)x + 2 * k, *panel = (const float *)w + 2 * k * DSV4__PANEL;
     const dsv4_bf16 *pairs = (const dsv4_bf16 *)w + 2 * k * DSV4__PANEL;
-    const void *one = mode == DSV4__FN(direct) ? (const void *)pairs : (const void *)(panel + swap * DSV4__PANEL);
-    const void *two = mode == DSV4__FN(direct) ? (const void *)pairs : (const void *)(panel + !swap * DSV4__PANEL);
-    DSV4__FN(term)(acc, rows, mode, values + swap, one, swap);
-    DSV4__FN(term)(acc, rows, mode, values + !swap, two, !swap);
+    const void *one = mode == DSV4__FN(direct) ? (const void *)pairs : (const void *)(panel + odd_first * DSV4__PANEL);
+    const void *two = mode == DSV4__FN(direct) ? (const void *)pairs : (const void *)(panel + !odd_first * DSV4__PANEL);
+    DSV4__FN(term)(acc, rows, mode, values + odd_first, one, odd_first);
+    DSV4__FN(term)(acc, rows, mode, values + !odd_first, two, !odd_first);
 }
 
 /* Fetches the sums that a tile will be added to while it is being multiplied. */
@@ -2753,11 +2777,11 @@ DSV4__INLINE void DSV4__FN(fetch_sums)(const float *sum, int64_t stride, const i
     }
 }
 
-/* One register tile: `rows` rows by TILE_VECTORS * VL columns, from `column` on. rows, mode and swap are constants
+/* One register tile: `rows` rows by TILE_VECTORS * VL columns, from `column` on. rows, mode and odd_first are constants
  * at every call, so that each call becomes a loop of its own with all sums in registers. Two pairs a round: every
  * instruction that counts or steps takes a place from a multiplication. */
 DSV4__INLINE void DSV4__FN(tile)(const dsv4__product_job *job, int64_t row, int64_t column, const int rows,
-                                 const int mode, const int swap, const void *panel) {
+                                 const int mode, const int odd_first, const void *panel) {
     const int x_size = mode == DSV4__FN(dots) ? 2 : 4,
               w_size = mode == DSV4__FN(dots) || mode == DSV4__FN(direct) ? 2 : 4;
     const char *x = (const char *)job->x + row * DSV4__KBLOCK * x_size;
@@ -2775,10 +2799,10 @@ DSV4__INLINE void DSV4__FN(tile)(const dsv4__product_job *job, int64_t row, int6
     int64_t k = job->pairs;
     for (; k >= 2; k -= 2, x += 4 * x_size, w += 4 * DSV4__PANEL * w_size, fetch += (uintptr_t)ahead.step) {
         for (int64_t line = 0; line < ahead.step; line += 64) DSV4__PREFETCH((const void *)(fetch + (uintptr_t)line));
-        DSV4__FN(pair)(acc, rows, mode, swap, x, w, 0);
-        DSV4__FN(pair)(acc, rows, mode, swap, x, w, 1);
+        DSV4__FN(pair)(acc, rows, mode, odd_first, x, w, 0);
+        DSV4__FN(pair)(acc, rows, mode, odd_first, x, w, 1);
     }
-    if (k > 0) DSV4__FN(pair)(acc, rows, mode, swap, x, w, 0);
+    if (k > 0) DSV4__FN(pair)(acc, rows, mode, odd_first, x, w, 0);
     if (!job->first) {
         DSV4__UNROLL
         for (int r = 0; r < rows; r++) {
@@ -2796,11 +2820,11 @@ DSV4__INLINE void DSV4__FN(tile)(const dsv4__product_job *job, int64_t row, int6
 
 /* A tile's blocks of terms: one, or two with an fp32 operand, for a smaller error. */
 DSV4__INLINE void DSV4__FN(tile_blocks)(const dsv4__product_job *block, int64_t row, int64_t column, const int rows,
-                                        const int mode, const int swap, const void *w) {
-    DSV4__FN(tile)(block, row, column, rows, mode, swap, w);
-    if (swap || block[1].pairs == 0) return;
+                                        const int mode, const int odd_first, const void *w) {
+    DSV4__FN(tile)(block, row, column, rows, mode, odd_first, w);
+    if (odd_first || block[1].pairs == 0) return;
     const int64_t term_bytes = DSV4__PANEL * (mode == DSV4__FN(direct) ? 2 : 4);
-    DSV4__FN(tile)(&block[1], row, column, rows, mode, swap, (const char *)w + DSV4__FBLOCK * term_bytes);
+    DSV4__FN(tile)(&block[1], row, column, rows, mode, odd_first, (const char *)w + DSV4__FBLOCK * term_bytes);
 }
 
 /* One register tile of the order TILES: two chains for each sum, so half as many rows. The sums themselves stay in the
@@ -2857,19 +2881,19 @@ DSV4__INLINE void DSV4__FN(step_tiles)(const dsv4__product_job *job, const int m
 
 /* All rows by all columns of a panel, the largest tiles first: the first one meets the weights as they come from
  * memory, and the more it has to do meanwhile the better. */
-DSV4__INLINE void DSV4__FN(tiles)(const dsv4__product_job *job, const int mode, const int swap, const void *w) {
+DSV4__INLINE void DSV4__FN(tiles)(const dsv4__product_job *job, const int mode, const int odd_first, const void *w) {
     const int64_t large = dsv4__large_tiles(job->rows, DSV4__TILE_ROWS, DSV4__SMALL_ROWS) * DSV4__TILE_ROWS;
     for (int64_t column = 0; column < DSV4__PANEL; column += DSV4__TILE_VECTORS * DSV4__VL) {
         int64_t row = 0;
         if (mode != DSV4__FN(direct))
             for (; row < large; row += DSV4__TILE_ROWS)
-                DSV4__FN(tile_blocks)(job, row, column, DSV4__TILE_ROWS, mode, swap, w);
+                DSV4__FN(tile_blocks)(job, row, column, DSV4__TILE_ROWS, mode, odd_first, w);
 #if DSV4__SMALL_ROWS > 4
-        for (; job->rows - row >= 8; row += 8) DSV4__FN(tile_blocks)(job, row, column, 8, mode, swap, w);
+        for (; job->rows - row >= 8; row += 8) DSV4__FN(tile_blocks)(job, row, column, 8, mode, odd_first, w);
 #endif
-        for (; job->rows - row >= 4; row += 4) DSV4__FN(tile_blocks)(job, row, column, 4, mode, swap, w);
-        for (; job->rows - row >= 2; row += 2) DSV4__FN(tile_blocks)(job, row, column, 2, mode, swap, w);
-        for (; job->rows - row >= 1; row += 1) DSV4__FN(tile_blocks)(job, row, column, 1, mode, swap, w);
+        for (; job->rows - row >= 4; row += 4) DSV4__FN(tile_blocks)(job, row, column, 4, mode, odd_first, w);
+        for (; job->rows - row >= 2; row += 2) DSV4__FN(tile_blocks)(job, row, column, 2, mode, odd_first, w);
+        for (; job->rows - row >= 1; row += 1) DSV4__FN(tile_blocks)(job, row, column, 1, mode, odd_first, w);
     }
 }
 
@@ -3903,25 +3927,19 @@ static unsigned char *dsv4__back_panel(const dsv4_compressor *c, int64_t group, 
     return c->back_panels + columns * c->back_terms + term * DSV4__PANEL * (c->w_bf16[matrix] ? 2 : 4);
 }
 
-/* Places of the parts of the block, the structure first. */
-typedef struct dsv4__compressor_layout {
-    uint64_t ape, norm, inv_freq, panels, back_panels;
-    dsv4__size size;
-} dsv4__compressor_layout;
-
-static dsv4__compressor_layout dsv4__compressor_parts(const dsv4_compressor *c) {
-    dsv4__compressor_layout layout;
-    memset(&layout, 0, sizeof layout);
-    (void)dsv4__reserve(&layout.size, 1, 1, sizeof *c);
-    layout.ape = dsv4__reserve(&layout.size, c->config.no_ape ? 0 : c->config.ratio, c->columns, sizeof(float));
-    layout.norm = dsv4__reserve(&layout.size, 1, c->config.head_dim, sizeof(float));
-    layout.inv_freq = dsv4__reserve(&layout.size, 1, c->config.rope_dim / 2, sizeof(float));
-    layout.panels =
-        dsv4__reserve(&layout.size, c->groups * c->terms, dsv4__panel_offset(c, c->series * c->matrices), 1);
-    layout.back_panels =
-        dsv4__reserve(&layout.size, c->training ? dsv4__ceil_div(c->config.hidden_dim, DSV4__PANEL) : 0,
-                      c->back_terms * dsv4__panel_offset(c, c->matrices), 1);
-    return layout;
+/* Lays a planned compressor out in a block, or, without one, adds up what that takes. */
+static dsv4__size dsv4__compressor_lay(dsv4_compressor *c, void *block) {
+    const int64_t back = c->training ? dsv4__ceil_div(c->config.hidden_dim, DSV4__PANEL) : 0;
+    dsv4__cursor cursor = dsv4__cursor_at(block);
+    (void)dsv4__lay(&cursor, 1, 1, sizeof *c);
+    c->ape = dsv4__lay_floats(&cursor, c->config.no_ape ? 0 : c->config.ratio, c->columns);
+    c->norm = dsv4__lay_floats(&cursor, 1, c->config.head_dim);
+    c->inv_freq = dsv4__lay_floats(&cursor, 1, c->config.rope_dim / 2);
+    c->panels =
+        (unsigned char *)dsv4__lay(&cursor, c->groups * c->terms, dsv4__panel_offset(c, c->series * c->matrices), 1);
+    c->back_panels = (unsigned char *)dsv4__lay(&cursor, back, c->back_terms * dsv4__panel_offset(c, c->matrices), 1);
+    if (c->config.no_ape) c->ape = NULL;
+    return cursor.size;
 }
 
 static dsv4_status dsv4__check_param(dsv4_const_matrix array, const dsv4_param_info *info, dsv4_error *error) {
@@ -3974,9 +3992,9 @@ DSV4_API dsv4_status dsv4_compressor_size(const dsv4_config *config, const dsv4_
     dsv4_compressor plan;
     DSV4__TRY(dsv4__compressor_plan(config, params, options, &plan, error));
     DSV4__TRY(dsv4__need(bytes, "bytes", error));
-    const dsv4__compressor_layout layout = dsv4__compressor_parts(&plan);
-    DSV4__TRY(dsv4__size_check(&layout.size, "compressor", error));
-    *bytes = (size_t)layout.size.bytes;
+    const dsv4__size size = dsv4__compressor_lay(&plan, NULL);
+    DSV4__TRY(dsv4__size_check(&size, "compressor", error));
+    *bytes = (size_t)size.bytes;
     return DSV4_OK;
 }
 
@@ -4022,21 +4040,15 @@ DSV4_API dsv4_status dsv4_compressor_create(const dsv4_config *config, const dsv
     DSV4__TRY(dsv4__allocate(allocator, bytes, "compressor", &block, error));
     dsv4_compressor *c = (dsv4_compressor *)block;
     (void)dsv4__compressor_plan(config, params, options, c, NULL);
-    const dsv4__compressor_layout layout = dsv4__compressor_parts(c);
-    unsigned char *base = (unsigned char *)block;
+    (void)dsv4__compressor_lay(c, block);
     c->allocator = *allocator;
     c->bytes = bytes;
-    c->ape = c->config.no_ape ? NULL : (float *)(void *)(base + layout.ape);
-    c->norm = (float *)(void *)(base + layout.norm);
-    c->inv_freq = (float *)(void *)(base + layout.inv_freq);
-    c->panels = base + layout.panels;
     if (c->ape != NULL) dsv4__read_matrix(params->ape, c->ape, c->columns, c->config.ratio, c->columns);
     if (c->ape != NULL && (c->config.rounding & DSV4_ROUND_SCORE))
         c->kernels->round_array(c->ape, c->config.ratio * c->columns);
     dsv4__read_matrix(params->norm, c->norm, c->config.head_dim, 1, c->config.head_dim);
     if (c->config.rounding & DSV4_ROUND_PARAMS) c->kernels->round_array(c->norm, c->config.head_dim);
     dsv4__frequencies(&c->config, c->inv_freq);
-    c->back_panels = base + layout.back_panels;
     const dsv4_const_matrix matrices[2] = {dsv4__with_stride(params->wkv, c->config.hidden_dim),
                                            dsv4__with_stride(params->wgate, c->config.hidden_dim)};
     dsv4__pack_weights(c, matrices);
@@ -4079,7 +4091,7 @@ struct dsv4_state {
     int64_t origin;  /* position of the sequence's first token */
     int64_t tokens;  /* seen since */
     int64_t floor;   /* the least number of tokens that a roll-back can leave */
-    int listed;      /* met among the segments of the call that is being checked */
+    int marked;      /* met among the segments of the call that is being checked */
     int64_t windows; /* open windows that are folded; 0: rows are kept */
     float pad_gate;
     float *folds; /* [windows, 3, head_dim]: top, den, num, of the tokens before floor */
@@ -4111,19 +4123,14 @@ static void dsv4__state_plan(const dsv4_compressor *c, int64_t depth, int keeps_
         state->capacity[s] = depth + (keeps_rows ? state->ratio - 1 + dsv4__lag(state, s) * state->ratio : 0);
 }
 
-typedef struct dsv4__state_layout {
-    uint64_t folds, rings[2];
-    dsv4__size size;
-} dsv4__state_layout;
-
-static dsv4__state_layout dsv4__state_places(const dsv4_state *state) {
-    dsv4__state_layout layout;
-    memset(&layout, 0, sizeof layout);
-    (void)dsv4__reserve(&layout.size, 1, 1, sizeof *state);
-    layout.folds = dsv4__reserve(&layout.size, 3 * state->windows, state->head_dim, sizeof(float));
+/* Lays a planned state out in a block, or, without one, adds up what that takes. */
+static dsv4__size dsv4__state_lay(dsv4_state *state, void *block) {
+    dsv4__cursor cursor = dsv4__cursor_at(block);
+    (void)dsv4__lay(&cursor, 1, 1, sizeof *state);
+    state->folds = dsv4__lay_floats(&cursor, 3 * state->windows, state->head_dim);
     for (int64_t s = 0; s < state->series; s++)
-        layout.rings[s] = dsv4__reserve(&layout.size, state->capacity[s], state->row, sizeof(float));
-    return layout;
+        state->rings[s] = dsv4__lay_floats(&cursor, state->capacity[s], state->row);
+    return cursor.size;
 }
 
 DSV4_API dsv4_status dsv4_state_size(const dsv4_compressor *compressor, int64_t depth, size_t *bytes,
@@ -4134,21 +4141,17 @@ DSV4_API dsv4_status dsv4_state_size(const dsv4_compressor *compressor, int64_t 
     if (depth < 0 || depth > INT64_MAX / 4)
         return dsv4__fail(error, DSV4_ERROR_ARGUMENT, "depth is %lld, not in 0 ... 2^61", (long long)depth);
     dsv4__state_plan(compressor, depth, compressor->keeps_rows, &plan);
-    const dsv4__state_layout layout = dsv4__state_places(&plan);
-    DSV4__TRY(dsv4__size_check(&layout.size, "state", error));
-    *bytes = (size_t)layout.size.bytes;
+    const dsv4__size size = dsv4__state_lay(&plan, NULL);
+    DSV4__TRY(dsv4__size_check(&size, "state", error));
+    *bytes = (size_t)size.bytes;
     return DSV4_OK;
 }
 
-/* Lays a state out in memory of the size that its places take. */
+/* A state in memory of the size that it takes. */
 static dsv4_state *dsv4__state_place(const dsv4_compressor *c, int64_t depth, int keeps_rows, void *block) {
     dsv4_state *state = (dsv4_state *)block;
-    unsigned char *base = (unsigned char *)block;
     dsv4__state_plan(c, depth, keeps_rows, state);
-    const dsv4__state_layout layout = dsv4__state_places(state);
-    state->bytes = (size_t)layout.size.bytes;
-    state->folds = (float *)(void *)(base + layout.folds);
-    for (int64_t s = 0; s < state->series; s++) state->rings[s] = (float *)(void *)(base + layout.rings[s]);
+    state->bytes = (size_t)dsv4__state_lay(state, block).bytes;
     return state;
 }
 
@@ -4480,10 +4483,9 @@ enum {
     DSV4__BLOCK_BYTES = 1664 * 1024, /* of a block's projections and packed x, for each thread */
     DSV4__TILED_ROWS = 256,          /* the same on tiles, which need more rows for a weight's way from memory */
     DSV4__TILED_BYTES = 3328 * 1024,
-    DSV4__CHUNK_PARTS = 64,   /* at most, in one chunk of the backward pass */
-    DSV4__SLABS = 8,          /* chunks whose tokens are added to the weights' gradients in one go */
-    DSV4__DX_PANELS = 8,      /* panels of dx that a thread works on at a time */
-    DSV4__TRAINING_PARTS = 16 /* fp32 arrays of dsv4__training */
+    DSV4__CHUNK_PARTS = 64, /* at most, in one chunk of the backward pass */
+    DSV4__SLABS = 8,        /* chunks whose tokens are added to the weights' gradients in one go */
+    DSV4__DX_PANELS = 8     /* panels of dx that a thread works on at a time */
 };
 
 /* The part of a segment that lies in the current block. */
@@ -4563,15 +4565,8 @@ typedef struct dsv4__scratch {
     float *row, *swapped, *cos_row, *sin_row; /* share the space of both */
 } dsv4__scratch;
 
-typedef struct dsv4__workspace_layout {
-    uint64_t carry, pieces, pooled, x, sums, scratch;
-    uint64_t training[DSV4__TRAINING_PARTS], parts, blocks;
-    dsv4__size size;
-} dsv4__workspace_layout;
-
-/* Sizes, and places in the block, of what the backward pass needs; in the order of dsv4__place_training. */
-static void dsv4__training_parts(const dsv4_compressor *c, int threads, dsv4__training *t,
-                                 dsv4__workspace_layout *layout) {
+/* What the backward pass needs of a workspace, behind what has been laid out so far. */
+static void dsv4__training_lay(const dsv4_compressor *c, int threads, dsv4__training *t, dsv4__cursor *cursor) {
     const int64_t ratio = c->config.ratio, dim = c->config.head_dim, terms = DSV4__KBLOCK;
     const int64_t column_blocks = dsv4__ceil_div(c->columns, DSV4__KBLOCK);
     const int64_t width = dsv4__ceil_div(c->config.hidden_dim, DSV4__PANEL) * DSV4__PANEL;
@@ -4580,36 +4575,24 @@ static void dsv4__training_parts(const dsv4_compressor *c, int threads, dsv4__tr
     t->context_rows = 2 * DSV4__KBLOCK + 4 * ratio;
     t->windows = 2 * DSV4__KBLOCK / ratio + 64;
     t->d_stride = c->columns + 16;
-    const int64_t shapes[DSV4__TRAINING_PARTS][2] = {{t->context_rows, c->columns},
-                                                     {t->context_rows, c->columns},
-                                                     {t->windows, dim},
-                                                     {t->windows, dim},
-                                                     {t->windows, dim},
-                                                     {terms, t->d_stride},
-                                                     {terms, t->d_stride},
-                                                     {c->matrices * column_blocks * terms, terms},
-                                                     {DSV4__SLABS * c->matrices * c->columns + spare_rows, terms},
-                                                     {ratio, c->columns},
-                                                     {ratio, c->columns},
-                                                     {1, dim},
-                                                     {1, dim},
-                                                     {(int64_t)threads * DSV4__DX_PANELS * terms, DSV4__PANEL},
-                                                     {DSV4__SLABS * terms, width},
-                                                     {sums, width}};
-    for (int i = 0; i < DSV4__TRAINING_PARTS; i++)
-        layout->training[i] = dsv4__reserve(&layout->size, shapes[i][0], shapes[i][1], sizeof(float));
-    layout->parts = dsv4__reserve(&layout->size, DSV4__CHUNK_PARTS, 1, sizeof(dsv4__part));
-    layout->blocks = dsv4__reserve(&layout->size, DSV4__SLABS * DSV4__CHUNK_PARTS, 1, sizeof(dsv4__token_block));
-}
-
-static void dsv4__place_training(dsv4__training *t, unsigned char *base, const dsv4__workspace_layout *layout) {
-    float **const arrays[DSV4__TRAINING_PARTS] = {&t->kv,          &t->gate,    &t->normed,     &t->dscaled,
-                                                  &t->dpooled,     &t->dkv,     &t->dgate,      &t->d_rows,
-                                                  &t->d_columns,   &t->dape,    &t->dape_block, &t->dnorm,
-                                                  &t->dnorm_block, &t->dx_sums, &t->x_panels,   &t->weight_sums};
-    for (int i = 0; i < DSV4__TRAINING_PARTS; i++) *arrays[i] = (float *)(void *)(base + layout->training[i]);
-    t->parts = (dsv4__part *)(void *)(base + layout->parts);
-    t->blocks = (dsv4__token_block *)(void *)(base + layout->blocks);
+    t->kv = dsv4__lay_floats(cursor, t->context_rows, c->columns);
+    t->gate = dsv4__lay_floats(cursor, t->context_rows, c->columns);
+    t->normed = dsv4__lay_floats(cursor, t->windows, dim);
+    t->dscaled = dsv4__lay_floats(cursor, t->windows, dim);
+    t->dpooled = dsv4__lay_floats(cursor, t->windows, dim);
+    t->dkv = dsv4__lay_floats(cursor, terms, t->d_stride);
+    t->dgate = dsv4__lay_floats(cursor, terms, t->d_stride);
+    t->d_rows = dsv4__lay_floats(cursor, c->matrices * column_blocks * terms, terms);
+    t->d_columns = dsv4__lay_floats(cursor, DSV4__SLABS * c->matrices * c->columns + spare_rows, terms);
+    t->dape = dsv4__lay_floats(cursor, ratio, c->columns);
+    t->dape_block = dsv4__lay_floats(cursor, ratio, c->columns);
+    t->dnorm = dsv4__lay_floats(cursor, 1, dim);
+    t->dnorm_block = dsv4__lay_floats(cursor, 1, dim);
+    t->dx_sums = dsv4__lay_floats(cursor, (int64_t)threads * DSV4__DX_PANELS * terms, DSV4__PANEL);
+    t->x_panels = dsv4__lay_floats(cursor, DSV4__SLABS * terms, width);
+    t->weight_sums = dsv4__lay_floats(cursor, sums, width);
+    t->parts = (dsv4__part *)dsv4__lay(cursor, DSV4__CHUNK_PARTS, 1, sizeof(dsv4__part));
+    t->blocks = (dsv4__token_block *)dsv4__lay(cursor, DSV4__SLABS * DSV4__CHUNK_PARTS, 1, sizeof(dsv4__token_block));
 }
 
 /* Rows that a product is given at most, and that it likes a multiple of. */
@@ -4617,15 +4600,14 @@ static int64_t dsv4__rows_most(const dsv4_compressor *c) { return c->tiles ? DSV
 
 static int64_t dsv4__rows_unit(const dsv4_compressor *c) { return c->tiles ? 2 * DSV4__TILE : c->kernels->tile_rows; }
 
-static dsv4__workspace_layout dsv4__workspace_parts(dsv4_workspace *ws, size_t carry_bytes) {
+/* What follows from compressor and threads. */
+static void dsv4__workspace_plan(dsv4_workspace *ws) {
     const dsv4_compressor *c = ws->compressor;
     const int64_t sums = c->groups * c->series * c->matrices * DSV4__PANEL, unit = dsv4__rows_unit(c);
     const int64_t kept = sums + dsv4__ceil_div(c->config.head_dim, c->config.ratio); /* projections and pooled rows */
     const int64_t x_bytes = c->tiles ? dsv4__min(c->terms, DSV4__SPAN) * 2 : DSV4__KBLOCK * (int64_t)sizeof(float);
     const int64_t row_bytes = kept * (int64_t)sizeof(float) + x_bytes;
     const int64_t rows = (c->tiles ? DSV4__TILED_BYTES : DSV4__BLOCK_BYTES) / row_bytes;
-    dsv4__workspace_layout layout;
-    memset(&layout, 0, sizeof layout);
     ws->block_rows = dsv4__max(dsv4__min(rows, dsv4__rows_most(c)) / unit, 1) * unit;
     ws->slots = ws->block_rows / c->config.ratio + 32;
     ws->x_bytes = ws->block_rows * dsv4__max(x_bytes, DSV4__KBLOCK * (int64_t)sizeof(float));
@@ -4634,39 +4616,45 @@ static dsv4__workspace_layout dsv4__workspace_parts(dsv4_workspace *ws, size_t c
     ws->scratch_numbers = dsv4__max(ws->scratch_numbers, 3 * c->config.head_dim); /* a window that is being folded */
     ws->scratch_numbers = dsv4__max(ws->scratch_numbers, c->series * c->config.ratio * DSV4__PANEL);
     ws->scratch_numbers = dsv4__ceil_div(ws->scratch_numbers, 16) * 16;
-    (void)dsv4__reserve(&layout.size, 1, 1, sizeof *ws);
-    layout.carry = dsv4__reserve(&layout.size, 1, (int64_t)carry_bytes, 1);
-    layout.pieces = dsv4__reserve(&layout.size, ws->block_rows, 1, sizeof(dsv4__piece));
-    layout.pooled = dsv4__reserve(&layout.size, ws->slots, c->config.head_dim, sizeof(float));
-    layout.x = dsv4__reserve(&layout.size, 1, ws->x_bytes, 1);
-    layout.sums = dsv4__reserve(&layout.size, ws->block_rows, sums, sizeof(float));
-    layout.scratch = dsv4__reserve(&layout.size, ws->threads, ws->scratch_numbers, sizeof(float));
-    if (c->training) dsv4__training_parts(c, ws->threads, &ws->training, &layout);
-    return layout;
 }
 
-/* Fills in a workspace's sizes; returns its parts. */
-static dsv4_status dsv4__workspace_plan(const dsv4_compressor *c, int threads, dsv4_workspace *ws,
-                                        dsv4__workspace_layout *layout, dsv4_error *error) {
+/* Lays a planned workspace out in a block, or, without one, adds up what that takes. */
+static dsv4__size dsv4__workspace_lay(dsv4_workspace *ws, void *block) {
+    const dsv4_compressor *c = ws->compressor;
+    dsv4__cursor cursor = dsv4__cursor_at(block);
     dsv4_state carry;
+    dsv4__state_plan(c, 0, 1, &carry);
+    const dsv4__size carried = dsv4__state_lay(&carry, NULL);
+    (void)dsv4__lay(&cursor, 1, 1, sizeof *ws);
+    cursor.size.overflow |= carried.overflow;
+    ws->carry = (dsv4_state *)dsv4__lay(&cursor, 1, (int64_t)carried.bytes, 1);
+    ws->pieces = (dsv4__piece *)dsv4__lay(&cursor, ws->block_rows, 1, sizeof(dsv4__piece));
+    ws->pooled = dsv4__lay_floats(&cursor, ws->slots, c->config.head_dim);
+    ws->x = (unsigned char *)dsv4__lay(&cursor, 1, ws->x_bytes, 1);
+    ws->sums = dsv4__lay_floats(&cursor, ws->block_rows, c->groups * c->series * c->matrices * DSV4__PANEL);
+    ws->scratch = dsv4__lay_floats(&cursor, ws->threads, ws->scratch_numbers);
+    if (c->training) dsv4__training_lay(c, ws->threads, &ws->training, &cursor);
+    return cursor.size;
+}
+
+/* A workspace without memory, and the size of that. */
+static dsv4_status dsv4__workspace_begin(const dsv4_compressor *c, int threads, dsv4_workspace *ws, dsv4_error *error) {
     memset(ws, 0, sizeof *ws);
     DSV4__TRY(dsv4__need(c, "compressor", error));
-    dsv4__state_plan(c, 0, 1, &carry);
-    const dsv4__size carried = dsv4__state_places(&carry).size;
     ws->compressor = c;
     ws->threads = threads < 1 ? 1 : threads;
-    *layout = dsv4__workspace_parts(ws, (size_t)carried.bytes);
-    layout->size.overflow |= carried.overflow;
-    return dsv4__size_check(&layout->size, "workspace", error);
+    dsv4__workspace_plan(ws);
+    const dsv4__size size = dsv4__workspace_lay(ws, NULL);
+    ws->bytes = (size_t)size.bytes;
+    return dsv4__size_check(&size, "workspace", error);
 }
 
 DSV4_API dsv4_status dsv4_workspace_size(const dsv4_compressor *compressor, int threads, size_t *bytes,
                                          dsv4_error *error) {
     dsv4_workspace plan;
-    dsv4__workspace_layout layout;
-    DSV4__TRY(dsv4__workspace_plan(compressor, threads, &plan, &layout, error));
+    DSV4__TRY(dsv4__workspace_begin(compressor, threads, &plan, error));
     DSV4__TRY(dsv4__need(bytes, "bytes", error));
-    *bytes = (size_t)layout.size.bytes;
+    *bytes = plan.bytes;
     return DSV4_OK;
 }
 
@@ -4674,25 +4662,17 @@ DSV4_API dsv4_status dsv4_workspace_create(const dsv4_compressor *compressor, co
                                            const dsv4_allocator *allocator, dsv4_workspace **workspace,
                                            dsv4_error *error) {
     dsv4_workspace plan;
-    dsv4__workspace_layout layout;
     void *block = NULL;
     const int threads = parallel != NULL && parallel->run != NULL ? parallel->threads : 1;
     DSV4__TRY(dsv4__need(workspace, "workspace", error));
-    DSV4__TRY(dsv4__workspace_plan(compressor, threads, &plan, &layout, error));
-    DSV4__TRY(dsv4__allocate(allocator, (size_t)layout.size.bytes, "workspace", &block, error));
+    DSV4__TRY(dsv4__workspace_begin(compressor, threads, &plan, error));
+    DSV4__TRY(dsv4__allocate(allocator, plan.bytes, "workspace", &block, error));
     dsv4_workspace *ws = (dsv4_workspace *)block;
-    unsigned char *base = (unsigned char *)block;
     *ws = plan;
+    (void)dsv4__workspace_lay(ws, block);
     ws->allocator = *allocator;
-    ws->bytes = (size_t)layout.size.bytes;
     if (parallel != NULL) ws->parallel = *parallel;
-    ws->carry = dsv4__state_place(compressor, 0, 1, base + layout.carry);
-    ws->pieces = (dsv4__piece *)(void *)(base + layout.pieces);
-    ws->pooled = (float *)(void *)(base + layout.pooled);
-    ws->x = base + layout.x;
-    ws->sums = (float *)(void *)(base + layout.sums);
-    ws->scratch = (float *)(void *)(base + layout.scratch);
-    if (compressor->training) dsv4__place_training(&ws->training, base, &layout);
+    (void)dsv4__state_place(compressor, 0, 1, ws->carry);
     *workspace = ws;
     return DSV4_OK;
 }
@@ -4803,7 +4783,7 @@ static int dsv4__next_block(dsv4__call *call) {
 typedef struct dsv4__back {
     dsv4__call call; /* its pieces describe blocks of rows to recompute */
     dsv4_gradients g;
-    const dsv4__training *room;
+    const dsv4__training *train;
     int recompute;
     int round;           /* dkv and dgate are rounded to bf16: x and weights are */
     int steps;           /* and sums over tokens go in steps of 32 of their sequence */
@@ -4865,17 +4845,17 @@ static dsv4__part dsv4__part_ahead(const dsv4__back *back) {
 
 /* Lays out the next chunk; 0 when nothing is left. */
 static int dsv4__next_chunk(dsv4__back *back) {
-    const dsv4__training *room = back->room;
+    const dsv4__training *train = back->train;
     back->parts = back->rows = back->context = back->windows = 0;
     while (back->segment < back->call.batch.segment_count && back->parts < DSV4__CHUNK_PARTS) {
         const dsv4_segment *segment = &back->call.batch.segments[back->segment];
         if (back->done < dsv4__tokens_used(&back->call.batch, segment, back->call.c->config.ratio)) {
             const dsv4__part part = dsv4__part_ahead(back);
             if (back->parts > 0 && (back->rows + dsv4__part_rows(back, &part) > DSV4__KBLOCK ||
-                                    back->context + part.rows.count > room->context_rows ||
-                                    back->windows + part.rows.windows > room->windows))
+                                    back->context + part.rows.count > train->context_rows ||
+                                    back->windows + part.rows.windows > train->windows))
                 break;
-            room->parts[back->parts++] = part;
+            train->parts[back->parts++] = part;
             back->rows += dsv4__part_rows(back, &part);
             back->context += part.rows.count;
             back->windows += part.rows.windows;
@@ -4902,7 +4882,8 @@ static int64_t dsv4__packed_rows(const dsv4__call *call) {
 /* Task: packs the current terms of this thread's share of the block's rows, asking for what lies two rows on. */
 static void dsv4__pack_task(void *argument, int64_t thread) {
     const dsv4__call *call = (const dsv4__call *)argument;
-    const int64_t first = call->rows * thread / call->ws->threads, end = call->rows * (thread + 1) / call->ws->threads;
+    const int64_t first = dsv4__share(call->rows, thread, call->ws->threads),
+                  end = dsv4__share(call->rows, thread + 1, call->ws->threads);
     const dsv4_batch *batch = &call->batch;
     dsv4__row_packer packer;
     packer.kernels = call->c->kernels;
@@ -4973,7 +4954,7 @@ static void dsv4__project_task(void *argument, int64_t thread) {
     const dsv4__call *call = (const dsv4__call *)argument;
     const dsv4_compressor *c = call->c;
     const int64_t threads = call->ws->threads;
-    const int64_t first = c->groups * thread / threads, end = c->groups * (thread + 1) / threads;
+    const int64_t first = dsv4__share(c->groups, thread, threads), end = dsv4__share(c->groups, thread + 1, threads);
     const int64_t step = dsv4__product_terms(call);
     const dsv4__scratch scratch = dsv4__scratch_of(call->ws, thread);
     dsv4__begin_tiles(call->c->kernels, call->tiles, call->rows);
@@ -5009,20 +4990,20 @@ static void dsv4__project_block(dsv4__call *call) {
 
 /* dkv or dgate of the chunk, packed by rows. */
 static float *dsv4__d_rows(const dsv4__back *back, int64_t matrix) {
-    return back->room->d_rows +
+    return back->train->d_rows +
            matrix * dsv4__ceil_div(back->call.c->columns, DSV4__KBLOCK) * DSV4__KBLOCK * DSV4__KBLOCK;
 }
 
 /* dkv or dgate of a slab, by columns. */
 static float *dsv4__d_columns(const dsv4__back *back, int64_t slab, int64_t matrix) {
     const dsv4_compressor *c = back->call.c;
-    return back->room->d_columns + (slab * c->matrices + matrix) * c->columns * DSV4__KBLOCK;
+    return back->train->d_columns + (slab * c->matrices + matrix) * c->columns * DSV4__KBLOCK;
 }
 
 /* x of a slab from row `row` on, over panel i of the hidden columns. */
 static void *dsv4__x_panel(const dsv4__back *back, int64_t slab, int64_t i, int64_t row) {
     const int64_t panels = dsv4__ceil_div(back->call.c->config.hidden_dim, DSV4__PANEL);
-    return dsv4__at_mutable(back->room->x_panels, back->call.dot ? DSV4_BF16 : DSV4_F32,
+    return dsv4__at_mutable(back->train->x_panels, back->call.dot ? DSV4_BF16 : DSV4_F32,
                             ((slab * panels + i) * DSV4__KBLOCK + row) * DSV4__PANEL);
 }
 
@@ -5045,9 +5026,9 @@ static void dsv4__pack_back_task(void *argument, int64_t thread) {
     const dsv4__back *back = (const dsv4__back *)argument;
     const dsv4_compressor *c = back->call.c;
     const int64_t threads = back->call.ws->threads;
-    const int64_t row = back->rows * thread / threads, end = back->rows * (thread + 1) / threads;
+    const int64_t row = dsv4__share(back->rows, thread, threads), end = dsv4__share(back->rows, thread + 1, threads);
     for (int64_t m = 0; m < c->matrices; m++) {
-        const float *from = m == 0 ? back->room->dkv : back->room->dgate;
+        const float *from = m == 0 ? back->train->dkv : back->train->dgate;
         dsv4__row_packer packer;
         packer.kernels = c->kernels;
         packer.from = DSV4_F32;
@@ -5056,7 +5037,7 @@ static void dsv4__pack_back_task(void *argument, int64_t thread) {
         packer.padded = c->back_terms;
         packer.rows = back->rows;
         packer.packed = dsv4__d_rows(back, m);
-        for (int64_t r = row; r < end; r++) dsv4__pack_row(&packer, from + r * back->room->d_stride, r);
+        for (int64_t r = row; r < end; r++) dsv4__pack_row(&packer, from + r * back->train->d_stride, r);
         if (dsv4__wants_weights(back)) dsv4__transpose(back, m, row, end);
     }
 }
@@ -5069,7 +5050,7 @@ static void dsv4__put_dx(const dsv4__back *back, const float *sums, int64_t firs
     const int64_t h = first * DSV4__PANEL;
     const int64_t n = dsv4__min(end * DSV4__PANEL, back->call.c->config.hidden_dim) - h;
     for (int64_t p = 0; p < back->parts; p++) {
-        const dsv4__part *part = &back->room->parts[p];
+        const dsv4__part *part = &back->train->parts[p];
         const int64_t token = part->segment->token + part->t - part->seen;
         for (int64_t i = 0; i < part->count; i++) {
             const float *from = sums + (part->row + i) * DSV4__DX_PANELS * DSV4__PANEL;
@@ -5112,7 +5093,7 @@ static void dsv4__pack_x_panel(const dsv4__back *back, int64_t i) {
     const dsv4_batch *batch = &back->call.batch;
     const dsv4_dtype dtype = back->call.dot ? DSV4_BF16 : DSV4_F32;
     for (int64_t p = 0; p < back->parts; p++) {
-        const dsv4__part *part = &back->room->parts[p];
+        const dsv4__part *part = &back->train->parts[p];
         const int64_t token = part->segment->token + part->t - part->seen;
         dsv4__terms source;
         source.kernels = back->call.c->kernels;
@@ -5133,7 +5114,7 @@ static float *dsv4__weight_sums(const dsv4__back *back, int64_t matrix, int64_t 
     const dsv4_compressor *c = back->call.c;
     *stride =
         target->dtype == DSV4_F32 ? target->stride : dsv4__ceil_div(c->config.hidden_dim, DSV4__PANEL) * DSV4__PANEL;
-    return target->dtype == DSV4_F32 ? (float *)target->data : back->room->weight_sums + matrix * c->columns * *stride;
+    return target->dtype == DSV4_F32 ? (float *)target->data : back->train->weight_sums + matrix * c->columns * *stride;
 }
 
 /* Rows [row, row + rows) of one weight's gradient over panel i of the hidden columns: adds the blocks laid by. Sums
@@ -5149,13 +5130,13 @@ static void dsv4__dw_tile(const dsv4__back *back, int64_t matrix, int64_t row, i
     job->sum_stride = apart ? (int64_t)DSV4__PANEL : stride;
     if (apart && (back->started || back->g.accumulate)) dsv4__copy_rows(spare, DSV4__PANEL, sums, stride, job->rows, n);
     for (int64_t b = 0; b < back->blocks; b++) {
-        const dsv4__token_block *block = &back->room->blocks[b];
+        const dsv4__token_block *block = &back->train->blocks[b];
         job->x = dsv4__at(dsv4__d_columns(back, block->slab, matrix), dtype, row * DSV4__KBLOCK + block->row);
         job->w = dsv4__x_panel(back, block->slab, i, block->row);
         job->pairs = block->count / 2;
         job->first = !back->started && b == 0 && !back->g.accumulate;
         job->sums_in_memory = !apart && b == 0;
-        const dsv4__token_block *after = &back->room->blocks[(b + 1) % back->blocks];
+        const dsv4__token_block *after = &back->train->blocks[(b + 1) % back->blocks];
         job->next = (uintptr_t)dsv4__x_panel(back, after->slab, i, after->row);
         if (b + 1 == back->blocks) job->next += DSV4__KBLOCK * DSV4__PANEL * dsv4_dtype_size(dtype);
         job->next_bytes = after->count * DSV4__PANEL * (job->w_bf16 ? 2 : 4);
@@ -5189,8 +5170,8 @@ static dsv4__hidden_share dsv4__hidden_share_of(const dsv4__back *back, int64_t 
     const int64_t threads = back->call.ws->threads;
     dsv4__hidden_share share;
     memset(&share, 0, sizeof share);
-    share.first = panels * thread / threads;
-    share.end = panels * (thread + 1) / threads;
+    share.first = dsv4__share(panels, thread, threads);
+    share.end = dsv4__share(panels, thread + 1, threads);
     share.scratch = dsv4__scratch_of(back->call.ws, thread);
     share.job.dot = back->call.dot;
     share.job.order = dsv4__order_of(back->call.c, back->round);
@@ -5202,7 +5183,7 @@ static dsv4__hidden_share dsv4__hidden_share_of(const dsv4__back *back, int64_t 
 static void dsv4__tokens_task(void *argument, int64_t thread) {
     const dsv4__back *back = (const dsv4__back *)argument;
     dsv4__hidden_share share = dsv4__hidden_share_of(back, thread);
-    float *sums = back->room->dx_sums + thread * DSV4__DX_PANELS * DSV4__KBLOCK * DSV4__PANEL;
+    float *sums = back->train->dx_sums + thread * DSV4__DX_PANELS * DSV4__KBLOCK * DSV4__PANEL;
     dsv4__begin_tiles(back->call.c->kernels, back->call.tiles, back->rows);
     for (int64_t i = share.first; i < share.end && back->g.dx.data != NULL; i += DSV4__DX_PANELS)
         dsv4__dx_panels(back, sums, i, dsv4__min(i + DSV4__DX_PANELS, share.end), &share.job);
@@ -5230,10 +5211,10 @@ static void dsv4__add_weights(dsv4__back *back) {
 }
 
 /* The chunk's tokens are laid by as one slab. */
-static void dsv4__lay_by(dsv4__back *back) {
+static void dsv4__queue_for_weights(dsv4__back *back) {
     for (int64_t p = 0; p < back->parts; p++) {
-        const dsv4__part *part = &back->room->parts[p];
-        dsv4__token_block *block = &back->room->blocks[back->blocks++];
+        const dsv4__part *part = &back->train->parts[p];
+        dsv4__token_block *block = &back->train->blocks[back->blocks++];
         block->slab = back->slabs;
         block->row = part->row - dsv4__part_lead(back, part->t);
         block->count = dsv4__part_rows(back, part);
@@ -5301,9 +5282,9 @@ static dsv4__source dsv4__sums_source(const dsv4__call *call, int64_t group) {
 /* Projections that lie in arrays: given ones, or recomputed; the channels of a thread's share of the groups. */
 static dsv4__source dsv4__thread_source(const dsv4__call *call, int64_t thread) {
     const dsv4_compressor *c = call->c;
-    const int64_t threads = call->ws->threads, end = c->groups * (thread + 1) / threads * DSV4__PANEL;
+    const int64_t threads = call->ws->threads, end = dsv4__share(c->groups, thread + 1, threads) * DSV4__PANEL;
     dsv4__source source;
-    source.channel = dsv4__min(c->groups * thread / threads * DSV4__PANEL, c->config.head_dim);
+    source.channel = dsv4__min(dsv4__share(c->groups, thread, threads) * DSV4__PANEL, c->config.head_dim);
     source.channels = dsv4__min(end, c->config.head_dim) - source.channel;
     source.kv = call->batch.kv + source.channel;
     source.gate = c->config.no_gate ? NULL : call->batch.gate + source.channel;
@@ -5405,8 +5386,8 @@ static dsv4__pool_job dsv4__pool_settings(const dsv4__call *call, const dsv4__so
 /* ---- Pooling ------------------------------------------------------------------------------------------------ */
 
 /* What follows window w of a piece at some distance, where projections are given. */
-static dsv4__rows_ahead dsv4__rows_behind(const dsv4__call *call, const dsv4__piece *piece, const dsv4__source *source,
-                                          int64_t w) {
+static dsv4__rows_ahead dsv4__next_window_rows(const dsv4__call *call, const dsv4__piece *piece,
+                                               const dsv4__source *source, int64_t w) {
     dsv4__rows_ahead ahead;
     memset(&ahead, 0, sizeof ahead);
     if (call->batch.kv == NULL || source->gate == NULL) return ahead;
@@ -5473,7 +5454,7 @@ static void dsv4__pool_block(const dsv4__call *call, const dsv4__source *source,
                 goes_on ? dsv4__fold_at(piece->state, w - piece->folded / c->config.ratio, piece->folded) : NULL;
             job.from = fold == NULL ? NULL : fold + source->channel;
             window = dsv4__window_rows(call, piece, source, w, goes_on ? piece->folded : 0);
-            job.ahead = dsv4__rows_behind(call, piece, source, w);
+            job.ahead = dsv4__next_window_rows(call, piece, source, w);
             job.pooled = call->ws->pooled + (piece->slot + j) * dim + source->channel;
             const int64_t entry = dsv4__entry_row(call, piece, j);
             job.weights = entry < 0 ? NULL : call->batch.stages.weights;
@@ -5566,7 +5547,7 @@ static void dsv4__keep_rows(const dsv4__call *call, const dsv4__source *source) 
 }
 
 /* The stages kv and gate. */
-static void dsv4__show_rows(const dsv4__call *call, const dsv4__source *source) {
+static void dsv4__write_projections(const dsv4__call *call, const dsv4__source *source) {
     const dsv4_stages *stages = &call->batch.stages;
     if (stages->kv == NULL && stages->gate == NULL) return;
     for (int64_t i = 0; i < call->pieces; i++) {
@@ -5581,8 +5562,8 @@ static void dsv4__show_rows(const dsv4__call *call, const dsv4__source *source) 
     }
 }
 
-static void dsv4__use_source(const dsv4__call *call, const dsv4__source *source, int64_t thread) {
-    dsv4__show_rows(call, source);
+static void dsv4__take_source(const dsv4__call *call, const dsv4__source *source, int64_t thread) {
+    dsv4__write_projections(call, source);
     dsv4__pool_block(call, source, thread);
     dsv4__keep_rows(call, source);
 }
@@ -5593,12 +5574,13 @@ static void dsv4__pool_task(void *argument, int64_t thread) {
     const int64_t groups = call->c->groups, threads = call->ws->threads;
     if (call->batch.kv != NULL) {
         const dsv4__source source = dsv4__thread_source(call, thread);
-        dsv4__use_source(call, &source, thread);
+        dsv4__take_source(call, &source, thread);
         return;
     }
-    for (int64_t group = groups * thread / threads; group < groups * (thread + 1) / threads; group++) {
+    for (int64_t group = dsv4__share(groups, thread, threads); group < dsv4__share(groups, thread + 1, threads);
+         group++) {
         const dsv4__source source = dsv4__sums_source(call, group);
-        dsv4__use_source(call, &source, thread);
+        dsv4__take_source(call, &source, thread);
     }
 }
 
@@ -5608,9 +5590,10 @@ static void dsv4__pool_task(void *argument, int64_t thread) {
 static void dsv4__recompute_task(void *argument, int64_t thread) {
     const dsv4__call *call = (const dsv4__call *)argument;
     const int64_t groups = call->c->groups, threads = call->ws->threads;
-    for (int64_t group = groups * thread / threads; group < groups * (thread + 1) / threads; group++) {
+    for (int64_t group = dsv4__share(groups, thread, threads); group < dsv4__share(groups, thread + 1, threads);
+         group++) {
         const dsv4__source source = dsv4__sums_source(call, group);
-        dsv4__show_rows(call, &source);
+        dsv4__write_projections(call, &source);
     }
 }
 
@@ -5621,7 +5604,7 @@ static void dsv4__recompute(dsv4__back *back) {
     while (p < back->parts) {
         call->rows = call->pieces = 0;
         while (p < back->parts && call->rows < call->ws->block_rows) {
-            const dsv4__piece *rows = &back->room->parts[p].rows;
+            const dsv4__piece *rows = &back->train->parts[p].rows;
             dsv4__piece *piece = &call->ws->pieces[call->pieces];
             *piece = *rows;
             piece->row = piece->source_row = call->rows;
@@ -5651,10 +5634,10 @@ static void dsv4__repool_task(void *argument, int64_t thread) {
     dsv4__window window;
     job.window = &window;
     for (int64_t p = 0; p < back->parts; p++) {
-        const dsv4__piece *rows = &back->room->parts[p].rows;
+        const dsv4__piece *rows = &back->train->parts[p].rows;
         for (int64_t i = 0; i < rows->windows; i++) {
             window = dsv4__window_rows(&back->call, rows, &source, rows->window + i, 0);
-            job.pooled = back->room->normed + (rows->slot + i) * dim + source.channel;
+            job.pooled = back->train->normed + (rows->slot + i) * dim + source.channel;
             back->call.c->kernels->pool(&job);
         }
     }
@@ -5666,7 +5649,7 @@ static void dsv4__repool_task(void *argument, int64_t thread) {
  * segment, or nowhere; and returns after how many rows that changes. */
 static int64_t dsv4__run_target(const dsv4__back *back, const dsv4__part *part, const dsv4__source *source,
                                 int64_t series, int64_t t, int64_t count, dsv4__run *run) {
-    const int64_t dim = back->call.c->config.head_dim, stride = back->room->d_stride;
+    const int64_t dim = back->call.c->config.head_dim, stride = back->train->d_stride;
     const int64_t offset = series * dim + source->channel, end = part->t + part->count;
     dsv4_state *previous = part->gradient != NULL ? part->gradient->previous : NULL;
     run->dkv = run->dgate = NULL;
@@ -5680,8 +5663,8 @@ static int64_t dsv4__run_target(const dsv4__back *back, const dsv4__part *part, 
     } else if (t < part->t) {
         count = dsv4__min(count, part->t - t);
     } else if (t < end) {
-        run->dkv = back->room->dkv + (part->row + t - part->t) * stride + offset;
-        run->dgate = back->room->dgate + (part->row + t - part->t) * stride + offset;
+        run->dkv = back->train->dkv + (part->row + t - part->t) * stride + offset;
+        run->dgate = back->train->dgate + (part->row + t - part->t) * stride + offset;
         run->d_stride = stride;
         count = dsv4__min(count, end - t);
     }
@@ -5733,12 +5716,12 @@ static void dsv4__open_rows(const dsv4__back *back, const dsv4__part *part, cons
         const int64_t lead = part->t - dsv4__part_lead(back, part->t), end = lead + dsv4__part_rows(back, part);
         for (int64_t t = lead < part->t ? lead : open; t < end; t = t + 1 == part->t ? open : t + 1) {
             const int64_t to =
-                (part->row + t - part->t) * back->room->d_stride + s * c->config.head_dim + source->channel;
+                (part->row + t - part->t) * back->train->d_stride + s * c->config.head_dim + source->channel;
             const int known =
                 next != NULL && t >= part->t && t < part->t + part->count; /* never without a gate: ratio is 1 then */
             const float *from = known ? dsv4__state_row(next, s, t) + source->channel : NULL;
-            dsv4__copy_or_clear(back->room->dkv + to, from, bytes);
-            dsv4__copy_or_clear(back->room->dgate + to, known ? from + c->config.head_dim : NULL, bytes);
+            dsv4__copy_or_clear(back->train->dkv + to, from, bytes);
+            dsv4__copy_or_clear(back->train->dgate + to, known ? from + c->config.head_dim : NULL, bytes);
         }
     }
 }
@@ -5750,14 +5733,14 @@ static void dsv4__sum_ape(const dsv4__back *back, const dsv4__part *part, const 
     for (int64_t s = 0; s < c->series; s++) {
         const int64_t offset = s * dim + source->channel;
         for (int64_t i = 0; i < part->count; i++) {
-            float *block = back->room->dape_block + (part->t + i) % ratio * c->columns + offset;
+            float *block = back->train->dape_block + (part->t + i) % ratio * c->columns + offset;
             if (i < ratio) memset(block, 0, (size_t)source->channels * sizeof(float));
-            c->kernels->add(block, back->room->dgate + (part->row + i) * back->room->d_stride + offset, NULL,
+            c->kernels->add(block, back->train->dgate + (part->row + i) * back->train->d_stride + offset, NULL,
                             source->channels);
         }
         for (int64_t i = 0; i < dsv4__min(part->count, ratio); i++) {
             const int64_t row = (part->t + i) % ratio * c->columns + offset;
-            c->kernels->add(back->room->dape + row, back->room->dape_block + row, NULL, source->channels);
+            c->kernels->add(back->train->dape + row, back->train->dape_block + row, NULL, source->channels);
         }
     }
 }
@@ -5766,13 +5749,13 @@ static void dsv4__sum_ape(const dsv4__back *back, const dsv4__part *part, const 
 static void dsv4__sum_norm(const dsv4__back *back, const dsv4__part *part, const dsv4__source *source) {
     const dsv4_compressor *c = back->call.c;
     const int64_t closing = (part->t + part->count) / c->config.ratio - part->rows.window;
-    float *block = back->room->dnorm_block + source->channel;
+    float *block = back->train->dnorm_block + source->channel;
     memset(block, 0, (size_t)source->channels * sizeof(float));
     for (int64_t i = 0; i < closing; i++) {
         const int64_t slot = (part->rows.slot + i) * c->config.head_dim + source->channel;
-        c->kernels->add(block, back->room->dscaled + slot, back->room->normed + slot, source->channels);
+        c->kernels->add(block, back->train->dscaled + slot, back->train->normed + slot, source->channels);
     }
-    c->kernels->add(back->room->dnorm + source->channel, block, NULL, source->channels);
+    c->kernels->add(back->train->dnorm + source->channel, block, NULL, source->channels);
 }
 
 /* Task: dkv and dgate of the chunk's rows over this thread's channels, and the sums that need nothing else. */
@@ -5784,10 +5767,10 @@ static void dsv4__windows_back_task(void *argument, int64_t thread) {
     dsv4__window window;
     job.window = &window;
     for (int64_t p = 0; p < back->parts && source.channels > 0; p++) {
-        const dsv4__part *part = &back->room->parts[p];
+        const dsv4__part *part = &back->train->parts[p];
         for (int64_t i = 0; i < part->rows.windows; i++) {
             window = dsv4__window_back(back, part, &source, part->rows.window + i);
-            job.dpooled = back->room->dpooled + (part->rows.slot + i) * c->config.head_dim + source.channel;
+            job.dpooled = back->train->dpooled + (part->rows.slot + i) * c->config.head_dim + source.channel;
             c->kernels->pool_back(&job);
         }
         dsv4__open_rows(back, part, &source);
@@ -5796,9 +5779,9 @@ static void dsv4__windows_back_task(void *argument, int64_t thread) {
     }
     for (int64_t row = 0; row < back->rows && back->round; row++)
         for (int64_t s = 0; s < c->series; s++) {
-            const int64_t at = row * back->room->d_stride + s * c->config.head_dim + source.channel;
-            c->kernels->round_array(back->room->dkv + at, source.channels);
-            if (!c->config.no_gate) c->kernels->round_array(back->room->dgate + at, source.channels);
+            const int64_t at = row * back->train->d_stride + s * c->config.head_dim + source.channel;
+            c->kernels->round_array(back->train->dkv + at, source.channels);
+            if (!c->config.no_gate) c->kernels->round_array(back->train->dgate + at, source.channels);
         }
 }
 
@@ -5840,7 +5823,8 @@ static void dsv4__finish_entry(const dsv4__call *call, const dsv4__piece *piece,
 static void dsv4__finish_task(void *argument, int64_t thread) {
     const dsv4__call *call = (const dsv4__call *)argument;
     const int64_t threads = call->ws->threads;
-    const int64_t first = call->entries * thread / threads, end = call->entries * (thread + 1) / threads;
+    const int64_t first = dsv4__share(call->entries, thread, threads),
+                  end = dsv4__share(call->entries, thread + 1, threads);
     const dsv4__scratch scratch = dsv4__scratch_of(call->ws, thread);
     for (int64_t i = 0; i < call->pieces; i++) {
         const dsv4__piece *piece = &call->ws->pieces[i];
@@ -5869,9 +5853,9 @@ static void dsv4__entry_back(const dsv4__back *back, const dsv4__part *part, int
     job.cos_row = scratch->cos_row;
     job.sin_row = scratch->sin_row;
     job.swapped = scratch->swapped;
-    job.pooled = back->room->normed + slot;
-    job.row = back->room->dscaled + slot;
-    job.dpooled = back->room->dpooled + slot;
+    job.pooled = back->train->normed + slot;
+    job.row = back->train->dscaled + slot;
+    job.dpooled = back->train->dpooled + slot;
     if (entry < 0)
         memset(job.row, 0, (size_t)dim * sizeof(float)); /* not stored, so nothing hangs on it */
     else if (back->g.dout.dtype == DSV4_BF16)
@@ -5885,10 +5869,11 @@ static void dsv4__entry_back(const dsv4__back *back, const dsv4__part *part, int
 static void dsv4__entries_back_task(void *argument, int64_t thread) {
     const dsv4__back *back = (const dsv4__back *)argument;
     const int64_t threads = back->call.ws->threads;
-    const int64_t first = back->windows * thread / threads, end = back->windows * (thread + 1) / threads;
+    const int64_t first = dsv4__share(back->windows, thread, threads),
+                  end = dsv4__share(back->windows, thread + 1, threads);
     const dsv4__scratch scratch = dsv4__scratch_of(back->call.ws, thread);
     for (int64_t p = 0; p < back->parts; p++) {
-        const dsv4__part *part = &back->room->parts[p];
+        const dsv4__part *part = &back->train->parts[p];
         const int64_t last = dsv4__min(end, part->rows.slot + part->rows.windows);
         for (int64_t slot = dsv4__max(first, part->rows.slot); slot < last; slot++)
             dsv4__entry_back(back, part, slot - part->rows.slot, &scratch);
@@ -5944,7 +5929,7 @@ static dsv4_status dsv4__check_state(const dsv4_compressor *c, const dsv4_segmen
     if (state->tokens > 0 && segment->position != dsv4_state_position(state))
         return dsv4__fail(error, DSV4_ERROR_STATE, "segment %lld: position %lld, but its state continues at %lld",
                           (long long)index, (long long)segment->position, (long long)dsv4_state_position(state));
-    if (state->listed)
+    if (state->marked)
         return dsv4__fail(error, DSV4_ERROR_STATE, "segment %lld: its state stands in an earlier segment too",
                           (long long)index);
     return DSV4_OK;
@@ -5995,10 +5980,10 @@ static dsv4_status dsv4__check_segments(const dsv4_compressor *c, const dsv4_bat
     int64_t checked = 0, entries = 0;
     for (; checked < batch->segment_count && status == DSV4_OK; checked++) {
         status = dsv4__check_segment(c, batch, checked, &entries, error);
-        if (status == DSV4_OK && batch->segments[checked].state != NULL) batch->segments[checked].state->listed = 1;
+        if (status == DSV4_OK && batch->segments[checked].state != NULL) batch->segments[checked].state->marked = 1;
     }
     for (int64_t i = 0; i < checked; i++)
-        if (batch->segments[i].state != NULL) batch->segments[i].state->listed = 0;
+        if (batch->segments[i].state != NULL) batch->segments[i].state->marked = 0;
     return status;
 }
 
@@ -6201,9 +6186,9 @@ static dsv4_status dsv4__check_param_gradients(dsv4__back *back, dsv4_error *err
     dsv4_gradients *g = &back->g;
     dsv4_matrix *const targets[DSV4_PARAM_COUNT] = {&g->dwkv, &g->dwgate, &g->dape, &g->dnorm};
     dsv4_param_info info[DSV4_PARAM_COUNT];
-    const dsv4_status listed = dsv4_config_params(&back->call.c->config, info, NULL);
-    DSV4_ASSERT(listed == DSV4_OK);
-    (void)listed;
+    const dsv4_status marked = dsv4_config_params(&back->call.c->config, info, NULL);
+    DSV4_ASSERT(marked == DSV4_OK);
+    (void)marked;
     for (int i = 0; i < DSV4_PARAM_COUNT; i++) {
         DSV4__TRY(dsv4__check_gradient(targets[i], &info[i], names[i], error));
         if (i <= DSV4_WGATE && targets[i]->data != NULL && targets[i]->dtype == DSV4_BF16 &&
@@ -6230,7 +6215,7 @@ static dsv4_status dsv4__check_carried(const dsv4_compressor *c, const dsv4_segm
         return dsv4__fail(error, DSV4_ERROR_STATE, "segment %lld: next is of a state after %lld tokens, not %lld",
                           (long long)index, (long long)dsv4_state_tokens(next),
                           (long long)(dsv4_state_tokens(segment->state) + segment->count));
-    if (previous != NULL && previous->listed)
+    if (previous != NULL && previous->marked)
         return dsv4__fail(error, DSV4_ERROR_STATE, "segment %lld: its previous stands in an earlier segment too",
                           (long long)index);
     return DSV4_OK;
@@ -6244,16 +6229,16 @@ static dsv4_status dsv4__check_all_carried(const dsv4__back *back, dsv4_error *e
     for (; checked < batch->segment_count && status == DSV4_OK; checked++) {
         const dsv4_segment_gradient *gradient = &back->g.segments[checked];
         status = dsv4__check_carried(back->call.c, &batch->segments[checked], gradient, checked, error);
-        if (status == DSV4_OK && gradient->previous != NULL) gradient->previous->listed = 1;
+        if (status == DSV4_OK && gradient->previous != NULL) gradient->previous->marked = 1;
     }
     for (int64_t i = 0; i < batch->segment_count && status == DSV4_OK; i++) {
         const dsv4_state *state = batch->segments[i].state, *next = back->g.segments[i].next;
-        if ((state != NULL && state->listed) || (next != NULL && next->listed))
+        if ((state != NULL && state->marked) || (next != NULL && next->marked))
             status = dsv4__fail(error, DSV4_ERROR_STATE, "segment %lld: its state or next is a previous of this call",
                                 (long long)i);
     }
     for (int64_t i = 0; i < checked; i++)
-        if (back->g.segments[i].previous != NULL) back->g.segments[i].previous->listed = 0;
+        if (back->g.segments[i].previous != NULL) back->g.segments[i].previous->marked = 0;
     return status;
 }
 
@@ -6286,7 +6271,7 @@ static void dsv4__run_chunk(dsv4__back *back) {
     if (back->g.dx.data == NULL && !dsv4__wants_weights(back)) return;
     dsv4__for_threads(call, dsv4__pack_back_task, back, work * 4);
     dsv4__for_threads(call, dsv4__tokens_task, back, work * c->config.hidden_dim);
-    if (dsv4__wants_weights(back)) dsv4__lay_by(back);
+    if (dsv4__wants_weights(back)) dsv4__queue_for_weights(back);
 }
 
 /* The gradient of the state before a segment: rows whose window closes later still are those of the state after it; the
@@ -6328,26 +6313,26 @@ DSV4_API dsv4_status dsv4_backward(const dsv4_compressor *compressor, const dsv4
     back.g = *gradients;
     DSV4__TRY(dsv4__check_gradients(&back, error));
     const dsv4_compressor *c = compressor;
-    back.room = &workspace->training;
+    back.train = &workspace->training;
     back.recompute = batch->kv == NULL;
     back.round = back.call.x_bf16 && c->w_bf16[0] && (c->config.no_gate || c->w_bf16[1]);
     back.steps = back.round && c->config.sums == DSV4_SUMS_TILES;
     memset(&back.call.batch.stages, 0, sizeof back.call.batch.stages);
     if (back.recompute) {
-        back.call.batch.kv = back.call.batch.stages.kv = back.room->kv;
-        back.call.batch.gate = back.call.batch.stages.gate = back.room->gate;
+        back.call.batch.kv = back.call.batch.stages.kv = back.train->kv;
+        back.call.batch.gate = back.call.batch.stages.gate = back.train->gate;
     }
     for (int64_t i = 0; i < back.call.batch.segment_count && back.g.segments != NULL; i++)
         if (back.g.segments[i].previous != NULL) dsv4__begin_previous(&back, i);
-    dsv4__begin_sums(&back, back.g.dape, back.room->dape, c->columns, c->config.ratio, c->columns);
-    dsv4__begin_sums(&back, back.g.dnorm, back.room->dnorm, c->config.head_dim, 1, c->config.head_dim);
+    dsv4__begin_sums(&back, back.g.dape, back.train->dape, c->columns, c->config.ratio, c->columns);
+    dsv4__begin_sums(&back, back.g.dnorm, back.train->dnorm, c->config.head_dim, 1, c->config.head_dim);
     for (int64_t m = 0; m < c->matrices && back.g.accumulate; m++) dsv4__begin_weights(&back, m);
     while (dsv4__next_chunk(&back)) dsv4__run_chunk(&back);
     dsv4__add_weights(&back);
     for (int64_t m = 0; m < c->matrices && !back.g.accumulate && !back.started; m++) dsv4__begin_weights(&back, m);
     dsv4__clear_tails(&back);
-    dsv4__end_sums(back.g.dape, back.room->dape, c->columns, c->config.ratio, c->columns);
-    dsv4__end_sums(back.g.dnorm, back.room->dnorm, c->config.head_dim, 1, c->config.head_dim);
+    dsv4__end_sums(back.g.dape, back.train->dape, c->columns, c->config.ratio, c->columns);
+    dsv4__end_sums(back.g.dnorm, back.train->dnorm, c->config.head_dim, 1, c->config.head_dim);
     for (int64_t m = 0; m < c->matrices; m++) dsv4__end_weights(&back, m);
     return DSV4_OK;
 }

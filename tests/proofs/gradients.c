@@ -1,8 +1,8 @@
 /* Every check of dsv4_backward: a compressor of any configuration, any bits in the batch, the gradients' matrices
  * and up to three segments, states of any tokens, position and depth among them and among next and previous. */
 // mutant: dsv4_compressor.h
-// - if (previous != NULL && previous->listed)
-// + if (previous->listed)
+// - if (previous != NULL && previous->marked)
+// + if (previous->marked)
 // eva: -eva-split-return-function fits:full,dsv4__begin_segments:full,dsv4__begin_call:full
 // eva: -eva-precision 4 -eva-slevel 1000
 #include "calls.h"

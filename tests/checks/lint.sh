@@ -13,8 +13,7 @@ silent() { # silent COMMAND...: no output but success
     cat "$out/silent.$serial"
     [ $silent_status -eq 0 ] && [ ! -s "$out/silent.$serial" ]
 }
-# (Conditions one by one: the analyser loses what it knows of each in those that gcc computes together.)
-analyses() { silent gcc $flags -O1 -fanalyzer --param logical-op-non-short-circuit=0 -c "$@" -o "$out/object.$serial.o"; }
+analyses() { silent gcc $flags -O1 -fanalyzer -c "$@" -o "$out/object.$serial.o"; }
 tidies() { # tidies FILE FLAGS...
     file=$1
     shift
@@ -43,10 +42,11 @@ narrow() { ! awk 'length > 120 { print FILENAME ":" FNR ": " length " columns" }
 spawn 'no line over 120 columns' narrow $(ls dsv4_compressor.h examples/*.[ch] examples/bench/*.[ch] tests/*.c tests/*/*.[ch])
 
 # Programs, without the implementation that they include: it has been looked at.
+separate='--param logical-op-non-short-circuit=0' # conditions that gcc computes together lose it what each says
 programs="$(ls examples/*.c examples/bench/*.c tests/*.c tests/fuzz/*.c | grep -v examples/mpi.c)"
 for program in $programs; do
     case $program in
-    examples/*) ! have gcc || spawn "gcc -fanalyzer $program" analyses "$program" -DDSV4__IMPLEMENTED=1 ;;
+    examples/*) ! have gcc || spawn "gcc -fanalyzer $program" analyses "$program" $separate -DDSV4__IMPLEMENTED=1 ;;
     esac
     case $program in
     tests/test_cpu.c) without= ;; # looks at what the implementation keeps to itself

@@ -13,17 +13,19 @@ typedef struct fenced {
     char *mapping;
     size_t mapped;
     void *data;
+    char *first; /* right behind the page before; `data` begins up to a page later */
 } fenced;
 
 SUPPORT fenced fenced_new(size_t bytes) {
     size_t page = (size_t)sysconf(_SC_PAGESIZE), pages = (bytes + page - 1) / page;
-    fenced f = {NULL, (pages + 2) * page, NULL};
+    fenced f = {NULL, (pages + 2) * page, NULL, NULL};
     f.mapping = mmap(NULL, f.mapped, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (f.mapping == MAP_FAILED || mprotect(f.mapping, page, PROT_NONE) != 0 ||
         mprotect(f.mapping + (pages + 1) * page, page, PROT_NONE) != 0) {
         perror("tests: guard pages");
         exit(1);
     }
+    f.first = f.mapping + page;
     f.data = f.mapping + (pages + 1) * page - bytes;
     return f;
 }

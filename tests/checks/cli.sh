@@ -586,4 +586,16 @@ try '--packed of plain rows' refuses_rows '--packed: plain rows are not packed' 
 try 'FP4 rows of a head_dim that is no power of two' refuses_rows 'rows are FP4, but head_dim 192' $fp8 --rows fp4
 "$tmp/tensors" "$tmp/bad-rows" $(params_of $fp8 p) $fp8:x=x @rows=fp9 @ratio=4
 try 'metadata of rows that there are not' refuses_rows "metadata 'rows': 'fp9'" "$tmp/bad-rows" --prefix p
+
+# ---- The order of sums, by a file's metadata ---------------------------------------------------------------------
+in_order() { "$tmp/tensors" "$tmp/sums-$1" $(params_of $fp8 p) $fp8:x=x @sums=$1 @ratio=4; }
+told_sums() { # told_sums FILE VALUE FROM OPTIONS...
+    file=$tmp/sums-$1 value=$2 from=$3 && shift 3
+    "$compress" --weights "$file" --input "$file" --prefix p --output "$tmp/told-sums" --json "$@" |
+        grep -q "\"sums\": {\"value\": \"$value\", \"from\": \"$from\"}"
+}
+for order in tiles pairs triples; do in_order $order; done
+try 'the file says in which order it adds' told_sums tiles tiles metadata
+try '--sums wins over the file' told_sums tiles pairs option --sums pairs
+try 'an order that there is not' refuses_rows "metadata 'sums': no order of sums 'triples'" "$tmp/sums-triples" --prefix p
 finish

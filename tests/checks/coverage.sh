@@ -11,7 +11,7 @@ find "$out" -name '*.gc??' -exec rm -f {} +
 # is inlined, so that a line of the source is one line of the count.
 sed 's/__attribute__((always_inline)) //' dsv4_compressor.h >"$out/header/dsv4_compressor.h"
 ${MAKE:-make} -s check BUILD="$out" CC="${GCC:-gcc}" SCRIPTS= HEADER="$out/header/dsv4_compressor.h" \
-    HEADER_FLAGS='-O0 -DNDEBUG --coverage' LDFLAGS=--coverage
+    HEADER_FLAGS="-iquote $out/header -O0 -DNDEBUG --coverage" LDFLAGS=--coverage
 status=$?
 # How lesser CPUs choose their kernels, for compressors and for arrays.
 cpus='Nehalem Haswell' without=

@@ -31,16 +31,19 @@ valgrind_on() {
 }
 under_valgrind() {
     make_ tests BUILD="$out/valgrind" CFLAGS='-O2 -g' SIMDE= || return 1
-    # Without the extremes, which are large (guard pages do to them what valgrind would); of the suites that take a quarter
-    # of an hour together, what moves memory about. The sanitizers see all of them. (Stacks are painted where valgrind
-    # watches.)
+    # What moves memory about. The sanitizers see all of the suites, these too where they would take a quarter of an hour
+    # here. (Stacks are painted where valgrind watches.)
     for some in transferred close_in_one_call taking_back a_failed; do valgrind_on test_streams -t $some; done
     for some in carried thousands refused; do valgrind_on test_gradients -t $some; done
     for some in layers_of segments strides objects; do valgrind_on test_bits -t $some; done
+    for some in allocation one_byte crooked thousands; do valgrind_on test_faults -t $some; done
+    for some in stay_within entries_go any_bytes refused; do valgrind_on test_rows -t $some; done
+    for some in steps_are tiles_are; do valgrind_on test_sums -t $some; done
     for test in tests/test_*.c; do
         program=$(basename "$test" .c)
         case $program in
             test_extremes | test_gradients | test_streams | test_bits | test_stack) ;;
+            test_faults | test_rows | test_sums | test_oracle | test_hashes) ;;
             *) valgrind_on "$program" ;;
         esac
     done

@@ -36,7 +36,7 @@ same_bits_or_refused() { # same_bits_or_refused COMPILER FLAGS...
     program=$tmp/flags.$serial
     compiler=$1
     shift
-    "$compiler" -O2 -std=c99 -I. $simde "$@" -c "$tmp/implementation.c" -o "$program.o" 2>"$program.txt" || {
+    "$compiler" -O2 -std=c99 -I. "$@" -c "$tmp/implementation.c" -o "$program.o" 2>"$program.txt" || {
         cat "$program.txt"
         grep -q DSV4_COMPRESSOR_FAST_MATH "$program.txt"
         return

@@ -84,19 +84,6 @@ typedef struct backward_case {
     gradient_set whole; /* fp32, by one call that drops the tail */
 } backward_case;
 
-SUPPORT engine trainer_new(const model *m, const char *isa, const dsv4_parallel *parallel) {
-    engine e = {0};
-    dsv4_error error = {0};
-    dsv4_allocator heap = dsv4_heap();
-    dsv4_options options = {isa, 1, 1};
-    if (dsv4_compressor_create(&m->config, &m->params, &options, &heap, &e.compressor, &error) != DSV4_OK ||
-        dsv4_workspace_create(e.compressor, parallel, &heap, &e.workspace, &error) != DSV4_OK) {
-        fprintf(stderr, "tests: %s\n", error.text);
-        exit(1);
-    }
-    return e;
-}
-
 /* A batch over the backward_case's tokens, for the backward pass. */
 SUPPORT dsv4_batch backward_case_batch(const backward_case *l, const dsv4_segment *segments, int64_t count) {
     dsv4_batch b = {0};

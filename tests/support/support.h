@@ -189,19 +189,29 @@ typedef struct engine {
     dsv4_workspace *workspace;
 } engine;
 
-/* isa, parallel: NULL for the best and for none. Ends the program where that fails: tests of failing have their own. */
-SUPPORT engine engine_new(const model *m, const char *isa, const dsv4_parallel *parallel) {
+/* parallel: NULL for none. Ends the program where that fails: tests of failing have their own. */
+SUPPORT engine engine_with(const model *m, const dsv4_options *options, const dsv4_parallel *parallel) {
     engine e = {0};
     dsv4_error error = {0};
     dsv4_allocator heap = nan_heap();
-    dsv4_options options = {0};
-    options.isa = isa;
-    if (dsv4_compressor_create(&m->config, &m->params, &options, &heap, &e.compressor, &error) != DSV4_OK ||
+    if (dsv4_compressor_create(&m->config, &m->params, options, &heap, &e.compressor, &error) != DSV4_OK ||
         dsv4_workspace_create(e.compressor, parallel, &heap, &e.workspace, &error) != DSV4_OK) {
         fprintf(stderr, "tests: %s\n", error.text);
         exit(1);
     }
     return e;
+}
+
+/* isa: NULL for the best. */
+SUPPORT engine engine_new(const model *m, const char *isa, const dsv4_parallel *parallel) {
+    const dsv4_options options = {isa, 0, 0};
+    return engine_with(m, &options, parallel);
+}
+
+/* The same for training, gradients in bf16 too. */
+SUPPORT engine trainer_new(const model *m, const char *isa, const dsv4_parallel *parallel) {
+    const dsv4_options options = {isa, 1, 1};
+    return engine_with(m, &options, parallel);
 }
 
 SUPPORT void engine_free(engine *e) {

@@ -151,8 +151,8 @@ tests: $(TESTS)
 
 # A test's output and exit status; tests/checks/summary.sh adds them up.
 log = @$1 >$@ 2>&1; echo "exit status $$?" >>$@
-$(BUILD)/tests/checks/cli.sh.log $(BUILD)/tests/checks/python.sh.log: $(BUILD)/tests/compress
-$(BUILD)/tests/checks/examples.sh.log $(BUILD)/tests/checks/corpus.sh.log: $(BUILD)/dsv4.o
+$(BUILD)/tests/cli.sh.log $(BUILD)/tests/python.sh.log: $(BUILD)/tests/compress
+$(BUILD)/tests/examples.sh.log $(BUILD)/tests/corpus.sh.log: $(BUILD)/dsv4.o
 $(BUILD)/tests/%.sh.log: tests/checks/%.sh FORCE | $(BUILD)/flags
 	$(call log,sh $<)
 $(BUILD)/tests/%.log: $(BUILD)/tests/% FORCE

@@ -1658,23 +1658,29 @@ typedef struct dsv4__unpack_job {
     dsv4_dtype dtype;
 } dsv4__unpack_job;
 
+/* The kernels of a set, in the order of its row in 3j. */
+#define DSV4__KERNELS(X, set)                                     \
+    X(set, product, (const dsv4__product_job *))                  \
+    X(set, pool, (const dsv4__pool_job *))                        \
+    X(set, pool_back, (const dsv4__pool_job *))                   \
+    X(set, finish, (const dsv4__finish_job *))                    \
+    X(set, finish_back, (const dsv4__finish_job *))               \
+    X(set, store, (const dsv4__finish_job *))                     \
+    X(set, unpack, (const dsv4__unpack_job *))                    \
+    X(set, add, (float *, const float *, const float *, int64_t)) \
+    X(set, round_array, (float *, int64_t))                       \
+    X(set, widen, (float *, const dsv4_bf16 *, int64_t))          \
+    X(set, narrow, (dsv4_bf16 *, const float *, int64_t))
+#define DSV4__KERNEL_FIELD(set, name, arguments) void(*name) arguments;
+#define DSV4__KERNEL_OF(set, name, arguments)    dsv4__##set##_##name,
+
 /* A kernel set. */
 typedef struct dsv4__kernels {
     const char *name;
     unsigned needs;    /* of the CPU */
     int dot;           /* has the bf16 dot product */
     int64_t tile_rows; /* rows of the register tile: blocks of a multiple of it waste nothing */
-    void (*product)(const dsv4__product_job *);
-    void (*pool)(const dsv4__pool_job *);
-    void (*pool_back)(const dsv4__pool_job *);
-    void (*finish)(const dsv4__finish_job *);
-    void (*finish_back)(const dsv4__finish_job *);
-    void (*store)(const dsv4__finish_job *);
-    void (*unpack)(const dsv4__unpack_job *);
-    void (*add)(float *, const float *, const float *, int64_t);
-    void (*round_array)(float *, int64_t);
-    void (*widen)(float *, const dsv4_bf16 *, int64_t);
-    void (*narrow)(dsv4_bf16 *, const float *, int64_t);
+    DSV4__KERNELS(DSV4__KERNEL_FIELD, any)
     /* NULL, or how it multiplies on tiles: bf16 by bf16, in the order TILES. A task begins with jobs of `rows` rows, or
      * with any of them where that is 16 or more, and ends. */
     void (*tile_begin)(int64_t rows);
@@ -1684,13 +1690,24 @@ typedef struct dsv4__kernels {
 
 #define DSV4__ROUND_BIAS 12582912.0f /* 1.5 * 2^23: adding it leaves the nearest integer in the low bits */
 
+/* What this file is read for once more each: a set of vector kernels, or, from AMX on, a product on tile registers. */
+#define DSV4__FOR_SCALAR     1
+#define DSV4__FOR_AVX2       2
+#define DSV4__FOR_AVX512     3
+#define DSV4__FOR_AVX512BF16 4
+#define DSV4__FOR_NEON       5
+#define DSV4__FOR_SIMDE      6
+#define DSV4__FOR_FMA128     7
+#define DSV4__FOR_AMX        8
+#define DSV4__FOR_TILE_MODEL 9
+
 #define DSV4__JOIN2(a, b) a##b
 #define DSV4__JOIN(a, b)  DSV4__JOIN2(a, b)
 #define DSV4__FN(name)    DSV4__JOIN(DSV4__JOIN(dsv4__, DSV4__SET), DSV4__JOIN(_, name))
 
 #endif /* DSV4_COMPRESSOR_IMPLEMENTATION, first part */
 
-#if defined(DSV4__STAMP) && DSV4__STAMP < 8
+#if defined(DSV4__STAMP) && DSV4__STAMP < DSV4__FOR_AMX
 /* ------------------------------------------------------------------------------------------------------------
  * 3g. Vector layer: one block an instruction set, the same names in each. This room and the two behind it are read
  * once for each kernel set, by this file including itself.
@@ -1714,7 +1731,21 @@ typedef struct dsv4__kernels {
  *   v_even(p) v_odd(p)                           of VL pairs of bf16, widened
  *   v_pair(p) v_dot(sum, x, w)                   with DSV4__DOT: a pair of bf16 in all lanes; sum + odd + even product
  * ------------------------------------------------------------------------------------------------------------ */
-#if DSV4__STAMP == 1 /* scalar: the definition that the others must equal */
+/* What the compiler may use in this set, where that is more than the command line says. */
+#if DSV4__STAMP == DSV4__FOR_AVX2
+#define DSV4__TARGET "avx2,fma"
+#elif DSV4__STAMP == DSV4__FOR_AVX512
+#define DSV4__TARGET DSV4__AVX512
+#elif DSV4__STAMP == DSV4__FOR_AVX512BF16
+#define DSV4__TARGET "avx512bf16," DSV4__AVX512
+#elif DSV4__STAMP == DSV4__FOR_FMA128
+#define DSV4__TARGET "avx2,fma,prefer-vector-width=128"
+#endif
+#if defined(DSV4__TARGET)
+DSV4__BEGIN_TARGET(DSV4__TARGET)
+#endif
+
+#if DSV4__STAMP == DSV4__FOR_SCALAR /* the definition that the others must equal */
 #define DSV4__SET                  scalar
 #define DSV4__VF                   float
 #define DSV4__VL                   1
@@ -1750,9 +1781,8 @@ typedef struct dsv4__kernels {
 #define dsv4__v_even(p)            dsv4_bf16_to_f32((p)[0])
 #define dsv4__v_odd(p)             dsv4_bf16_to_f32((p)[1])
 
-#elif DSV4__STAMP == 2 /* AVX2 with FMA: Haswell, Zen and later */
+#elif DSV4__STAMP == DSV4__FOR_AVX2 /* AVX2 with FMA: Haswell, Zen and later */
 #define DSV4__SET                  avx2
-DSV4__BEGIN_TARGET("avx2,fma")
 #define DSV4__VF                   __m256
 #define DSV4__VL                   8
 #define DSV4__FUSED                1
@@ -1823,19 +1853,15 @@ static inline __m256i DSV4__FN(upper)(__m256 v) {
     return _mm256_blendv_epi8(rounded, _mm256_or_si256(up, _mm256_set1_epi32(0x40)), nan);
 }
 
-#elif DSV4__STAMP == 3 || DSV4__STAMP == 4 /* AVX-512: F, BW, VL, DQ; and the same with AVX512-BF16 */
-#if DSV4__STAMP == 3
+#elif DSV4__STAMP == DSV4__FOR_AVX512 || DSV4__STAMP == DSV4__FOR_AVX512BF16
+/* AVX-512: F, BW, VL, DQ; and the same with AVX512-BF16 */
+#if DSV4__STAMP == DSV4__FOR_AVX512
 #define DSV4__SET avx512
 #else
 #define DSV4__SET              avx512bf16
 #define DSV4__DOT              1
 #define dsv4__v_pair(p)        ((__m512bh)_mm512_set1_epi32(DSV4__FN(word)(p)))
 #define dsv4__v_dot(sum, x, w) _mm512_dpbf16_ps(sum, x, (__m512bh)_mm512_loadu_si512((const void *)(w)))
-#endif
-#if DSV4__STAMP == 3
-DSV4__BEGIN_TARGET(DSV4__AVX512)
-#else
-DSV4__BEGIN_TARGET("avx512bf16," DSV4__AVX512)
 #endif
 #define DSV4__VF                   __m512
 #define DSV4__VL                   16
@@ -1893,7 +1919,7 @@ static inline __m512i DSV4__FN(upper)(__m512 v) {
     return _mm512_mask_or_epi32(rounded, nan, up, _mm512_set1_epi32(0x40));
 }
 
-#elif DSV4__STAMP == 5 /* NEON, aarch64 */
+#elif DSV4__STAMP == DSV4__FOR_NEON /* NEON, aarch64 */
 #define DSV4__SET                  neon
 #define DSV4__FUSED                1
 #define DSV4__VF                   float32x4_t
@@ -1950,8 +1976,8 @@ static inline uint32x4_t DSV4__FN(upper)(float32x4_t v) {
     return vbslq_u32(vceqq_f32(v, v), rounded, vorrq_u32(up, vdupq_n_u32(0x40u)));
 }
 
-#elif DSV4__STAMP == 6 || DSV4__STAMP == 7 /* four lanes, as SSE4.1 has them */
-#if DSV4__STAMP == 6                       /* SIMDe: any CPU with 128-bit vectors, and plain C loops for the others */
+#elif DSV4__STAMP == DSV4__FOR_SIMDE || DSV4__STAMP == DSV4__FOR_FMA128 /* four lanes, as SSE4.1 has them */
+#if DSV4__STAMP == DSV4__FOR_SIMDE /* any CPU with 128-bit vectors, and plain C loops for the others */
 #define DSV4__SET        simde
 #define DSV4__VF         simde__m128
 #define DSV4__VI         simde__m128i
@@ -1959,7 +1985,6 @@ static inline uint32x4_t DSV4__FN(upper)(float32x4_t v) {
 #define dsv4__v_mm(name) simde_mm_##name
 #else /* itself, with FMA: for GCC on Windows. No wider vectors by the compiler's own choice either */
 #define DSV4__SET        fma128
-DSV4__BEGIN_TARGET("avx2,fma,prefer-vector-width=128")
 #define DSV4__VF         __m128
 #define DSV4__VI         __m128i
 #define DSV4__TILE_ROWS  6
@@ -1971,7 +1996,7 @@ DSV4__BEGIN_TARGET("avx2,fma,prefer-vector-width=128")
 #define dsv4__v_set(f)      dsv4__v_mm(set1_ps)(f)
 #define dsv4__v_load(p)     dsv4__v_mm(loadu_ps)(p)
 #define dsv4__v_store(p, v) dsv4__v_mm(storeu_ps)(p, v)
-#if DSV4__STAMP == 7 || defined(SIMDE_X86_SSE_NATIVE)
+#if DSV4__STAMP == DSV4__FOR_FMA128 || defined(SIMDE_X86_SSE_NATIVE)
 #define dsv4__v_add(a, b) ((DSV4__VF)((a) + (b)))
 #define dsv4__v_sub(a, b) ((DSV4__VF)((a) - (b)))
 #define dsv4__v_mul(a, b) ((DSV4__VF)((a) * (b)))
@@ -1983,7 +2008,7 @@ DSV4__BEGIN_TARGET("avx2,fma,prefer-vector-width=128")
 #define dsv4__v_div(a, b) dsv4__v_mm(div_ps)(a, b)
 #endif
 #define dsv4__v_max(a, b) dsv4__v_mm(max_ps)(a, b)
-#if DSV4__STAMP == 7 || defined(SIMDE_X86_FMA_NATIVE) || defined(SIMDE_ARM_NEON_A64V8_NATIVE)
+#if DSV4__STAMP == DSV4__FOR_FMA128 || defined(SIMDE_X86_FMA_NATIVE) || defined(SIMDE_ARM_NEON_A64V8_NATIVE)
 #define DSV4__FUSED          1
 #define dsv4__v_fma(a, b, c) dsv4__v_mm(fmadd_ps)(a, b, c)
 #else /* SIMDe would round the product here */
@@ -2051,7 +2076,7 @@ DSV4__UNUSED static inline DSV4__VF DSV4__FN(fma)(DSV4__VF a, DSV4__VF b, DSV4__
 #endif
 
 /* Four lanes go through memory. */
-#if DSV4__STAMP >= 5
+#if DSV4__STAMP == DSV4__FOR_NEON || DSV4__STAMP == DSV4__FOR_SIMDE || DSV4__STAMP == DSV4__FOR_FMA128
 #define dsv4__v_load_n(p, n)     DSV4__FN(load_n)(p, n)
 #define dsv4__v_store_n(p, v, n) DSV4__FN(store_n)(p, v, n)
 
@@ -2360,7 +2385,7 @@ static void DSV4__FN(pool_back)(const dsv4__pool_job *job) { DSV4__FN(spans)(job
 /* ---- Rows: conversions, sums, norm, RoPE -------------------------------------------------------------------- */
 
 /* Rounds in place. */
-static void DSV4__FN(round)(float *data, int64_t count) {
+static void DSV4__FN(round_array)(float *data, int64_t count) {
     for (int64_t i = 0; i < count; i += DSV4__VL) {
         const int64_t n = dsv4__min(count - i, DSV4__VL);
         DSV4__FN(store_some)(data + i, dsv4__v_round(DSV4__FN(load_some)(data + i, n)), n);
@@ -2603,9 +2628,9 @@ static void DSV4__FN(store)(const dsv4__finish_job *job) {
     const int rounded = (job->config->rounding & DSV4_ROUND_ROW) != 0, packed = job->out_dtype == DSV4_PACKED;
     const int wide = format->code == &dsv4__e4m3;
     unsigned char *bytes = (unsigned char *)job->out, *scales = job->scales;
-    if (rounded) DSV4__FN(round)(job->row, dim);
+    if (rounded) DSV4__FN(round_array)(job->row, dim);
     if (format->hadamard) DSV4__FN(hadamard)(job->row, dim);
-    if (format->hadamard && rounded) DSV4__FN(round)(job->row, dim);
+    if (format->hadamard && rounded) DSV4__FN(round_array)(job->row, dim);
     for (int64_t c = 0; c < coded; c += block) {
         const int64_t count = dsv4__min(coded - c, block);
         const float scale = wide ? DSV4__FN(code_block)(format, &dsv4__e4m3, job->row + c, count, !packed)
@@ -2621,7 +2646,7 @@ static void DSV4__FN(store)(const dsv4__finish_job *job) {
         dsv4__put_halves(bytes + coded, job->row + coded, dim - coded); /* where there are any, codes are bytes */
         return;
     }
-    if (rounded) DSV4__FN(round)(job->row, coded);
+    if (rounded) DSV4__FN(round_array)(job->row, coded);
     DSV4__FN(put_row)(job->out, job->out_dtype, job->row, dim);
 }
 
@@ -2649,7 +2674,7 @@ static void DSV4__FN(unpack)(const dsv4__unpack_job *job) {
 static void DSV4__FN(finish)(const dsv4__finish_job *job) {
     const int64_t dim = job->config->head_dim;
     const uint32_t rounding = job->config->rounding;
-    if (rounding & DSV4_ROUND_POOLED) DSV4__FN(round)(job->pooled, dim);
+    if (rounding & DSV4_ROUND_POOLED) DSV4__FN(round_array)(job->pooled, dim);
     DSV4__FN(normalise)(job, DSV4__FN(scale)(job->pooled, dim, job->config->eps));
     if (job->latent != NULL) DSV4__FN(put_row)(job->latent, job->latent_dtype, job->row, dim);
     DSV4__FN(rotate)(job, (rounding & DSV4_ROUND_ROTATED) != 0);
@@ -2661,7 +2686,7 @@ static void DSV4__FN(finish)(const dsv4__finish_job *job) {
 static void DSV4__FN(finish_back)(const dsv4__finish_job *job) {
     const int64_t dim = job->config->head_dim;
     float *n_row = job->pooled, *dn_row = job->dpooled;
-    if (job->config->rounding & DSV4_ROUND_POOLED) DSV4__FN(round)(n_row, dim);
+    if (job->config->rounding & DSV4_ROUND_POOLED) DSV4__FN(round_array)(n_row, dim);
     const float scale = DSV4__FN(scale)(n_row, dim, job->config->eps);
     if (dsv4__format_of(job->config)->hadamard) DSV4__FN(hadamard)(job->row, dim); /* it is its own inverse */
     DSV4__FN(rotate)(job, 0);
@@ -2678,7 +2703,7 @@ static void DSV4__FN(finish_back)(const dsv4__finish_job *job) {
             dsv4__v_fma(DSV4__FN(load_some)(n_row + c, n), dsv4__v_set(-mean), DSV4__FN(load_some)(dn_row + c, n));
         DSV4__FN(store_some)(dn_row + c, dsv4__v_mul(inner, dsv4__v_set(scale)), n);
     }
-    if (job->config->rounding & DSV4_ROUND_NORMED) DSV4__FN(round)(n_row, dim);
+    if (job->config->rounding & DSV4_ROUND_NORMED) DSV4__FN(round_array)(n_row, dim);
 }
 
 /* sum += a b, or sum += a where b is NULL. */
@@ -2956,8 +2981,9 @@ static void DSV4__FN(product)(const dsv4__product_job *job) {
         DSV4__FN(step_tiles)(job, exact, w);
 }
 
-#if (DSV4__STAMP >= 2 && DSV4__STAMP <= 4) || DSV4__STAMP == 7
+#if defined(DSV4__TARGET)
 DSV4__END_TARGET
+#undef DSV4__TARGET
 #endif
 
 /* For the table of kernel sets. */
@@ -3016,7 +3042,7 @@ enum { DSV4__FN(has_dot) = 0, DSV4__FN(tile_rows) = DSV4__TILE_ROWS };
 #undef dsv4__v_dot
 #endif /* DSV4__STAMP */
 
-#if defined(DSV4__STAMP) && DSV4__STAMP >= 8
+#if defined(DSV4__STAMP) && DSV4__STAMP >= DSV4__FOR_AMX
 /* ---- On tile registers -----------------------------------------------------------------------------------------
  * Over a handful of operations. Tiles 0 ... 3 are 2 x 2 of sums, 4 and 5 rows of x [16][16 pairs], 6 and 7 columns of w
  * [16 pairs][16].
@@ -3024,7 +3050,7 @@ enum { DSV4__FN(has_dot) = 0, DSV4__FN(tile_rows) = DSV4__TILE_ROWS };
  *   dsv4__t_configure(config) dsv4__t_release()  registers' shapes; without one they cannot be used
  *   dsv4__t_zero(t) dsv4__t_load(t, p, stride) dsv4__t_store(t, p, stride)
  *   dsv4__t_multiply(c, a, b)                    c += a b: even terms in one chain from 0, odd in another, then both */
-#if DSV4__STAMP == 8 /* AMX: Xeons from Sapphire Rapids on */
+#if DSV4__STAMP == DSV4__FOR_AMX /* Xeons from Sapphire Rapids on */
 #define DSV4__SET amx
 #define dsv4__t_configure(config) \
     __asm__ volatile("ldtilecfg %0" : : "m"(*(const unsigned char(*)[64])(const void *)(config)))
@@ -3154,45 +3180,45 @@ static void DSV4__FN(tile_product)(const dsv4__product_job *job) {
 
 #if defined(DSV4_COMPRESSOR_IMPLEMENTATION) && !defined(DSV4__IMPLEMENTED) && !defined(DSV4__STAMP)
 
-#define DSV4__STAMP 1
+#define DSV4__STAMP DSV4__FOR_SCALAR
 #include DSV4_COMPRESSOR_HEADER
 #undef DSV4__STAMP
 #if defined(DSV4__X86)
-#define DSV4__STAMP 2
+#define DSV4__STAMP DSV4__FOR_AVX2
 #include DSV4_COMPRESSOR_HEADER
 #undef DSV4__STAMP
-#define DSV4__STAMP 3
+#define DSV4__STAMP DSV4__FOR_AVX512
 #include DSV4_COMPRESSOR_HEADER
 #undef DSV4__STAMP
 #if defined(DSV4__X86_BF16)
-#define DSV4__STAMP 4
+#define DSV4__STAMP DSV4__FOR_AVX512BF16
 #include DSV4_COMPRESSOR_HEADER
 #undef DSV4__STAMP
 #endif
 #endif
 #if defined(DSV4__NEON)
-#define DSV4__STAMP 5
+#define DSV4__STAMP DSV4__FOR_NEON
 #include DSV4_COMPRESSOR_HEADER
 #undef DSV4__STAMP
 #endif
 #if defined(DSV4__SIMDE)
-#define DSV4__STAMP 6
+#define DSV4__STAMP DSV4__FOR_SIMDE
 #include DSV4_COMPRESSOR_HEADER
 #undef DSV4__STAMP
 #endif
 #if defined(DSV4__X86_128)
-#define DSV4__STAMP 7
+#define DSV4__STAMP DSV4__FOR_FMA128
 #include DSV4_COMPRESSOR_HEADER
 #undef DSV4__STAMP
 #endif
 
 #if defined(DSV4__AMX)
-#define DSV4__STAMP 8
+#define DSV4__STAMP DSV4__FOR_AMX
 #include DSV4_COMPRESSOR_HEADER
 #undef DSV4__STAMP
 #endif
 #if defined(DSV4__TILE_MODEL)
-#define DSV4__STAMP 9
+#define DSV4__STAMP DSV4__FOR_TILE_MODEL
 #include DSV4_COMPRESSOR_HEADER
 #undef DSV4__STAMP
 #endif
@@ -3473,12 +3499,10 @@ static unsigned dsv4__offers(int tiles) {
 #endif
 }
 
-#define DSV4__SET_WITH(name, set, needs, begin, product, end)                                                        \
-    {                                                                                                                \
-        name, needs, dsv4__##set##_has_dot, dsv4__##set##_tile_rows, dsv4__##set##_product, dsv4__##set##_pool,      \
-            dsv4__##set##_pool_back, dsv4__##set##_finish, dsv4__##set##_finish_back, dsv4__##set##_store,           \
-            dsv4__##set##_unpack, dsv4__##set##_add, dsv4__##set##_round, dsv4__##set##_widen, dsv4__##set##_narrow, \
-            begin, product, end                                                                                      \
+#define DSV4__SET_WITH(name, set, needs, begin, product, end)                                                   \
+    {                                                                                                           \
+        name, needs, dsv4__##set##_has_dot, dsv4__##set##_tile_rows, DSV4__KERNELS(DSV4__KERNEL_OF, set) begin, \
+            product, end                                                                                        \
     }
 #define DSV4__SET_ROW(set, needs) DSV4__SET_WITH(#set, set, needs, NULL, NULL, NULL)
 /* One set's kernels, and the product on tiles. */

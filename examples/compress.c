@@ -380,11 +380,11 @@ static void configure(job *j) {
 static const st_tensor *input_tensor(const job *j, const char *name) {
     const st_tensor *t = st_find(&j->run->input, name);
     if (!t) {
-        (void)fail(TROUBLE, "%s: no tensor '%.120s'", j->o.input, name);
+        complain("%s: no tensor '%.120s'", j->o.input, name);
     } else if (!is_real(t)) {
-        (void)fail(TROUBLE, "%s: tensor '%s' is %.20s, not BF16, F32 or F16", j->o.input, t->name, t->type);
+        complain("%s: tensor '%s' is %.20s, not BF16, F32 or F16", j->o.input, t->name, t->type);
     } else if (!t->data) {
-        (void)fail(TROUBLE, "%s: not enough memory for tensor '%s'", j->o.input, t->name);
+        complain("%s: not enough memory for tensor '%s'", j->o.input, t->name);
     }
     return t && t->data ? t : NULL;
 }

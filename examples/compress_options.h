@@ -52,12 +52,11 @@ static const char usage[] =
 
 enum { TROUBLE = 1, USAGE = 2, OWN_CHUNK = 8192, LEAST_CHUNK = 256, PLOT_NUMBERS = 1 << 24 };
 
-/* The line that a failure owes its user; returns the exit status. */
 #if defined(__GNUC__)
-__attribute__((format(printf, 2, 3)))
+__attribute__((format(printf, 1, 2)))
 #endif
-static int
-fail(int status, const char *format, ...) {
+static void
+complain(const char *format, ...) {
     char line[2048];
     va_list arguments;
     va_start(arguments, format);
@@ -67,8 +66,10 @@ fail(int status, const char *format, ...) {
         *c = (unsigned char)*c < 0x20 || *c == 0x7F ? '?' : *c;
     }
     fprintf(stderr, "compress: %s\n", line);
-    return status;
 }
+
+/* The line that a failure owes its user, and the exit status: as a macro, so that analysers see that it is not 0. */
+#define fail(status, ...) (complain(__VA_ARGS__), (status))
 
 /* ---- The command line -------------------------------------------------------------------------------------- */
 

@@ -1,5 +1,5 @@
-/* compress_report.h - what compress.c says of its work, and of the compressors that a checkpoint holds, as text or JSON.
- * A part of that file, to be included where its types are known. */
+/* compress_report.h - what compress.c says of its work, and of the compressors that a checkpoint holds: text or JSON. A
+ * part of that file, to be included where its types are known. */
 
 #ifndef COMPRESS_REPORT_H
 #define COMPRESS_REPORT_H

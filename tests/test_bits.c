@@ -82,7 +82,7 @@ TEST every_parallel_for_gives_the_bits_of_one_thread(int table, int i) {
     PASS();
 }
 
-/* Each kernel set with each parallel-for in each cut. */
+/* Each kernel set with each parallel-for in each cut; of long sequences one pairing in four. */
 TEST all_of_it_together_gives_the_same_bits(int table, int i) {
     static const int64_t cuts[][3] = {{1, 1, 1}, {3, 5, 2}, {230, 1, 97}};
     workbench w = workbench_of(table, i);
@@ -91,6 +91,7 @@ TEST all_of_it_together_gives_the_same_bits(int table, int i) {
         for (int t = 0; t < SCHEDULE_COUNT; t++) {
             team c;
             dsv4_parallel parallel = schedule_parallel(&schedules[t], &c);
+            if (table && (k + t) % 4 != 0) continue;
             results r = compress_with(&w, isa, &parallel, cuts[(k + t) % 3], 3);
             ASSERT_SAME_BITS(&w.whole, &r, note("%s %s", isa, schedules[t].name));
             results_free(&r);

@@ -65,7 +65,7 @@ typedef struct fences {
 static void fence_one(fences *f, void **array, size_t bytes) { fence(&f->all[f->count++], array, bytes); }
 
 /* Everything that a backward call is given; `r` for its kv and gate. */
-static fences fence_lesson(backward_case *l, gradient_set *g, results *r) {
+static fences fence_case(backward_case *l, gradient_set *g, results *r) {
     fences f = {0};
     for (int i = 0; i < DSV4_PARAM_COUNT; i++) {
         dsv4_const_matrix *param = model_array(&l->m.params, i);
@@ -81,7 +81,7 @@ static fences fence_lesson(backward_case *l, gradient_set *g, results *r) {
 }
 
 /* Frees what is in fenced memory, and then the rest. */
-static void fenced_lesson_free(fences *f, backward_case *l, gradient_set *g, results *r) {
+static void fenced_case_free(fences *f, backward_case *l, gradient_set *g, results *r) {
     for (int i = 0; i < f->count; i++) fenced_free(&f->all[i]);
     memset(l->m.data, 0, sizeof l->m.data);
     memset(g->data, 0, sizeof g->data);
@@ -103,7 +103,7 @@ TEST gradients_do_not_pass_the_end(const char *isa, int narrow) {
         ASSERT_EQ(DSV4_OK, compress_whole(&l.e, &l.s, &r, NULL));
         ASSERT_EQ(DSV4_OK, backward_whole(&l, &l.e, &plain));
 
-        fences f = fence_lesson(&l, &g, &r);
+        fences f = fence_case(&l, &g, &r);
         engine e = trainer_new(&l.m, isa, NULL);
         dsv4_segment whole = segment_new(0, l.s.tokens, l.s.position, 0, NULL);
         dsv4_batch b = backward_case_batch(&l, &whole, 1);
@@ -116,7 +116,7 @@ TEST gradients_do_not_pass_the_end(const char *isa, int narrow) {
         }
         engine_free(&e);
         gradient_set_free(&plain);
-        fenced_lesson_free(&f, &l, &g, &r);
+        fenced_case_free(&f, &l, &g, &r);
     }
     PASS();
 }

@@ -312,7 +312,7 @@ TEST the_oddest_sizes_have_gradients(const shape *of) {
     caller_arrays o = caller_arrays_new(of, of->ratio * (of->ratio > 1000 ? 2 : 20), DSV4_F32, 78);
     const char *isa;
     caller_arrays_list(&o);
-    for (int k = 0; (isa = dsv4_isa_name(k)) != NULL; k++) {
+    for (int k = (int)(of - odd_shapes) % 2; (isa = dsv4_isa_name(k)) != NULL; k += 2) { /* the others have the next */
         const char *wrong = caller_arrays_run(&o, isa);
         ASSERTm(note("%s: %s", isa, wrong ? wrong : ""), !wrong);
     }

@@ -30,7 +30,7 @@ valgrind_on() {
     spawn "$*" env SOAK_SECONDS=5 valgrind --quiet --error-exitcode=9 --leak-check=full "$out/valgrind/tests/"$*
 }
 under_valgrind() {
-    make_ tests BUILD="$out/valgrind" CFLAGS='-O2 -g' SIMDE= || return 1
+    make_ tests BUILD="$out/valgrind" CFLAGS='-O2 -g' || return 1
     # What moves memory about. The sanitizers see all of the suites, these too where they would take a quarter of an hour
     # here. (Stacks are painted where valgrind watches.)
     for some in transferred close_in_one_call taking_back a_failed; do valgrind_on test_streams -t $some; done
@@ -50,12 +50,12 @@ under_valgrind() {
     finish
 }
 
-step check make_ check
-step check-clang make_ check CC=clang BUILD="$out/clang"
-step check-own-runner make_ check BUILD="$out/own" CPPFLAGS=-DTESTS_OWN_RUNNER SIMDE= SCRIPTS=
+step check make_ check SIMDE="$(simde_flag)"
+step check-clang make_ check CC=clang BUILD="$out/clang" SIMDE="$(simde_flag)"
+step check-own-runner make_ check BUILD="$out/own" CPPFLAGS=-DTESTS_OWN_RUNNER SCRIPTS=
 # What TESTS_SLOW makes longer, and nothing else.
 step check-slow env TESTS_SLOW=1 ${MAKE:-make} -s check SCRIPTS='bits headers' \
-    TESTS="$BUILD/tests/test_exhaustive $BUILD/tests/test_extremes"
+    SIMDE="$(simde_flag)" TESTS="$BUILD/tests/test_exhaustive $BUILD/tests/test_extremes"
 step soak make_ soak SOAK_SECONDS="${SOAK_SECONDS:-600}"
 step examples make_ examples
 step build-systems sh tests/checks/build_systems.sh

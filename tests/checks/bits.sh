@@ -1,6 +1,7 @@
 #!/bin/sh
 # The same bits from every compiler and at every optimisation: tests/hashes.c, built so, reproduces tests/hashes.txt with
-# each kernel set of this CPU. (At -O2 with the compiler of the other tests, test_hashes does.) TESTS_SLOW: all of both.
+# each kernel set of this CPU. (At -O2 with the compiler of the other tests, test_hashes does.) Without TESTS_SLOW: by
+# another compiler alone, optimised for this CPU. (test_header: with nothing optimised.)
 . tests/checks/lib.sh
 simde=${slow:+$(simde_flag)} # else in test_hashes alone
 
@@ -11,15 +12,18 @@ reproduces() { # reproduces COMPILER FLAGS...
 }
 
 set -- $(compilers $CC gcc clang)
-for compiler; do
-    spawn "$compiler -O3 -march=native -ffp-contract=fast" reproduces "$compiler" -O3 -march=native -ffp-contract=fast
-    last=$compiler
-done
-# Without TESTS_SLOW one compiler is enough where nothing is optimised, and -O2 is left to test_hashes.
-for compiler; do
-    [ -z "$slow" ] && [ "$compiler" != "$last" ] || spawn "$compiler -O0" reproduces "$compiler" -O0
-    [ -z "$slow" ] || spawn "$compiler -O2" reproduces "$compiler" -O2
-done
+if [ -n "$slow" ]; then
+    for compiler; do
+        for flags in '-O3 -march=native -ffp-contract=fast' -O2 -O0; do
+            spawn "$compiler $flags" reproduces "$compiler" $flags
+        done
+    done
+else
+    for other; do :; done # the last of them
+    try "$other -O1 -march=native -ffp-contract=fast" reproduces "$other" -O1 -march=native -ffp-contract=fast
+    finish
+    exit
+fi
 
 # Flags that change arithmetic: the same bits, or no object and an error that names the way out. The implementation alone
 # gets the flag, behind intrinsics that have it too; linking with some of them would flush the process's subnormals.
@@ -46,10 +50,11 @@ same_bits_or_refused() { # same_bits_or_refused COMPILER FLAGS...
 }
 takes() { ! "$@" -Werror -x c -c /dev/null -o /dev/null 2>&1 | grep -q .; }
 
-few='-fsingle-precision-constant
+cat >"$tmp/flags" <<'END'
+-fsingle-precision-constant
 -Xclang -cl-single-precision-constant
--funsafe-math-optimizations -fno-honor-nans'
-many='-ffast-math
+-funsafe-math-optimizations -fno-honor-nans
+-ffast-math
 -Ofast
 -O3 -funsafe-math-optimizations
 -funsafe-math-optimizations -march=native
@@ -79,13 +84,11 @@ many='-ffast-math
 -flto
 -Xclang -cl-mad-enable
 -Xclang -cl-fast-relaxed-math
--mllvm -enable-unsafe-fp-math'
-for compiler in $(compilers $CC ${slow:+gcc} clang ${slow:+clang-16 clang-19}); do
+-mllvm -enable-unsafe-fp-math
+END
+for compiler in $(compilers $CC gcc clang clang-16 clang-19); do
     while read -r flags; do
         ! takes "$compiler" $flags || spawn "$compiler $flags" same_bits_or_refused "$compiler" $flags
-    done <<END
-$few${slow:+
-$many}
-END
+    done <"$tmp/flags"
 done
 finish

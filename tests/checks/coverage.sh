@@ -10,7 +10,7 @@ find "$out" -name '*.gc??' -exec rm -f {} +
 # Asserts state what cannot happen, so they are no branches. Nor are copies of a function for constant arguments: nothing
 # is inlined, so that a line of the source is one line of the count.
 sed 's/__attribute__((always_inline)) //' dsv4_compressor.h >"$out/header/dsv4_compressor.h"
-${MAKE:-make} -s check BUILD="$out" CC="${GCC:-gcc}" SCRIPTS= HEADER="$out/header/dsv4_compressor.h" \
+${MAKE:-make} -s check BUILD="$out" CC="${GCC:-gcc}" SCRIPTS= SIMDE="$(simde_flag)" HEADER="$out/header/dsv4_compressor.h" \
     HEADER_FLAGS="-iquote $out/header -O0 -DNDEBUG --coverage" LDFLAGS=--coverage
 status=$?
 # How lesser CPUs choose their kernels, for compressors and for arrays.

@@ -21,15 +21,17 @@ becomes_code() { # becomes_code COMPILER FLAGS...: the implementation, down to m
     echo '#include "dsv4_compressor.h"' | "$compiler" $WARN -I. -x c $implement "$@" -O1 -c - -o /dev/null
 }
 
-# What system headers define as macros: windows.h and what it draws in, Xlib.h, complex.h, termios.h, sys/sysmacros.h,
-# sys/reg.h, tgmath.h, strings.h, Arduino.h, and compilers in their GNU modes. After these the header still compiles, with
-# every kernel set; its own includes come before, as they would with their authors' names.
+# What headers of systems and others define as macros: windows.h and what it draws in, Xlib.h, complex.h, termios.h,
+# sys/sysmacros.h, sys/reg.h, math.h, tgmath.h, strings.h, Arduino.h, and compilers in their GNU modes. After these the
+# header still compiles, with every kernel set; its own includes come before, as those names are for their makers to mind.
 objects='far near huge small interface hyper boolean pascal cdecl IN OUT OPTIONAL CONST VOID TRUE FALSE ERROR DELETE IGNORE
-STRICT NEAR FAR THIS None Bool True False Status Success Always Above Below Unsorted Convex Complex Nonconvex Expose
-FocusIn I complex imaginary B0 B50 ECHO CR0 CS5 CS6 NL0 TAB0 BS0 FF0 VT0 ES CS SS DS FS unix linux i386 arm vax sun mips
-sparc hpux OVERFLOW UNDERFLOW DOMAIN PI DEFAULT INTERNAL errno'
-functions='min max abs clamp swap bit word sq F major minor makedev index rindex bcopy bzero exp log round floor ceil fma
-sqrt pow fabs sin cos'
+STRICT NEAR FAR THIS PURE None Bool True False Status Success Always Above Below Unsorted Convex Complex Nonconvex
+Expose FocusIn I complex imaginary B0 B50 ECHO CR0 CS5 CS6 NL0 TAB0 BS0 FF0 VT0 CSIZE VMIN VTIME ES CS SS DS FS GS ERR EIP
+ESP EBP R0 R1 rad1 edt1 unix linux i386 arm vax sun mips sparc hpux hppa OVERFLOW UNDERFLOW DOMAIN SING PLOSS TLOSS HUGE
+PI DEFAULT INTERNAL errno min max major minor makedev howmany roundup powerof2 isset isclr setbit clrbit MIN MAX vector
+pixel _A _B _C _L _N _P _S _U _X F HIGH LOW sq bit degrees radians constrain check verify require clear erase move timeout
+border box scroll filter nil Nil YES NO ABSOLUTE RELATIVE OPAQUE TRANSPARENT DIFFERENCE'
+functions='abs clamp swap word index rindex bcopy bzero exp log round floor ceil fma sqrt pow fabs sin cos'
 {
     echo '#include <assert.h>'
     for name in float math stdarg stdint stdio stdlib string; do echo "#include <$name.h>"; done
@@ -51,8 +53,8 @@ for compiler in $C; do
     done
     spawn "$compiler, every option" compiles "$compiler" -std=c99 -x c $implement -DDSV4_COMPRESSOR_SCALAR \
         -DDSV4_COMPRESSOR_NO_HEAP -DDSV4_COMPRESSOR_STATIC '-DDSV4_ASSERT(condition)=((void)0)'
-    spawn "$compiler -std=gnu99 -DNDEBUG" compiles "$compiler" -std=gnu99 -x c -DNDEBUG $implement
-    [ -z "$(simde_flag)" ] || spawn "$compiler, simde" compiles "$compiler" -std=c99 -x c $implement $(simde_flag)
+    [ -z "$slow" ] || spawn "$compiler -std=gnu99 -DNDEBUG" compiles "$compiler" -std=gnu99 -x c -DNDEBUG $implement
+    [ -z "$slow" ] || [ -z "$(simde_flag)" ] || spawn "$compiler, simde" compiles "$compiler" -std=c99 -x c $implement $(simde_flag)
     [ "${compiler#clang}" = "$compiler" ] ||
         spawn "$compiler in place of MSVC" compiles "$compiler" -std=c99 -x c $implement $(msvc_flags)
     # What some versions of clang crash at, and what zig forbids them, shows in machine code alone.
@@ -68,25 +70,8 @@ for compiler in $CXX; do
     done
 done
 
-# Headers of systems define common words as macros (windows.h far and small, complex.h I, termios.h ECHO and B0, gcc linux):
-# none of them stands in this file. What it includes itself comes first, as those names are for their makers to mind.
-system_macros='far near small hyper interface min max IN OUT OPTIONAL CONST VOID ERROR STRICT DELETE THIS PURE pascal cdecl rad1 edt1
-    I imaginary unix linux i386 arm mips sun sparc vax hppa major minor makedev howmany roundup powerof2 isset isclr setbit clrbit MIN MAX
-    ECHO B0 B50 CS5 NL0 CR0 TAB0 BS0 VT0 FF0 CSIZE VMIN VTIME CS DS ES FS GS SS ERR EIP ESP EBP R0 R1
-    Bool Status None True False Success Always Above Below Complex Convex vector pixel
-    _A _B _C _L _N _P _S _U _X F HIGH LOW PI sq bit degrees radians constrain check verify require
-    clear erase move timeout border box scroll filter nil Nil YES NO TRUE FALSE
-    DOMAIN SING OVERFLOW UNDERFLOW PLOSS TLOSS HUGE ABSOLUTE RELATIVE OPAQUE TRANSPARENT DIFFERENCE'
-{
-    printf '#include <%s>\n' assert.h float.h math.h stdarg.h stddef.h stdint.h stdio.h stdlib.h string.h
-    printf '#if defined(__x86_64__)\n#include <immintrin.h>\n#endif\n'
-    for macro in $system_macros; do printf '#undef %s\n#define %s *** a macro of some system ***\n' $macro $macro; done
-} >"$tmp/system_macros.h"
-behind_system_macros() { compiles "$@" -include "$tmp/system_macros.h" $implement; }
-for compiler in $C; do spawn "$compiler, behind macros of systems" behind_system_macros "$compiler" -std=c99 -x c; done
-for compiler in $CXX; do spawn "$compiler, behind macros of systems" behind_system_macros "$compiler" -std=c++11 -x c++; done
 windows=x86_64-w64-mingw32-gcc
-! have $windows || spawn 'behind windows.h' compiles $windows -std=gnu99 -include windows.h -x c $implement
+[ -z "$slow" ] || ! have $windows || spawn 'behind windows.h' compiles $windows -std=gnu99 -include windows.h -x c $implement
 
 # A compiler that knows neither vector extensions nor builtins still gets the scalar kernels.
 echo '#include "dsv4_compressor.h"' >"$tmp/alone.c"

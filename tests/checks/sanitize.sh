@@ -11,7 +11,7 @@ under() {
     tests=$(echo "$tests" | grep -v test_stack) # sanitizers make frames of their own
     tests=$(for test in $tests; do basename "$test" .c | sed "s|^|$out/$1/tests/|"; done)
     echo "--- $1"
-    ${MAKE:-make} -s check BUILD="$out/$1" CC="$2" SCRIPTS= TESTS="$(echo $tests)" \
+    ${MAKE:-make} -s check BUILD="$out/$1" CC="$2" SCRIPTS= SIMDE="$(simde_flag)" TESTS="$(echo $tests)" \
         CFLAGS="-O1 -g -fno-omit-frame-pointer -fsanitize=$3 -fno-sanitize-recover=all" >"$out/$1.log" 2>&1
     status=$?
     grep '^[0-9]* passed, ' "$out/$1.log" | tail -1 >>"$tmp/sums"

@@ -885,7 +885,8 @@ enum {
     DSV4__TILE = 16,        /* rows of an AMX tile, and its columns, numbers or pairs */
     DSV4__SPAN = 2048,      /* terms that tiles add up before they store their sums; a multiple of DSV4__KBLOCK */
     DSV4__FBLOCK = 128,     /* the same where an operand is fp32 */
-    DSV4__ROWS_AT_ONCE = 4, /* of a long window from memory */
+    DSV4__ROWS_AT_ONCE = 8, /* of a long window from memory */
+    DSV4__ROWS_AHEAD = 16,  /* how far ahead such rows are fetched */
     DSV4__LANES = 16,       /* partial sums of a mean of squares; part of the numeric contract */
     DSV4__MAX_RUNS = 12     /* places in memory that a window's rows can be spread over, with room to spare */
 };
@@ -1591,16 +1592,6 @@ typedef struct dsv4__window {
     int run_count;
 } dsv4__window;
 
-/* Rows of kv and gate that one of the next windows will read, from memory: pieces of `bytes`, one for each row and
- * series. */
-typedef struct dsv4__rows_ahead {
-    uintptr_t kv, gate; /* addresses of the first piece; they may not exist */
-    int64_t rows, series;
-    int64_t stride, series_stride; /* bytes from row to row, from series to series */
-    int64_t bytes;
-    int64_t row, at, due; /* the next piece's row and series, and the share of it that is due */
-} dsv4__rows_ahead;
-
 typedef struct dsv4__pool_job {
     const dsv4__window *window;
     int64_t channels;
@@ -1614,7 +1605,7 @@ typedef struct dsv4__pool_job {
     float *weights; /* [rows of the window, weights_stride] or NULL */
     int64_t weights_stride;
     const float *dpooled; /* [channels], on the way back */
-    dsv4__rows_ahead ahead;
+    int64_t rows_ahead;   /* rows come from memory: what lies so many further is fetched meanwhile; 0: nothing */
 } dsv4__pool_job;
 
 /* Asks for memory that will be read soon, and may not exist. */
@@ -1625,18 +1616,6 @@ DSV4__INLINE void dsv4__fetch(uintptr_t from, uintptr_t bytes) {
 /* The same into the second cache: memory that is read later, and more of it than the first cache's queues take. */
 DSV4__INLINE void dsv4__fetch_far_ahead(uintptr_t from, uintptr_t bytes) {
     for (uintptr_t line = 0; line < bytes; line += 64) DSV4__PREFETCH_L2((const void *)(from + line));
-}
-
-/* Asks for `share` / `whole` of the rows ahead: row by row, so that the CPU's own prefetching can follow, kv first. */
-DSV4__INLINE void dsv4__fetch_rows(dsv4__rows_ahead *ahead, int64_t share, int64_t whole) {
-    for (ahead->due += 2 * ahead->rows * ahead->series * share; ahead->due >= whole; ahead->due -= whole) {
-        const int64_t row = ahead->row < ahead->rows ? ahead->row : ahead->row - ahead->rows;
-        const uintptr_t first = ahead->row < ahead->rows ? ahead->kv : ahead->gate;
-        dsv4__fetch_far_ahead(first + (uintptr_t)(row * ahead->stride + ahead->at * ahead->series_stride),
-                              (uintptr_t)ahead->bytes);
-        ahead->at = ahead->at + 1 < ahead->series ? ahead->at + 1 : 0;
-        ahead->row += ahead->at == 0;
-    }
 }
 
 /* One pooled row to one entry. `row` is scratch of head_dim numbers, `swapped` of rope_dim. */
@@ -1690,6 +1669,11 @@ typedef struct dsv4__kernels {
 
 #define DSV4__ROUND_BIAS 12582912.0f /* 1.5 * 2^23: adding it leaves the nearest integer in the low bits */
 
+/* The bits of 2^(i / 8), less i << 20: adding n << 20 at i = n mod 8 gives those of 2^(n / 8). Twice, for 16 lanes. */
+static const uint32_t dsv4__eighths[16] = {0x3f800000u, 0x3f7b95c2u, 0x3f7837f0u, 0x3f75fed7u, 0x3f7504f3u, 0x3f75672au,
+                                           0x3f7744fdu, 0x3f7ac0c7u, 0x3f800000u, 0x3f7b95c2u, 0x3f7837f0u, 0x3f75fed7u,
+                                           0x3f7504f3u, 0x3f75672au, 0x3f7744fdu, 0x3f7ac0c7u};
+
 /* What this file is read for once more each: a set of vector kernels, or, from AMX on, a product on tile registers. */
 #define DSV4__FOR_SCALAR     1
 #define DSV4__FOR_AVX2       2
@@ -1721,8 +1705,8 @@ typedef struct dsv4__kernels {
  *   v_madd(a, b, c)                              the same where a b is exact, so that it may be rounded twice
  *   v_below(x, limit, v)                         0 in lanes where x < limit, else v
  *   v_above(a, b, x, y)                          x in lanes where a > b, else y
- *   v_unequal(a, b, v)                           0 in lanes where a = b, else v
- *   v_power(t)                                   2^n, t = n + DSV4__ROUND_BIAS
+ *   v_gap(a, b)                                  a - b; 0 in lanes where they are equal, infinite too
+ *   v_power(t)                                   2^(n / 8), t = n + DSV4__ROUND_BIAS
  *   v_masked(v, bits) v_or(a, b)                 of the lanes' bits; v_left(v, n), v_right(v, n) move them
  *   v_bytes(p) v_put_bytes(p, v)                 VL bytes from and to memory, as the lanes' low bits
  *   v_round(v)                                   to bf16, nearest even, NaN quiet
@@ -1766,7 +1750,7 @@ DSV4__BEGIN_TARGET(DSV4__TARGET)
 #define dsv4__v_madd(a, b, c)      ((float)((a) * (b) + (c)))
 #define dsv4__v_below(x, limit, v) ((x) < (limit) ? 0.0f : (v))
 #define dsv4__v_above(a, b, x, y)  ((a) > (b) ? (x) : (y))
-#define dsv4__v_unequal(a, b, v)   ((a) == (b) ? 0.0f : (v))
+#define dsv4__v_gap(a, b)          ((a) == (b) ? 0.0f : dsv4__v_sub(a, b))
 #define dsv4__v_masked(v, m)       dsv4__from_bits(dsv4__bits(v) & (m))
 #define dsv4__v_left(v, n)         dsv4__from_bits(dsv4__bits(v) << (n))
 #define dsv4__v_right(v, n)        dsv4__from_bits(dsv4__bits(v) >> (n))
@@ -1774,7 +1758,7 @@ DSV4__BEGIN_TARGET(DSV4__TARGET)
 #define dsv4__v_put_bytes(p, v)    (*(p) = (unsigned char)dsv4__bits(v))
 #define dsv4__v_cut(p, v)          (*(p) = (dsv4_bf16)(dsv4__bits(v) >> 16))
 #define dsv4__v_or(a, b)           dsv4__from_bits(dsv4__bits(a) | dsv4__bits(b))
-#define dsv4__v_power(t)           dsv4__from_bits((dsv4__bits(t) << 23) + 0x3f800000u)
+#define dsv4__v_power(t)           dsv4__from_bits((dsv4__bits(t) << 20) + dsv4__eighths[dsv4__bits(t) & 7u])
 #define dsv4__v_round(v)           dsv4_bf16_to_f32(dsv4_bf16_from_f32(v))
 #define dsv4__v_widen(p)           dsv4_bf16_to_f32(*(p))
 #define dsv4__v_narrow(p, v)       (*(p) = dsv4_bf16_from_f32(v))
@@ -1803,7 +1787,7 @@ DSV4__BEGIN_TARGET(DSV4__TARGET)
 #define dsv4__v_madd(a, b, c)      _mm256_fmadd_ps(a, b, c)
 #define dsv4__v_below(x, limit, v) _mm256_andnot_ps(_mm256_cmp_ps(x, limit, _CMP_LT_OQ), v)
 #define dsv4__v_above(a, b, x, y)  _mm256_blendv_ps(y, x, _mm256_cmp_ps(a, b, _CMP_GT_OQ))
-#define dsv4__v_unequal(a, b, v)   _mm256_and_ps(_mm256_cmp_ps(a, b, _CMP_NEQ_UQ), v)
+#define dsv4__v_gap(a, b)          DSV4__FN(gap)(a, b, _mm256_cmp_ps(a, b, _CMP_NEQ_UQ))
 #define dsv4__v_masked(v, m)       _mm256_and_ps(v, _mm256_castsi256_ps(_mm256_set1_epi32((int)(m))))
 #define dsv4__v_left(v, n)         _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(v), n))
 #define dsv4__v_right(v, n)        _mm256_castsi256_ps(_mm256_srli_epi32(_mm256_castps_si256(v), n))
@@ -1814,8 +1798,7 @@ DSV4__BEGIN_TARGET(DSV4__TARGET)
                      _mm_packus_epi32(_mm256_castsi256_si128(_mm256_srli_epi32(_mm256_castps_si256(v), 16)), \
                                       _mm256_extracti128_si256(_mm256_srli_epi32(_mm256_castps_si256(v), 16), 1)))
 #define dsv4__v_or(a, b) _mm256_or_ps(a, b)
-#define dsv4__v_power(t) \
-    _mm256_castsi256_ps(_mm256_add_epi32(_mm256_slli_epi32(_mm256_castps_si256(t), 23), _mm256_set1_epi32(0x3f800000)))
+#define dsv4__v_power(t) DSV4__FN(power)(_mm256_castps_si256(t))
 #define dsv4__v_round(v) _mm256_castsi256_ps(_mm256_slli_epi32(DSV4__FN(upper)(v), 16))
 #define dsv4__v_widen(p) \
     _mm256_castsi256_ps( \
@@ -1838,6 +1821,15 @@ static inline void DSV4__FN(put_bytes)(unsigned char *p, __m256 v) {
     const __m256i lanes = _mm256_castps_si256(v);
     const __m128i words = _mm_packus_epi32(_mm256_castsi256_si128(lanes), _mm256_extracti128_si256(lanes, 1));
     _mm_storel_epi64((__m128i *)(void *)p, _mm_packus_epi16(words, words));
+}
+
+static inline __m256 DSV4__FN(gap)(__m256 a, __m256 b, __m256 apart) {
+    return _mm256_and_ps(dsv4__v_sub(a, _mm256_and_ps(b, apart)), apart);
+}
+
+static inline __m256 DSV4__FN(power)(__m256i t) {
+    const __m256i eighths = _mm256_loadu_si256((const __m256i *)(const void *)dsv4__eighths);
+    return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_slli_epi32(t, 20), _mm256_permutevar8x32_epi32(eighths, t)));
 }
 
 static inline __m256i DSV4__FN(mask)(int64_t n) {
@@ -1881,9 +1873,9 @@ static inline __m256i DSV4__FN(upper)(__m256 v) {
 #define dsv4__v_max(a, b)          _mm512_max_ps(a, b)
 #define dsv4__v_fma(a, b, c)       _mm512_fmadd_ps(a, b, c)
 #define dsv4__v_madd(a, b, c)      _mm512_fmadd_ps(a, b, c)
-#define dsv4__v_below(x, limit, v) _mm512_maskz_mov_ps((__mmask16)~_mm512_cmp_ps_mask(x, limit, _CMP_LT_OQ), v)
+#define dsv4__v_below(x, limit, v) _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, limit, _CMP_NLT_UQ), v)
 #define dsv4__v_above(a, b, x, y)  _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_GT_OQ), y, x)
-#define dsv4__v_unequal(a, b, v)   _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(a, b, _CMP_NEQ_UQ), v)
+#define dsv4__v_gap(a, b)          _mm512_maskz_sub_ps(_mm512_cmp_ps_mask(a, b, _CMP_NEQ_UQ), a, b)
 #define dsv4__v_masked(v, m)       _mm512_and_ps(v, _mm512_castsi512_ps(_mm512_set1_epi32((int)(m))))
 #define dsv4__v_left(v, n)         _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(v), n))
 #define dsv4__v_right(v, n)        _mm512_castsi512_ps(_mm512_srli_epi32(_mm512_castps_si512(v), n))
@@ -1892,8 +1884,7 @@ static inline __m256i DSV4__FN(upper)(__m256 v) {
 #define dsv4__v_cut(p, v) \
     _mm256_storeu_si256((__m256i *)(void *)(p), _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_castps_si512(v), 16)))
 #define dsv4__v_or(a, b) _mm512_or_ps(a, b)
-#define dsv4__v_power(t) \
-    _mm512_castsi512_ps(_mm512_add_epi32(_mm512_slli_epi32(_mm512_castps_si512(t), 23), _mm512_set1_epi32(0x3f800000)))
+#define dsv4__v_power(t) DSV4__FN(power)(_mm512_castps_si512(t))
 #define dsv4__v_round(v) _mm512_castsi512_ps(_mm512_slli_epi32(DSV4__FN(upper)(v), 16))
 #define dsv4__v_widen(p) \
     _mm512_castsi512_ps( \
@@ -1909,6 +1900,11 @@ static inline __m512 DSV4__FN(bytes)(const unsigned char *p) {
 
 static inline void DSV4__FN(put_bytes)(unsigned char *p, __m512 v) {
     _mm_storeu_si128((__m128i *)(void *)p, _mm512_cvtepi32_epi8(_mm512_castps_si512(v)));
+}
+
+static inline __m512 DSV4__FN(power)(__m512i t) {
+    const __m512i eighths = _mm512_loadu_si512((const void *)dsv4__eighths);
+    return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_slli_epi32(t, 20), _mm512_permutexvar_epi32(t, eighths)));
 }
 
 static inline __m512i DSV4__FN(upper)(__m512 v) {
@@ -1939,7 +1935,7 @@ static inline __m512i DSV4__FN(upper)(__m512 v) {
 #define dsv4__v_madd(a, b, c)      vfmaq_f32(c, a, b)
 #define dsv4__v_below(x, limit, v) vreinterpretq_f32_u32(vbicq_u32(vreinterpretq_u32_f32(v), vcltq_f32(x, limit)))
 #define dsv4__v_above(a, b, x, y)  vbslq_f32(vcgtq_f32(a, b), x, y)
-#define dsv4__v_unequal(a, b, v)   vreinterpretq_f32_u32(vbicq_u32(vreinterpretq_u32_f32(v), vceqq_f32(a, b)))
+#define dsv4__v_gap(a, b)          DSV4__FN(gap)(a, b, vceqq_f32(a, b))
 #define dsv4__v_masked(v, m)       vreinterpretq_f32_u32(vandq_u32(vreinterpretq_u32_f32(v), vdupq_n_u32(m)))
 #define dsv4__v_left(v, n)         vreinterpretq_f32_u32(vshlq_n_u32(vreinterpretq_u32_f32(v), n))
 #define dsv4__v_right(v, n)        vreinterpretq_f32_u32(vshrq_n_u32(vreinterpretq_u32_f32(v), n))
@@ -1947,14 +1943,13 @@ static inline __m512i DSV4__FN(upper)(__m512 v) {
 #define dsv4__v_put_bytes(p, v)    DSV4__FN(put_bytes)(p, v)
 #define dsv4__v_cut(p, v)          vst1_u16(p, vshrn_n_u32(vreinterpretq_u32_f32(v), 16))
 #define dsv4__v_or(a, b)           vreinterpretq_f32_u32(vorrq_u32(vreinterpretq_u32_f32(a), vreinterpretq_u32_f32(b)))
-#define dsv4__v_power(t) \
-    vreinterpretq_f32_u32(vaddq_u32(vshlq_n_u32(vreinterpretq_u32_f32(t), 23), vdupq_n_u32(0x3f800000u)))
-#define dsv4__v_round(v)     vreinterpretq_f32_u32(vshlq_n_u32(DSV4__FN(upper)(v), 16))
-#define dsv4__v_widen(p)     vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p), 16))
-#define dsv4__v_narrow(p, v) vst1_u16(p, vmovn_u32(DSV4__FN(upper)(v)))
-#define dsv4__v_even(p)      vreinterpretq_f32_u32(vshlq_n_u32(vreinterpretq_u32_u16(vld1q_u16(p)), 16))
-#define dsv4__v_high(p)      vandq_u16(vld1q_u16(p), vreinterpretq_u16_u32(vdupq_n_u32(~0xffffu)))
-#define dsv4__v_odd(p)       vreinterpretq_f32_u16(dsv4__v_high(p))
+#define dsv4__v_power(t)           DSV4__FN(power)(vreinterpretq_u32_f32(t))
+#define dsv4__v_round(v)           vreinterpretq_f32_u32(vshlq_n_u32(DSV4__FN(upper)(v), 16))
+#define dsv4__v_widen(p)           vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p), 16))
+#define dsv4__v_narrow(p, v)       vst1_u16(p, vmovn_u32(DSV4__FN(upper)(v)))
+#define dsv4__v_even(p)            vreinterpretq_f32_u32(vshlq_n_u32(vreinterpretq_u32_u16(vld1q_u16(p)), 16))
+#define dsv4__v_high(p)            vandq_u16(vld1q_u16(p), vreinterpretq_u16_u32(vdupq_n_u32(~0xffffu)))
+#define dsv4__v_odd(p)             vreinterpretq_f32_u16(dsv4__v_high(p))
 
 static inline float32x4_t DSV4__FN(bytes)(const unsigned char *p) {
     uint32_t word;
@@ -1967,6 +1962,22 @@ static inline void DSV4__FN(put_bytes)(unsigned char *p, float32x4_t v) {
     const uint16x4_t halves = vmovn_u32(vreinterpretq_u32_f32(v));
     const uint32_t word = vget_lane_u32(vreinterpret_u32_u8(vmovn_u16(vcombine_u16(halves, halves))), 0);
     memcpy(p, &word, sizeof word);
+}
+
+static inline float32x4_t DSV4__FN(gap)(float32x4_t a, float32x4_t b, uint32x4_t equal) {
+    const float32x4_t less = vreinterpretq_f32_u32(vbicq_u32(vreinterpretq_u32_f32(b), equal));
+    return vreinterpretq_f32_u32(vbicq_u32(vreinterpretq_u32_f32(dsv4__v_sub(a, less)), equal));
+}
+
+/* Each lane's number of an eighth as the places of its four bytes. */
+static inline float32x4_t DSV4__FN(power)(uint32x4_t t) {
+    const uint32x4_t first = vandq_u32(vshlq_n_u32(t, 2), vdupq_n_u32(0x1cu));
+    const uint32x4_t places = vmlaq_u32(vdupq_n_u32(0x03020100u), first, vdupq_n_u32(0x01010101u));
+    uint8x16x2_t eighths;
+    eighths.val[0] = vreinterpretq_u8_u32(vld1q_u32(dsv4__eighths));
+    eighths.val[1] = vreinterpretq_u8_u32(vld1q_u32(dsv4__eighths + 4));
+    const uint32x4_t eighth = vreinterpretq_u32_u8(vqtbl2q_u8(eighths, vreinterpretq_u8_u32(places)));
+    return vreinterpretq_f32_u32(vaddq_u32(vshlq_n_u32(t, 20), eighth));
 }
 
 static inline uint32x4_t DSV4__FN(upper)(float32x4_t v) {
@@ -2017,7 +2028,7 @@ static inline uint32x4_t DSV4__FN(upper)(float32x4_t v) {
 #define dsv4__v_madd(a, b, c)      dsv4__v_add(dsv4__v_mul(a, b), c)
 #define dsv4__v_below(x, limit, v) dsv4__v_mm(andnot_ps)(dsv4__v_mm(cmplt_ps)(x, limit), v)
 #define dsv4__v_above(a, b, x, y)  dsv4__v_mm(blendv_ps)(y, x, dsv4__v_mm(cmpgt_ps)(a, b))
-#define dsv4__v_unequal(a, b, v)   dsv4__v_mm(and_ps)(dsv4__v_mm(cmpneq_ps)(a, b), v)
+#define dsv4__v_gap(a, b)          DSV4__FN(gap)(a, b, dsv4__v_mm(cmpneq_ps)(a, b))
 #define dsv4__v_masked(v, m)       dsv4__v_mm(and_ps)(v, dsv4__v_mm(castsi128_ps)(dsv4__v_mm(set1_epi32)((int32_t)(m))))
 #define dsv4__v_left(v, n)         dsv4__v_mm(castsi128_ps)(dsv4__v_mm(slli_epi32)(dsv4__v_mm(castps_si128)(v), n))
 #define dsv4__v_right(v, n)        dsv4__v_mm(castsi128_ps)(dsv4__v_mm(srli_epi32)(dsv4__v_mm(castps_si128)(v), n))
@@ -2028,9 +2039,7 @@ static inline uint32x4_t DSV4__FN(upper)(float32x4_t v) {
                              dsv4__v_mm(packus_epi32)(dsv4__v_mm(srli_epi32)(dsv4__v_mm(castps_si128)(v), 16), \
                                                       dsv4__v_mm(setzero_si128)()))
 #define dsv4__v_or(a, b) dsv4__v_mm(or_ps)(a, b)
-#define dsv4__v_power(t)                                                                                    \
-    dsv4__v_mm(castsi128_ps)(dsv4__v_mm(add_epi32)(dsv4__v_mm(slli_epi32)(dsv4__v_mm(castps_si128)(t), 23), \
-                                                   dsv4__v_mm(set1_epi32)(0x3f800000)))
+#define dsv4__v_power(t) DSV4__FN(power)(dsv4__v_mm(castps_si128)(t))
 #define dsv4__v_round(v) dsv4__v_mm(castsi128_ps)(dsv4__v_mm(slli_epi32)(DSV4__FN(upper)(v), 16))
 #define dsv4__v_widen(p)                                                             \
     dsv4__v_mm(castsi128_ps)(dsv4__v_mm(unpacklo_epi16)(dsv4__v_mm(setzero_si128)(), \
@@ -2054,6 +2063,18 @@ static inline void DSV4__FN(put_bytes)(unsigned char *p, DSV4__VF v) {
     const DSV4__VI lanes = dsv4__v_mm(castps_si128)(v), words = dsv4__v_mm(packus_epi32)(lanes, lanes);
     const int32_t word = dsv4__v_mm(cvtsi128_si32)(dsv4__v_mm(packus_epi16)(words, words));
     memcpy(p, &word, sizeof word);
+}
+
+static inline DSV4__VF DSV4__FN(gap)(DSV4__VF a, DSV4__VF b, DSV4__VF apart) {
+    return dsv4__v_mm(and_ps)(dsv4__v_sub(a, dsv4__v_mm(and_ps)(b, apart)), apart);
+}
+
+static inline DSV4__VF DSV4__FN(power)(DSV4__VI t) {
+    const DSV4__VF low = dsv4__v_mm(permutevar_ps)(dsv4__v_load((const float *)(const void *)dsv4__eighths), t);
+    const DSV4__VF high = dsv4__v_mm(permutevar_ps)(dsv4__v_load((const float *)(const void *)(dsv4__eighths + 4)), t);
+    const DSV4__VF which = dsv4__v_mm(castsi128_ps)(dsv4__v_mm(slli_epi32)(t, 29));
+    const DSV4__VI eighth = dsv4__v_mm(castps_si128)(dsv4__v_mm(blendv_ps)(low, high, which));
+    return dsv4__v_mm(castsi128_ps)(dsv4__v_mm(add_epi32)(dsv4__v_mm(slli_epi32)(t, 20), eighth));
 }
 
 static inline DSV4__VI DSV4__FN(upper)(DSV4__VF v) {
@@ -2110,23 +2131,18 @@ DSV4__INLINE void DSV4__FN(store_some)(float *p, DSV4__VF v, int64_t n) {
 
 /* ---- Windows: softmax and pooling --------------------------------------------------------------------------- */
 
-/* e^x for x <= 0, within 2 ulp: x = n ln 2 + r, e^r = 1 + r + r^2 q(r). 0 where the result would be subnormal. What is
- * further down, -INFINITY above all, is brought up to where arithmetic on it is harmless. */
+/* e^x for x <= 0, within 2 ulp: x = n ln 2 / 8 + r, e^r = 1 + r + r^2 q(r), q fitted so that the greatest error is
+ * least. 0 where the result would be subnormal; what is there, -INFINITY above all, is kept out of the arithmetic. */
 DSV4__INLINE DSV4__VF DSV4__FN(exp)(DSV4__VF x) {
-    const DSV4__VF magic = dsv4__v_set(DSV4__ROUND_BIAS);
-    x = dsv4__v_max(dsv4__v_set(-88.0f), x); /* in this order NaN stays */
-    const DSV4__VF t = dsv4__v_fma(x, dsv4__v_set(1.44269504f), magic);
-    const DSV4__VF n = dsv4__v_sub(t, magic);
-    DSV4__VF r = dsv4__v_fma(n, dsv4__v_set(-0.693147182f), x);
-    r = dsv4__v_fma(n, dsv4__v_set(1.90465421e-9f), r);
-    DSV4__VF q = dsv4__v_set(0.0013950536f);
-    q = dsv4__v_fma(q, r, dsv4__v_set(0.008368919f));
-    q = dsv4__v_fma(q, r, dsv4__v_set(0.041666206f));
-    q = dsv4__v_fma(q, r, dsv4__v_set(0.16666518f));
-    q = dsv4__v_fma(q, r, dsv4__v_set(0.5f));
+    const DSV4__VF least = dsv4__v_set(-87.3365402f), magic = dsv4__v_set(DSV4__ROUND_BIAS);
+    const DSV4__VF within = dsv4__v_below(x, least, x);
+    const DSV4__VF t = dsv4__v_fma(within, dsv4__v_set(11.5415602f), magic);
+    const DSV4__VF n = dsv4__v_sub(t, magic), power = dsv4__v_power(t);
+    DSV4__VF r = dsv4__v_fma(n, dsv4__v_set(-0.0866433978f), within);
+    r = dsv4__v_fma(n, dsv4__v_set(2.3808179e-10f), r);
+    DSV4__VF q = dsv4__v_fma(dsv4__v_set(0.166668236f), r, dsv4__v_set(0.500064492f));
     q = dsv4__v_fma(dsv4__v_mul(q, r), r, r);
-    return dsv4__v_below(x, dsv4__v_set(-87.3365402f),
-                         dsv4__v_mul(dsv4__v_add(q, dsv4__v_set(1.0f)), dsv4__v_power(t)));
+    return dsv4__v_below(x, least, dsv4__v_fma(power, q, power));
 }
 
 /* Pooling works on DSV4__POOL_VECTORS vectors of channels side by side, and on one where fewer are left. */
@@ -2151,10 +2167,20 @@ typedef struct DSV4__SOFTMAX {
     DSV4__VF top[DSV4__POOL_VECTORS], den[DSV4__POOL_VECTORS], sum[DSV4__POOL_VECTORS];
 } DSV4__SOFTMAX;
 
+/* Asks for the same channels of a row further on. A few lines beside each row's arithmetic: in one go, they would be
+ * more than a core can wait for at a time. */
+DSV4__INLINE void DSV4__FN(fetch_row)(const dsv4__run *run, int64_t row, DSV4__SPAN at, const int vectors) {
+    const uintptr_t offset = (uintptr_t)(row * run->stride + at.c) * sizeof(float);
+    const uintptr_t bytes = (uintptr_t)(vectors * DSV4__VL) * sizeof(float);
+    dsv4__fetch_far_ahead((uintptr_t)run->kv + offset, bytes);
+    dsv4__fetch_far_ahead((uintptr_t)run->gate + offset, bytes);
+}
+
 /* The scores of one row of a run. */
 DSV4__INLINE void DSV4__FN(score_row)(const dsv4__pool_job *job, const dsv4__run *run, int64_t row, DSV4__SPAN at,
                                       const int vectors, DSV4__VF *score) {
     const int gated = run->kv != NULL && run->gate != NULL;
+    if (gated && job->rows_ahead > 0) DSV4__FN(fetch_row)(run, row + job->rows_ahead, at, vectors);
     const float *gate = gated ? run->gate + row * run->stride + at.c : NULL;
     const float *ape = gated && run->ape != NULL ? run->ape + row * run->ape_stride + at.c : NULL;
     DSV4__UNROLL
@@ -2176,8 +2202,6 @@ DSV4__INLINE DSV4__VF DSV4__FN(value)(const dsv4__run *run, int64_t row, int64_t
     return run->kv == NULL ? dsv4__v_zero() : DSV4__FN(load_some)(run->kv + row * run->stride + c, n);
 }
 
-DSV4__INLINE DSV4__VF DSV4__FN(unless_equal)(DSV4__VF a, DSV4__VF b, DSV4__VF v) { return dsv4__v_unequal(a, b, v); }
-
 /* One more row. Whichever of score and top is the smaller brings e^-|score - top| to its side of the sums. Equal ones,
  * both -INFINITY among them, never meet in a subtraction. */
 DSV4__INLINE void DSV4__FN(fold_row)(DSV4__FOLD *f, const DSV4__VF *score, const DSV4__VF *value, const int vectors) {
@@ -2185,12 +2209,10 @@ DSV4__INLINE void DSV4__FN(fold_row)(DSV4__FOLD *f, const DSV4__VF *score, const
     DSV4__UNROLL
     for (int v = 0; v < vectors; v++) {
         const DSV4__VF s = score[v], top = f->top[v], den = f->den[v], num = f->num[v];
-        const DSV4__VF high = dsv4__v_above(s, top, s, top), low = dsv4__v_above(s, top, top, s);
-        const DSV4__VF gap = dsv4__v_sub(low, DSV4__FN(unless_equal)(s, top, high));
-        const DSV4__VF e = DSV4__FN(exp)(DSV4__FN(unless_equal)(s, top, gap));
+        const DSV4__VF e = DSV4__FN(exp)(dsv4__v_or(dsv4__v_gap(s, top), dsv4__v_set(-0.0f)));
         f->den[v] = dsv4__v_fma(dsv4__v_above(s, top, den, one), e, dsv4__v_above(s, top, one, den));
         f->num[v] = dsv4__v_fma(dsv4__v_above(s, top, num, value[v]), e, dsv4__v_above(s, top, value[v], num));
-        f->top[v] = high;
+        f->top[v] = dsv4__v_above(s, top, s, top);
     }
 }
 
@@ -2360,11 +2382,9 @@ DSV4__INLINE void DSV4__FN(pool_back_span)(const dsv4__pool_job *job, DSV4__SPAN
 /* The pooled row of a window, or its gradient. */
 DSV4__INLINE void DSV4__FN(spans)(const dsv4__pool_job *job, const int back) {
     const int64_t wide = DSV4__POOL_VECTORS * DSV4__VL;
-    dsv4__rows_ahead ahead = job->ahead;
     DSV4__SPAN at;
     at.n = DSV4__VL;
     for (at.c = 0; at.c + wide <= job->channels; at.c += wide) {
-        dsv4__fetch_rows(&ahead, wide, job->channels);
         if (back)
             DSV4__FN(pool_back_span)(job, at, DSV4__POOL_VECTORS);
         else
@@ -3023,7 +3043,7 @@ enum { DSV4__FN(has_dot) = 0, DSV4__FN(tile_rows) = DSV4__TILE_ROWS };
 #undef dsv4__v_madd
 #undef dsv4__v_below
 #undef dsv4__v_above
-#undef dsv4__v_unequal
+#undef dsv4__v_gap
 #undef dsv4__v_power
 #undef dsv4__v_masked
 #undef dsv4__v_or
@@ -5320,13 +5340,19 @@ static dsv4__source dsv4__thread_source(const dsv4__call *call, int64_t thread) 
 /* Whether a piece's state folds what it has seen: its rows, where it has any, then hold scores. */
 static int dsv4__folds(const dsv4__piece *piece) { return piece->state != NULL && piece->state->windows > 0; }
 
-/* Whether rows of a piece that continues have to wait in the workspace: those of a segment without a state, and, where
- * weights are asked for, of one whose state folds. */
-static int dsv4__carries(const dsv4__call *call, const dsv4__piece *piece) {
-    return piece->state == NULL || (dsv4__folds(piece) && call->batch.stages.weights != NULL);
+/* The first token whose projections the source has: given ones of the whole segment, or those of the piece. */
+static int64_t dsv4__at_hand(const dsv4__call *call, const dsv4__piece *piece) {
+    return call->batch.kv != NULL ? piece->first : piece->t;
 }
 
-/* Where the rows before a piece wait. */
+/* Whether rows of a piece that continues have to wait in the workspace: those of a segment without a state, unless they
+ * were given, and, where weights are asked for, of one whose state folds. */
+static int dsv4__carries(const dsv4__call *call, const dsv4__piece *piece) {
+    if (piece->state == NULL) return call->batch.kv == NULL;
+    return dsv4__folds(piece) && call->batch.stages.weights != NULL;
+}
+
+/* Where the rows before those at hand wait. */
 static const dsv4_state *dsv4__holder(const dsv4__call *call, const dsv4__piece *piece) {
     const int carried = piece->t > piece->first && dsv4__carries(call, piece);
     return carried ? call->ws->carry : piece->state;
@@ -5339,7 +5365,7 @@ static const float *dsv4__ape_from(const dsv4__call *call, const dsv4__source *s
     return c->ape + t % c->config.ratio * c->columns + series * c->config.head_dim + source->channel;
 }
 
-/* Appends `count` rows from token t on: of the piece itself, or of the ring where they wait. */
+/* Appends `count` rows from token t on: at hand, or of the ring where they wait. */
 static void dsv4__add_run(const dsv4__call *call, const dsv4__piece *piece, const dsv4__source *source, int64_t series,
                           int64_t t, int64_t count, dsv4__window *window) {
     const dsv4_compressor *c = call->c;
@@ -5349,7 +5375,7 @@ static void dsv4__add_run(const dsv4__call *call, const dsv4__piece *piece, cons
     run->count = count;
     run->ape = dsv4__ape_from(call, source, series, t);
     run->ape_stride = c->columns;
-    if (t >= piece->t) {
+    if (t >= dsv4__at_hand(call, piece)) {
         const int64_t offset = (piece->source_row + t - piece->t) * source->stride + series * source->series;
         run->kv = source->kv + offset;
         run->gate = source->gate == NULL ? NULL : source->gate + offset;
@@ -5364,14 +5390,15 @@ static void dsv4__add_run(const dsv4__call *call, const dsv4__piece *piece, cons
     }
 }
 
-/* Appends the rows [t, end) of a series: from the ring, twice where it wraps, then from the piece. */
+/* Appends the rows [t, end) of a series: from the ring, twice where it wraps, then those at hand. */
 static void dsv4__add_series(const dsv4__call *call, const dsv4__piece *piece, const dsv4__source *source,
                              int64_t series, int64_t t, int64_t end, dsv4__window *window) {
+    const int64_t at_hand = dsv4__at_hand(call, piece);
     while (t < end) {
         int64_t count = end - t;
-        if (t < piece->t) {
+        if (t < at_hand) {
             const int64_t capacity = dsv4__holder(call, piece)->capacity[series];
-            count = dsv4__min(dsv4__min(end, piece->t) - t, capacity - t % capacity);
+            count = dsv4__min(dsv4__min(end, at_hand) - t, capacity - t % capacity);
         }
         dsv4__add_run(call, piece, source, series, t, count, window);
         t += count;
@@ -5409,25 +5436,6 @@ static dsv4__pool_job dsv4__pool_settings(const dsv4__call *call, const dsv4__so
 
 /* ---- Pooling ------------------------------------------------------------------------------------------------ */
 
-/* What follows window w of a piece at some distance, where projections are given. */
-static dsv4__rows_ahead dsv4__next_window_rows(const dsv4__call *call, const dsv4__piece *piece,
-                                               const dsv4__source *source, int64_t w) {
-    dsv4__rows_ahead ahead;
-    memset(&ahead, 0, sizeof ahead);
-    if (call->batch.kv == NULL || source->gate == NULL) return ahead;
-    const int64_t number = (int64_t)sizeof(float);
-    ahead.rows = call->c->config.ratio;
-    ahead.series = call->c->series;
-    ahead.stride = source->stride * number;
-    ahead.series_stride = source->series * number;
-    ahead.bytes = source->channels * number;
-    const int64_t windows = ahead.rows < 16 ? 2 : 1; /* few rows do not last until memory has answered */
-    const int64_t offset = (piece->source_row + (w + windows) * ahead.rows - piece->t) * ahead.stride;
-    ahead.kv = (uintptr_t)source->kv + (uintptr_t)offset;
-    ahead.gate = (uintptr_t)source->gate + (uintptr_t)offset;
-    return ahead;
-}
-
 /* Pools a window of many rows that come from memory: some rows of all channels at a time, so that these are read as
  * they lie and the next ones are fetched meanwhile. `fold` holds what is folded in between. */
 static void dsv4__pool_by_rows(const dsv4__call *call, dsv4__pool_job job, float *fold) {
@@ -5438,21 +5446,11 @@ static void dsv4__pool_by_rows(const dsv4__call *call, dsv4__pool_job job, float
     for (int i = 0; i < whole.run_count; i++)
         for (int64_t done = 0; done < whole.runs[i].count; done += part.runs[0].count) {
             dsv4__run *run = &part.runs[0];
-            const int64_t number = (int64_t)sizeof(float);
             *run = whole.runs[i];
             run->count = dsv4__min(run->count - done, DSV4__ROWS_AT_ONCE);
             if (run->kv != NULL) run->kv += done * run->stride;
             if (run->gate != NULL) run->gate += done * run->stride;
             if (run->ape != NULL) run->ape += done * run->ape_stride;
-            memset(&job.ahead, 0, sizeof job.ahead);
-            if (run->kv != NULL) { /* not the rows that window 0 lacks; long windows have gates */
-                job.ahead.kv = (uintptr_t)run->kv + (uintptr_t)(2 * DSV4__ROWS_AT_ONCE * run->stride * number);
-                job.ahead.gate = (uintptr_t)run->gate + (uintptr_t)(2 * DSV4__ROWS_AT_ONCE * run->stride * number);
-                job.ahead.rows = run->count;
-                job.ahead.series = 1;
-                job.ahead.stride = run->stride * number;
-                job.ahead.bytes = job.channels * number;
-            }
             job.to = i + 1 == whole.run_count && done + run->count == whole.runs[i].count ? NULL : fold;
             call->c->kernels->pool(&job);
             job.from = job.to;
@@ -5469,6 +5467,7 @@ static void dsv4__pool_block(const dsv4__call *call, const dsv4__source *source,
                         c->config.ratio >= 4 * DSV4__ROWS_AT_ONCE;
     job.window = &window;
     job.weights_stride = dim;
+    job.rows_ahead = call->batch.kv != NULL ? DSV4__ROWS_AHEAD : 0;
     for (int64_t i = 0; i < call->pieces; i++) {
         const dsv4__piece *piece = &call->ws->pieces[i];
         const int goes_on = dsv4__folds(piece) && call->batch.stages.weights == NULL; /* weights need all rows */
@@ -5478,7 +5477,6 @@ static void dsv4__pool_block(const dsv4__call *call, const dsv4__source *source,
                 goes_on ? dsv4__fold_at(piece->state, w - piece->folded / c->config.ratio, piece->folded) : NULL;
             job.from = fold == NULL ? NULL : fold + source->channel;
             window = dsv4__window_rows(call, piece, source, w, goes_on ? piece->folded : 0);
-            job.ahead = dsv4__next_window_rows(call, piece, source, w);
             job.pooled = call->ws->pooled + (piece->slot + j) * dim + source->channel;
             const int64_t entry = dsv4__entry_row(call, piece, j);
             job.weights = entry < 0 ? NULL : call->batch.stages.weights;

@@ -1,7 +1,11 @@
-/* Rounding to bf16, number by number. TESTS_SLOW in the environment: each of the 2^32 fp32 numbers. */
+/* Rounding to bf16, and the exponential of softmax, number by number. TESTS_SLOW in the environment: each of the 2^32
+ * fp32 numbers, and every seventh that the exponential is asked for. */
 
+#include "implementation.h"
 #include "runner.h"
 #include "support.h"
+
+#include <float.h>
 
 enum { HALVES = 65536 };
 
@@ -96,8 +100,31 @@ TEST every_kernel_set_rounds_to_the_nearest_bf16(const char *isa) {
     PASS();
 }
 
+/* How far off e^x is, in units of the last place of the true one. */
+static double exp_error(float x) {
+    int exponent;
+    const double right = exp((double)x);
+    (void)frexp(right, &exponent);
+    return fabs(((double)softmax_exp(x) - right) / ldexp(1, exponent - 24));
+}
+
+TEST exponentials_are_within_2_ulp(void) {
+    const uint32_t step = getenv("TESTS_SLOW") ? 7 : 1009, first = 0x80000000u, last = 0xc2aeac4fu; /* -0, -87.33654 */
+    double worst = 0;
+    for (uint32_t bits = first; bits <= last; bits += step) worst = fmax(worst, exp_error(float_of_bits(bits)));
+    ASSERTm(note("%g", worst), worst <= 2);
+    ASSERT_EQ(1.0f, softmax_exp(-0.0f));
+    ASSERT(softmax_exp(float_of_bits(last)) >= FLT_MIN);
+    ASSERT_EQ(0.0f, softmax_exp(float_of_bits(last + 1)));
+    ASSERT_EQ(0.0f, softmax_exp(-FLT_MAX));
+    ASSERT_EQ(0.0f, softmax_exp(-INFINITY));
+    ASSERT(isnan(softmax_exp(NAN)));
+    PASS();
+}
+
 SUITE(exhaustive) {
     const char *isa;
+    RUN_TEST(exponentials_are_within_2_ulp);
     RUN_TEST(fp32_numbers_round_to_the_nearest_bf16);
     for (int i = 0; (isa = dsv4_isa_name(i)) != NULL; i++) {
         greatest_set_test_suffix(isa);

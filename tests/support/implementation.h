@@ -11,4 +11,7 @@
 void unpack_by(const char *isa, const dsv4_config *config, int64_t count, dsv4_const_matrix rows,
                dsv4_const_matrix scales, dsv4_matrix numbers);
 
+/* The exponential of softmax, x <= 0, by the scalar kernels; every set has its bits. */
+float softmax_exp(float x);
+
 #endif /* IMPLEMENTATION_H */

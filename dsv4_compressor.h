@@ -3435,8 +3435,8 @@ static void dsv4__end_tiles(const dsv4__kernels *kernels, int tiles) {
 enum {
     DSV4__CPU_AVX2 = 1 << 0,      /* AVX2, FMA */
     DSV4__CPU_AVX512 = 1 << 1,    /* and AVX-512 F, BW, VL, DQ */
-    DSV4__CPU_BF16 = 1 << 2,      /* and AVX512-BF16, on the CPUs where it pays */
-    DSV4__CPU_SLOW_BF16 = 1 << 3, /* or, Intel's: VDPBF16PS has half the rate of FMA there */
+    DSV4__CPU_BF16 = 1 << 2,      /* and AVX512-BF16 */
+    DSV4__CPU_SLOW_BF16 = 1 << 3, /* but, Intel's: VDPBF16PS has half the rate of FMA there */
     DSV4__CPU_AMX = 1 << 4,       /* AVX-512, AMX-TILE and AMX-BF16 */
     DSV4__BY_NAME = 1 << 5        /* nothing, but to be asked for */
 };
@@ -3488,8 +3488,8 @@ static unsigned dsv4__cpu_offers(const dsv4__cpu *cpu) {
         avx2 & dsv4__all_of(cpu->kept, 0xe6) & dsv4__all_of(cpu->leaf_7.b, 1u << 16 | 1u << 17 | 1u << 30 | 1u << 31);
     const unsigned bf16 = avx512 & has_7_1 & dsv4__all_of(cpu->leaf_7_1.a, 1u << 5);
     const unsigned amx = avx512 & dsv4__all_of(cpu->kept, 0x60000) & dsv4__all_of(cpu->leaf_7.d, 1u << 22 | 1u << 24);
-    return avx2 * DSV4__CPU_AVX2 | avx512 * DSV4__CPU_AVX512 | bf16 * (intel ? DSV4__CPU_SLOW_BF16 : DSV4__CPU_BF16) |
-           amx * DSV4__CPU_AMX;
+    return avx2 * DSV4__CPU_AVX2 | avx512 * DSV4__CPU_AVX512 | bf16 * DSV4__CPU_BF16 |
+           (bf16 & intel) * DSV4__CPU_SLOW_BF16 | amx * DSV4__CPU_AMX;
 }
 #endif
 
@@ -3539,11 +3539,6 @@ static const dsv4__kernels dsv4__sets[] = {
 #endif
 #if defined(DSV4__X86)
     DSV4__SET_ROW(avx512, DSV4__CPU_AVX512),
-#endif
-#if defined(DSV4__X86_BF16)
-    DSV4__SET_ROW(avx512bf16, DSV4__CPU_SLOW_BF16),
-#endif
-#if defined(DSV4__X86)
     DSV4__SET_ROW(avx2, DSV4__CPU_AVX2),
 #endif
 #if defined(DSV4__X86_128)
@@ -3566,10 +3561,18 @@ enum { DSV4__SET_COUNT = (int)(sizeof dsv4__sets / sizeof dsv4__sets[0]) };
 /* The definition, for what is not worth a choice. */
 static const dsv4__kernels *dsv4__plain_set(void) { return &dsv4__sets[DSV4__SET_COUNT - 1]; }
 
+/* The set of that rank by speed: its row, but that a slow VDPBF16PS exchanges its set with the one behind. */
+static const dsv4__kernels *dsv4__ranked(unsigned offers, int rank) {
+    const int slow = (offers & DSV4__CPU_SLOW_BF16) != 0, before = rank > 0 && dsv4__sets[rank - 1].dot;
+    return &dsv4__sets[rank + slow * (dsv4__sets[rank].dot - before)];
+}
+
 /* The index-th of the sets that a CPU can run. */
 static const dsv4__kernels *dsv4__set_at(unsigned offers, int index) {
-    for (int i = 0; i < DSV4__SET_COUNT; i++)
-        if (dsv4__all_of(offers, dsv4__sets[i].needs) && index-- == 0) return &dsv4__sets[i];
+    for (int rank = 0; rank < DSV4__SET_COUNT; rank++) {
+        const dsv4__kernels *set = dsv4__ranked(offers, rank);
+        if (dsv4__all_of(offers, set->needs) && index-- == 0) return set;
+    }
     return NULL;
 }
 

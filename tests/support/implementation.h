@@ -14,4 +14,7 @@ void unpack_by(const char *isa, const dsv4_config *config, int64_t count, dsv4_c
 /* The exponential of softmax, x <= 0, by the scalar kernels; every set has its bits. */
 float softmax_exp(float x);
 
+/* The name of the index-th set for a CPU that offers this (DSV4__CPU_...), NULL beyond the last one. */
+const char *isa_offered(unsigned offers, int index);
+
 #endif /* IMPLEMENTATION_H */

@@ -26,7 +26,7 @@ import time
 
 HEADER = "dsv4_compressor.h"
 IMPLEMENTATION = os.path.abspath("tests/support/implementation.c")
-WITH_ITS_OWN = ["test_cpu"]  # the header included as a static copy, not linked with
+WITH_ITS_OWN = ["test_cpu"]  # the header included as a static copy too
 KNOWN = "tests/checks/mutation_survivors.txt"
 START = "#if defined(DSV4_COMPRESSOR_IMPLEMENTATION)"
 
@@ -150,7 +150,8 @@ class Bench:
         name, *arguments = test.split()
         parts = [os.path.join(self.options.build, name + ".o"), implementation]
         if name in WITH_ITS_OWN:
-            parts = ["-std=c99", "-w", f"-I{folder}", "-Iexamples", "-Itests/support", f"tests/{name}.c"]
+            parts = ["-std=c99", "-w", f"-I{folder}", "-Iexamples", "-Itests/support", f"tests/{name}.c",
+                     implementation]
         subprocess.run([self.options.cc, *parts, "-pthread", "-lm", "-o", program], check=True)
         return run([program, "-f", *arguments], cpu_seconds)
 

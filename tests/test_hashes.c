@@ -34,8 +34,7 @@ SUITE(hashes) {
     RUN_TEST(the_file_of_hashes_is_there);
     RUN_TEST(cuts_have_the_hash_of_the_whole);
     for (int i = 0; (isa = dsv4_isa_name(i)) != NULL; i++) {
-        greatest_set_test_suffix(isa);
-        RUN_TESTp(reproduces_the_hashes, isa);
+        RUN_NAMED(isa, reproduces_the_hashes, isa);
     }
 }
 

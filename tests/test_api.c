@@ -933,7 +933,7 @@ TEST the_easy_call_is_the_call_of_one_segment(const shape *of) {
     results explicit_call = workbench_results(&w), easy = workbench_results(&w);
     ASSERT_EQ(DSV4_OK, compress_whole(&w.e, &s, &explicit_call, NULL));
     dsv4_batch b = batch_new(&s, &easy, NULL, 0);
-    ASSERT_EQ(DSV4_OK, dsv4_compress(w.e.compressor, &b, w.e.workspace, NULL));
+    ASSERT_EQ(DSV4_OK, workbench_compress(&w, &b));
     ASSERT_EQ(STAGE_COUNT, results_difference(&explicit_call, &easy));
 
     s.tokens -= w.config.ratio > 1;
@@ -945,7 +945,7 @@ TEST the_easy_call_is_the_call_of_one_segment(const shape *of) {
         ASSERT_FAILS(DSV4_ERROR_LENGTH, "segment 0", dsv4_compress(w.e.compressor, &b, w.e.workspace, &error));
     ASSERT(results_untouched(&easy));
     b.drop_tail = 1;
-    ASSERT_EQ(DSV4_OK, dsv4_compress(w.e.compressor, &b, w.e.workspace, NULL));
+    ASSERT_EQ(DSV4_OK, workbench_compress(&w, &b));
     ASSERT_EQ(STAGE_COUNT, results_difference(&tailed, &easy));
 
     easy = workbench_results(&w);
@@ -954,7 +954,7 @@ TEST the_easy_call_is_the_call_of_one_segment(const shape *of) {
     b.kv = tailed.stage[STAGE_KV];
     b.gate = w.config.no_gate ? NULL : tailed.stage[STAGE_GATE];
     b.drop_tail = 1;
-    ASSERT_EQ(DSV4_OK, dsv4_compress(w.e.compressor, &b, w.e.workspace, NULL));
+    ASSERT_EQ(DSV4_OK, workbench_compress(&w, &b));
     ASSERT_EQ(STAGE_COUNT, results_difference(&tailed, &easy));
     workbench_free(&w);
     PASS();
@@ -1206,7 +1206,7 @@ TEST a_bad_call_is_refused_and_changes_nothing(const struct bad_call *bad) {
     /* and the next call works */
     segments[0] = segment_new(0, 4, 0, 0, NULL);
     segments[1] = segment_new(4, 4, w.s.position + 2, 1, state);
-    ASSERT_EQ(DSV4_OK, dsv4_compress(w.e.compressor, &good, w.e.workspace, NULL));
+    ASSERT_EQ(DSV4_OK, workbench_compress(&w, &good));
     ASSERT_EQ_FMT(6, (int)dsv4_state_tokens(state), "%d");
 
     workbench_free(&w);
@@ -1227,10 +1227,10 @@ TEST no_tokens_need_no_arrays(void) {
     workbench w = workbench_new(&shapes[1], 1, 12);
     dsv4_batch nothing = {0};
     dsv4_segment empty = {0};
-    ASSERT_EQ(DSV4_OK, dsv4_compress(w.e.compressor, &nothing, w.e.workspace, NULL));
+    ASSERT_EQ(DSV4_OK, workbench_compress(&w, &nothing));
     nothing.segments = &empty;
     nothing.segment_count = 1;
-    ASSERT_EQ(DSV4_OK, dsv4_compress(w.e.compressor, &nothing, w.e.workspace, NULL));
+    ASSERT_EQ(DSV4_OK, workbench_compress(&w, &nothing));
     workbench_free(&w);
     PASS();
 }
@@ -1242,24 +1242,17 @@ TEST thousands_of_short_segments_share_a_call(void) {
     sequence s = keep_sequence(&w, shape_sequence(&shapes[10], COUNT * MOST, 14));
     results r = keep_results(&w, results_new(&w.config, w.out_dtype, s.tokens, COUNT * MOST / 2));
     results one = keep_results(&w, results_new(&w.config, w.out_dtype, s.tokens, 2));
-    dsv4_segment *segments = workbench_memory(&w, COUNT * sizeof *segments);
-    dice d = {15};
-    int64_t token = 0, entry = 0;
-    for (int i = 0; i < COUNT; i++) {
-        segments[i] = segment_new(token, dice_below(&d, MOST + 1), i, entry, NULL);
-        token += segments[i].count;
-        entry += segments[i].count / 2;
-    }
+    const dsv4_segment *segments = short_segments(&w, COUNT, MOST, 15);
     dsv4_batch b = batch_new(&s, &r, segments, COUNT);
     b.drop_tail = 1;
-    ASSERT_EQ(DSV4_OK, dsv4_compress(w.e.compressor, &b, w.e.workspace, NULL));
+    ASSERT_EQ(DSV4_OK, workbench_compress(&w, &b));
     size_t row = r.bytes[STAGE_OUT] / (size_t)r.entries;
     for (int i = 0; i < COUNT; i += 97) {
         dsv4_segment alone = segments[i];
         alone.entry = 0;
         dsv4_batch single = batch_new(&s, &one, &alone, 1);
         single.drop_tail = 1;
-        ASSERT_EQ(DSV4_OK, dsv4_compress(w.e.compressor, &single, w.e.workspace, NULL));
+        ASSERT_EQ(DSV4_OK, workbench_compress(&w, &single));
         ASSERT_MEM_EQ(one.stage[STAGE_OUT], (char *)r.stage[STAGE_OUT] + (size_t)segments[i].entry * row,
                       (size_t)(alone.count / 2) * row);
     }

@@ -19,12 +19,6 @@ static results compress_with(workbench *w, const char *isa, const dsv4_parallel 
     return r;
 }
 
-#define ASSERT_SAME_BITS(expected, got, what)                                                       \
-    do {                                                                                            \
-        int stage_found = results_difference(expected, got);                                        \
-        ASSERTm(note("%s differs: %s", stage_name(stage_found), what), stage_found == STAGE_COUNT); \
-    } while (0)
-
 static workbench workbench_of(const shape *of) { return workbench_new(of, shape_windows(of, 7), 31); }
 
 /* ---- Kernel sets, threads, cuts ---------------------------------------------------------------------------- */
@@ -32,8 +26,7 @@ static workbench workbench_of(const shape *of) { return workbench_new(of, shape_
 TEST every_kernel_set_gives_the_bits_of_the_scalar_one(const shape *of) {
     workbench w = workbench_of(of);
     results scalar = compress_with(&w, "scalar", NULL, NULL, 0);
-    const char *isa;
-    for (int k = 0; (isa = dsv4_isa_name(k)) != NULL; k++) {
+    for (const char *isa = dsv4_isa_name(0); isa; isa = isa_after(isa)) {
         results r = compress_with(&w, isa, NULL, NULL, 0);
         ASSERT_SAME_BITS(&scalar, &r, isa);
     }
@@ -113,8 +106,7 @@ TEST multiply_adds_are_rounded_once(void) {
         w.m.params = (dsv4_params){.wkv = {weights, DSV4_F32, 0}, .norm = {&one, DSV4_F32, 0}};
         w.s = (sequence){(void *)(uintptr_t)x, DSV4_F32, 1, 0};
         w.entries = 1;
-        const char *isa;
-        for (int k = 0; (isa = dsv4_isa_name(k)) != NULL; k++) {
+        for (const char *isa = dsv4_isa_name(0); isa; isa = isa_after(isa)) {
             engine e = workbench_engine(&w, isa, NULL);
             results r = workbench_results_in(&w, DSV4_F32);
             ASSERT_EQ(DSV4_OK, compress_whole(&e, &w.s, &r, NULL));
@@ -147,7 +139,7 @@ TEST the_order_of_segments_does_not_matter(const shape *of) {
         }
         results r = workbench_results(&w);
         dsv4_batch b = batch_new(&w.s, &r, segments, COUNT);
-        ASSERT_EQ(DSV4_OK, dsv4_compress(w.e.compressor, &b, w.e.workspace, NULL));
+        ASSERT_EQ(DSV4_OK, workbench_compress(&w, &b));
         if (round == 0) memcpy(first.stage[STAGE_OUT], r.stage[STAGE_OUT], r.bytes[STAGE_OUT]);
         ASSERT_MEM_EQ(first.stage[STAGE_OUT], r.stage[STAGE_OUT], r.bytes[STAGE_OUT]);
     }
@@ -161,7 +153,7 @@ TEST entries_go_where_the_segment_says(const shape *of) {
     results r = keep_results(&w, results_new(&w.config, w.out_dtype, w.s.tokens, 9));
     dsv4_segment whole = segment_new(0, w.s.tokens, w.s.position, 3, NULL);
     dsv4_batch b = batch_new(&w.s, &r, &whole, 1);
-    ASSERT_EQ(DSV4_OK, dsv4_compress(w.e.compressor, &b, w.e.workspace, NULL));
+    ASSERT_EQ(DSV4_OK, workbench_compress(&w, &b));
     for (int stage = STAGE_WEIGHTS; stage < STAGE_COUNT; stage++) {
         size_t entry = r.bytes[stage] / 9;
         const char *at = r.stage[stage];
@@ -196,7 +188,7 @@ TEST strides_and_addresses_do_not_matter(const shape *of) {
         b.x.stride = x_stride;
         b.out.data = out + offset * out_number;
         b.out.stride = out_stride;
-        ASSERT_EQ(DSV4_OK, dsv4_compress(w.e.compressor, &b, w.e.workspace, NULL));
+        ASSERT_EQ(DSV4_OK, workbench_compress(&w, &b));
         ASSERT(memory_untouched(out, offset * out_number));
         for (int64_t e = 0; e < w.whole.entries; e++) {
             const char *row = out + (offset + (size_t)(e * out_stride)) * out_number;
@@ -221,7 +213,7 @@ TEST stages_are_by_request_and_change_nothing(const shape *of) {
         if (wanted == STAGE_WEIGHTS) b.stages.weights = all.weights;
         if (wanted == STAGE_POOLED) b.stages.pooled = all.pooled;
         if (wanted == STAGE_LATENT) b.stages.latent = all.latent;
-        ASSERT_EQ(DSV4_OK, dsv4_compress(w.e.compressor, &b, w.e.workspace, NULL));
+        ASSERT_EQ(DSV4_OK, workbench_compress(&w, &b));
         for (int stage = 0; stage < STAGE_COUNT; stage++) {
             if (stage == wanted || stage == STAGE_OUT)
                 ASSERT_MEM_EQ(w.whole.stage[stage], r.stage[stage], r.bytes[stage]);
@@ -251,7 +243,7 @@ TEST given_projections_give_the_same_entries(const shape *of) {
             b.kv = w.whole.stage[STAGE_KV];
             b.gate = w.config.no_gate ? NULL : w.whole.stage[STAGE_GATE];
             if (!weights) b.stages.weights = NULL;
-            ASSERT_EQ(DSV4_OK, dsv4_compress(w.e.compressor, &b, w.e.workspace, NULL));
+            ASSERT_EQ(DSV4_OK, workbench_compress(&w, &b));
         }
         ASSERT_SAME_BITS(&w.whole, &r, note("%d parts", parts));
     }
@@ -329,8 +321,7 @@ TEST published_models_keep_to_their_memory(dsv4_preset preset, dsv4_dtype dtype)
     ASSERT_EQ(DSV4_OK, dsv4_compressor_size(&config, &w.m.params, NULL, &bytes, NULL));
     ASSERTm(note("%zu bytes for weights of %zu", bytes, weights), (double)bytes <= 1.05 * (double)weights);
 
-    const char *isa;
-    for (int k = 0; (isa = dsv4_isa_name(k)) != NULL; k++) {
+    for (const char *isa = dsv4_isa_name(0); isa; isa = isa_after(isa)) {
         engine e = engine_new(&w.m, isa, NULL); /* large ones, one at a time */
         size_t limit = (size_t)(config.ratio == 128 ? 4 : 2) << 20;
         for (int threads = 1; threads <= 8; threads += 7) {
@@ -345,15 +336,11 @@ TEST published_models_keep_to_their_memory(dsv4_preset preset, dsv4_dtype dtype)
 
 /* ---- The suite --------------------------------------------------------------------------------------------- */
 
-#define FOR_ALL_SHAPES(test)   \
-    FOR_EVERY_SHAPE(test, of); \
-    FOR_EVERY_LONG_SHAPE(test, of)
-
 SUITE(bits) {
-    FOR_ALL_SHAPES(every_kernel_set_gives_the_bits_of_the_scalar_one);
-    FOR_ALL_SHAPES(every_parallel_for_gives_the_bits_of_one_thread);
-    FOR_ALL_SHAPES(all_of_it_together_gives_the_same_bits);
-    FOR_ALL_SHAPES(given_projections_give_the_same_entries);
+    FOR_SHORT_AND_LONG_SHAPES(every_kernel_set_gives_the_bits_of_the_scalar_one, of);
+    FOR_SHORT_AND_LONG_SHAPES(every_parallel_for_gives_the_bits_of_one_thread, of);
+    FOR_SHORT_AND_LONG_SHAPES(all_of_it_together_gives_the_same_bits, of);
+    FOR_SHORT_AND_LONG_SHAPES(given_projections_give_the_same_entries, of);
     RUN_TESTp(layers_of_one_configuration_share_a_workspace, &shapes[0]);
     RUN_TESTp(layers_of_one_configuration_share_a_workspace, &long_shapes[0]);
     RUN_TEST(multiply_adds_are_rounded_once);

@@ -79,8 +79,7 @@ TEST healthy_input_does_not_stop_a_caller_who_traps(const char *isa) {
 #endif
 
 SUITE(environment) {
-    const char *isa;
-    for (int k = 0; (isa = dsv4_isa_name(k)) != NULL; k++) {
+    for (const char *isa = dsv4_isa_name(0); isa; isa = isa_after(isa)) {
         for (int i = 0; i < SHAPE_COUNT; i++)
             RUN_NAMED(note("%s_%s", shapes[i].name, isa), healthy_input_raises_no_flag, &shapes[i], isa);
 #if defined(__GLIBC__) && !defined(TESTS_SANITIZED)

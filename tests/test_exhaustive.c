@@ -65,7 +65,7 @@ static void mirror(const char *isa, unsigned lower, uint32_t rounding, dsv4_dtyp
     w.m.config = mirror_config(rounding);
     w.e = workbench_engine(&w, isa, NULL);
     const dsv4_batch b = {.x = {ones, DSV4_BF16, 0}, .tokens = 1, .out = {out, out_dtype, 0}, .entries = 1};
-    if (dsv4_compress(w.e.compressor, &b, w.e.workspace, NULL) != DSV4_OK) exit(1);
+    if (workbench_compress(&w, &b) != DSV4_OK) exit(1);
     workbench_free(&w);
 }
 
@@ -92,9 +92,8 @@ TEST every_kernel_set_rounds_to_the_nearest_bf16(const char *isa) {
 }
 
 SUITE(exhaustive) {
-    const char *isa;
     RUN_TEST(fp32_numbers_round_to_the_nearest_bf16);
-    for (int i = 0; (isa = dsv4_isa_name(i)) != NULL; i++) {
+    for (const char *isa = dsv4_isa_name(0); isa; isa = isa_after(isa)) {
         RUN_NAMED(isa, every_kernel_set_rounds_to_the_nearest_bf16, isa);
     }
 }

@@ -303,23 +303,16 @@ TEST the_oddest_sizes_have_gradients(const shape *of) {
 TEST thousands_of_short_sequences_share_a_backward_call(void) {
     enum { COUNT = 10000, MOST = 5 };
     workbench w = training_new(&shapes[10], COUNT * MOST, 79); /* ratio 2 */
-    dsv4_segment *segments = workbench_memory(&w, COUNT * sizeof *segments);
+    const dsv4_segment *segments = short_segments(&w, COUNT, MOST, 80);
     gradient_set all = workbench_gradients(&w, DSV4_F32), one = workbench_gradients(&w, DSV4_F32);
-    dice d = {80};
-    int64_t token = 0, entry = 0;
-    for (int i = 0; i < COUNT; i++) {
-        segments[i] = segment_new(token, dice_below(&d, MOST + 1), i, entry, NULL);
-        token += segments[i].count;
-        entry += segments[i].count / 2;
-    }
     dsv4_batch b = backward_batch(&w, segments, COUNT);
     dsv4_gradients to = gradients_into(&all, w.dout, w.out_dtype);
-    ASSERT_EQ(DSV4_OK, dsv4_backward(w.e.compressor, &b, &to, w.e.workspace, NULL));
+    ASSERT_EQ(DSV4_OK, workbench_backward(&w, &b, &to));
     to = gradients_into(&one, w.dout, w.out_dtype);
     for (int i = 0; i < COUNT; i += 97) {
         const size_t row = (size_t)w.config.hidden_dim * 4, from = (size_t)segments[i].token * row;
         b = backward_batch(&w, &segments[i], 1);
-        ASSERT_EQ(DSV4_OK, dsv4_backward(w.e.compressor, &b, &to, w.e.workspace, NULL));
+        ASSERT_EQ(DSV4_OK, workbench_backward(&w, &b, &to));
         ASSERT_MEM_EQ((char *)one.data[ORACLE_DX] + from, (char *)all.data[ORACLE_DX] + from,
                       (size_t)segments[i].count * row);
     }
@@ -375,7 +368,6 @@ TEST many_threads_share_a_compressor(const shape *of) {
 /* ---- The suite --------------------------------------------------------------------------------------------- */
 
 SUITE(faults) {
-    const char *isa;
     for (int i = 0; i < MAKING_COUNT; i++) {
         for (int k = 0; k < SHAPE_COUNT; k += 5) {
             const shape *of = &shapes[k];
@@ -386,7 +378,7 @@ SUITE(faults) {
     }
     FOR_EVERY_SHAPE(any_address_that_the_type_allows_gives_the_same_bits, of);
     FOR_EVERY_SHAPE(a_crooked_pointer_is_refused_and_nothing_written, of);
-    for (int i = 0; (isa = dsv4_isa_name(i)) != NULL; i++) {
+    for (const char *isa = dsv4_isa_name(0); isa; isa = isa_after(isa)) {
         for (int narrow = 0; narrow <= 1; narrow++) {
             RUN_NAMED(note("%s_%s", isa, narrow ? "bf16" : "f32"), no_call_passes_the_end_of_an_array, isa, narrow);
         }

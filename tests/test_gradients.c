@@ -25,6 +25,13 @@ static const double difference_error = 1e-10;
         ASSERTm(note("%s differs: %s", gradient_name(found), what), found == GRADIENTS); \
     } while (0)
 
+/* From `first` on; expected: the oracle's. */
+#define ASSERT_NEAR_GRADIENTS(expected, got, first)                                                       \
+    for (int which = (first); which < GRADIENTS; which++) {                                               \
+        const double far = gradient_stray(got, expected, which);                                          \
+        ASSERTm(note("%s strays by %.3g of its largest", gradient_name(which), far), far <= near_enough); \
+    }
+
 /* ---- Right ------------------------------------------------------------------------------------------------- */
 
 TEST agrees_with_pytorch(const char *file, const char *isa) {
@@ -117,11 +124,8 @@ TEST the_oracle_agrees_with_itself(uint64_t seed) {
 TEST agrees_with_the_chain_rule_in_double(const shape *of) {
     workbench w = case_of(of);
     oracle_gradients expected = oracle_gradients_of(&w);
-    for (int which = 0; which < GRADIENTS; which++) {
-        ASSERT_EQ(expected.count[which], w.gradients.count[which]);
-        const double far = gradient_stray(&w.gradients, &expected, which);
-        ASSERTm(note("%s strays by %.3g of its largest", gradient_name(which), far), far <= near_enough);
-    }
+    for (int which = 0; which < GRADIENTS; which++) ASSERT_EQ(expected.count[which], w.gradients.count[which]);
+    ASSERT_NEAR_GRADIENTS(&expected, &w.gradients, ORACLE_DX);
     workbench_free(&w);
     PASS();
 }
@@ -177,8 +181,7 @@ TEST every_cut_gives_the_same_dx(const shape *of) {
             if (of->tokens ? set != k % 3 : (set + k) % 2) continue; /* each set with half the cuts */
             gradient_set got = gradients_with(&w, isa, &schedules[(k + set) % SCHEDULE_COUNT], cuts[k]);
             ASSERT_MEM_EQ(w.gradients.data[ORACLE_DX], got.data[ORACLE_DX], got.bytes[ORACLE_DX]);
-            for (int which = ORACLE_DWKV; which < GRADIENTS; which++)
-                ASSERTm(gradient_name(which), gradient_stray(&got, &expected, which) <= near_enough);
+            ASSERT_NEAR_GRADIENTS(&expected, &got, ORACLE_DWKV);
         }
     }
     workbench_free(&w);
@@ -232,7 +235,7 @@ TEST kept_projections_give_the_bits_of_recomputing(const shape *of) {
     ASSERT_EQ(DSV4_OK, compress_whole(&w.e, &w.s, &r, NULL));
     b.kv = r.stage[STAGE_KV];
     b.gate = w.config.no_gate ? NULL : r.stage[STAGE_GATE];
-    ASSERT_EQ(DSV4_OK, dsv4_backward(w.e.compressor, &b, &to, w.e.workspace, NULL));
+    ASSERT_EQ(DSV4_OK, workbench_backward(&w, &b, &to));
     ASSERT_SAME_GRADIENTS(&w.gradients, &got, ORACLE_DX, "kept");
     workbench_free(&w);
     PASS();
@@ -244,12 +247,12 @@ static int packed_difference(workbench *w, const dsv4_segment *documents, int co
     gradient_set together = workbench_gradients(w, DSV4_F32), apart = workbench_gradients(w, DSV4_F32);
     dsv4_gradients to = gradients_into(&together, w->dout, w->out_dtype);
     dsv4_batch b = backward_batch(w, documents, count);
-    int failed = dsv4_backward(w->e.compressor, &b, &to, w->e.workspace, NULL) != DSV4_OK;
+    int failed = workbench_backward(w, &b, &to) != DSV4_OK;
     to = gradients_into(&apart, w->dout, w->out_dtype);
     for (int k = 0; k < count; k++) {
         b = backward_batch(w, &documents[k], 1);
         to.accumulate = k > 0;
-        failed |= dsv4_backward(w->e.compressor, &b, &to, w->e.workspace, NULL) != DSV4_OK;
+        failed |= workbench_backward(w, &b, &to) != DSV4_OK;
     }
     return failed ? -1 : gradient_difference(&together, &apart, ORACLE_DX);
 }
@@ -278,8 +281,7 @@ TEST a_wide_gate_beside_a_narrow_wkv_agrees_with_the_chain_rule(void) {
     const dsv4_config c = {.hidden_dim = 21, .head_dim = 18, .ratio = 4, .overlap = 1};
     workbench w = training_with(model_new(&c, types, 71), sequence_new(&c, DSV4_BF16, 20, 72), DSV4_F32, 73);
     oracle_gradients expected = oracle_gradients_of(&w);
-    for (int which = 0; which < GRADIENTS; which++)
-        ASSERTm(gradient_name(which), gradient_stray(&w.gradients, &expected, which) <= near_enough);
+    ASSERT_NEAR_GRADIENTS(&expected, &w.gradients, ORACLE_DX);
     workbench_free(&w);
     PASS();
 }
@@ -296,13 +298,13 @@ TEST whole_sequences_and_parts_share_a_call(void) {
     dsv4_gradients to = gradients_into(&together, w.dout, w.out_dtype);
     dsv4_batch b = backward_batch(&w, segments, 2);
     to.segments = carried;
-    ASSERT_EQ(DSV4_OK, dsv4_backward(w.e.compressor, &b, &to, w.e.workspace, NULL));
+    ASSERT_EQ(DSV4_OK, workbench_backward(&w, &b, &to));
     to = gradients_into(&apart, w.dout, w.out_dtype);
     for (int k = 0; k < 2; k++) {
         b = backward_batch(&w, &segments[k], 1);
         to.segments = &carried[k];
         to.accumulate = k;
-        ASSERT_EQ(DSV4_OK, dsv4_backward(w.e.compressor, &b, &to, w.e.workspace, NULL));
+        ASSERT_EQ(DSV4_OK, workbench_backward(&w, &b, &to));
     }
     ASSERT_SAME_GRADIENTS(&together, &apart, ORACLE_DX, "together");
     backward_parts_free(&p);
@@ -363,12 +365,12 @@ TEST what_many_parts_carry_is_what_each_carries_alone(const struct carried_case 
     ASSERT(token <= w.s.tokens && entry <= w.entries);
     dsv4_gradients to = {.dout = {w.dout, w.out_dtype, 0}, .segments = carried};
     dsv4_batch b = backward_batch(&w, segments, of->count);
-    ASSERT_EQ(DSV4_OK, dsv4_backward(w.e.compressor, &b, &to, w.e.workspace, NULL));
+    ASSERT_EQ(DSV4_OK, workbench_backward(&w, &b, &to));
     for (int k = 0; k < of->count; k++) {
         const saved together = workbench_saved(&w, carried[k].previous);
         b = backward_batch(&w, &segments[k], 1);
         to.segments = &carried[k];
-        ASSERT_EQ(DSV4_OK, dsv4_backward(w.e.compressor, &b, &to, w.e.workspace, NULL));
+        ASSERT_EQ(DSV4_OK, workbench_backward(&w, &b, &to));
         ASSERT(is_still(carried[k].previous, &together));
     }
     backward_parts_free(&p);
@@ -396,7 +398,7 @@ TEST each_gradient_is_optional_and_strides_do_not_matter(const shape *of) {
         dsv4_gradients to = gradients_into(&masked, dout, w.out_dtype);
         to.dx.stride = dx_stride;
         to.dout.stride = dout_stride;
-        ASSERT_EQ(DSV4_OK, dsv4_backward(w.e.compressor, &b, &to, w.e.workspace, NULL));
+        ASSERT_EQ(DSV4_OK, workbench_backward(&w, &b, &to));
         for (int i = ORACLE_DWKV; i < GRADIENTS; i++) {
             if (i == wanted && got.count[i])
                 ASSERT_MEM_EQ(w.gradients.data[i], got.data[i], got.bytes[i]);
@@ -444,6 +446,12 @@ static engine spread_trainer(workbench *w) {
     return keep_engine(w, trainer_new(&m, NULL, NULL));
 }
 
+/* Small whole numbers, from the gradient `first` on. */
+static void fill(const gradient_set *g, int first) {
+    for (int i = first; i < GRADIENTS; i++)
+        for (int64_t k = 0; k < g->count[i]; k++) set_number(g->data[i], g->dtype, k, (float)(k % 7) - 3);
+}
+
 /* Forward and backward, sums from anew and on; what lies between the rows is neither read nor written. */
 TEST parameters_and_their_gradients_may_have_strides(const shape *of, dsv4_dtype dtype, int accumulate) {
     workbench w = training_new(of, 5 * of->config.ratio, 57);
@@ -455,8 +463,7 @@ TEST parameters_and_their_gradients_may_have_strides(const shape *of, dsv4_dtype
 
     gradient_set g = workbench_gradients(&w, dtype);
     void *dx = workbench_memory(&w, g.bytes[ORACLE_DX]);
-    for (int i = 0; i < GRADIENTS; i++)
-        for (int64_t k = 0; k < g.count[i]; k++) set_number(g.data[i], dtype, k, (float)(k % 7) - 3);
+    fill(&g, ORACLE_DX);
     dsv4_gradients to = gradients_into(&g, w.dout, w.out_dtype), apart = to;
     const int64_t number_size = (int64_t)dsv4_dtype_size(dtype);
     apart.dx.data = dx;
@@ -469,7 +476,7 @@ TEST parameters_and_their_gradients_may_have_strides(const shape *of, dsv4_dtype
     }
     const dsv4_batch b = backward_batch(&w, NULL, 0);
     to.accumulate = apart.accumulate = accumulate;
-    ASSERT_EQ(DSV4_OK, dsv4_backward(w.e.compressor, &b, &to, w.e.workspace, NULL));
+    ASSERT_EQ(DSV4_OK, workbench_backward(&w, &b, &to));
     ASSERT_EQ(DSV4_OK, dsv4_backward(e.compressor, &b, &apart, e.workspace, NULL));
     ASSERT_MEM_EQ(g.data[ORACLE_DX], dx, g.bytes[ORACLE_DX]);
     for (int i = 0; i < DSV4_PARAM_COUNT; i++) {
@@ -492,10 +499,10 @@ TEST no_segments_are_one_whole_sequence(const shape *of) {
     dsv4_batch b = backward_batch(&w, NULL, 0);
     const dsv4_gradients to = gradients_into(&easy, w.dout, w.out_dtype);
     b.drop_tail = 0;
-    if (of->config.ratio > 1) ASSERT_EQ(DSV4_ERROR_LENGTH, dsv4_backward(w.e.compressor, &b, &to, w.e.workspace, NULL));
+    if (of->config.ratio > 1) ASSERT_EQ(DSV4_ERROR_LENGTH, workbench_backward(&w, &b, &to));
     if (of->config.ratio > 1) ASSERT(gradients_untouched(&easy));
     b.drop_tail = 1;
-    ASSERT_EQ(DSV4_OK, dsv4_backward(w.e.compressor, &b, &to, w.e.workspace, NULL));
+    ASSERT_EQ(DSV4_OK, workbench_backward(&w, &b, &to));
     ASSERT_SAME_GRADIENTS(&explicit, &easy, 0, "without segments");
     workbench_free(&w);
     PASS();
@@ -508,9 +515,8 @@ TEST accumulating_goes_on_from_what_the_arrays_hold(const shape *of) {
     dsv4_batch b = backward_whole_batch(&w);
     dsv4_gradients to = gradients_into(&got, w.dout, w.out_dtype);
     to.accumulate = 1;
-    for (int i = ORACLE_DWKV; i < GRADIENTS; i++)
-        for (int64_t k = 0; k < got.count[i]; k++) set_number(got.data[i], DSV4_F32, k, (float)(k % 7) - 3);
-    ASSERT_EQ(DSV4_OK, dsv4_backward(w.e.compressor, &b, &to, w.e.workspace, NULL));
+    fill(&got, ORACLE_DWKV);
+    ASSERT_EQ(DSV4_OK, workbench_backward(&w, &b, &to));
     for (int i = ORACLE_DWKV; i < GRADIENTS; i++)
         for (int64_t k = 0; k < got.count[i]; k++) {
             /* one block: what was there, plus the block's sum */
@@ -538,15 +544,12 @@ TEST bf16_gradients_accumulate_too(const shape *of) {
     workbench w = case_of(of);
     gradient_set got = workbench_gradients(&w, DSV4_BF16), wide = workbench_gradients(&w, DSV4_F32);
     dsv4_batch b = backward_whole_batch(&w);
-    for (int which = ORACLE_DWKV; which < GRADIENTS; which++)
-        for (int64_t k = 0; k < got.count[which]; k++) {
-            set_number(got.data[which], DSV4_BF16, k, (float)(k % 5) - 2);
-            set_number(wide.data[which], DSV4_F32, k, (float)(k % 5) - 2);
-        }
+    fill(&got, ORACLE_DWKV);
+    fill(&wide, ORACLE_DWKV);
     for (int narrow = 0; narrow < 2; narrow++) {
         dsv4_gradients to = gradients_into(narrow ? &got : &wide, w.dout, w.out_dtype);
         to.accumulate = 1;
-        ASSERT_EQ(DSV4_OK, dsv4_backward(w.e.compressor, &b, &to, w.e.workspace, NULL));
+        ASSERT_EQ(DSV4_OK, workbench_backward(&w, &b, &to));
     }
     for (int which = ORACLE_DWKV; which < GRADIENTS; which++)
         for (int64_t k = 0; k < got.count[which]; k++)
@@ -602,6 +605,8 @@ static int all_zero(const gradient_set *g, int which, int64_t first, int64_t end
     return 1;
 }
 
+static int is_zero(const gradient_set *g, int which) { return all_zero(g, which, 0, g->count[which]); }
+
 static int all_finite(const gradient_set *g) {
     for (int which = 0; which < GRADIENTS; which++)
         for (int64_t i = 0; i < g->count[which]; i++)
@@ -629,7 +634,7 @@ TEST the_pad_sends_no_gradient(float pad_gate) {
     for (int64_t row = 0; row < c.ratio; row++)
         ASSERT(all_zero(&w.gradients, ORACLE_DAPE, row * 2 * first, row * 2 * first + first));
     ASSERT_FALSE(all_zero(&w.gradients, ORACLE_DWKV, first * width, w.gradients.count[ORACLE_DWKV]));
-    ASSERT_FALSE(all_zero(&w.gradients, ORACLE_DX, 0, w.gradients.count[ORACLE_DX]));
+    ASSERT_FALSE(is_zero(&w.gradients, ORACLE_DX));
     workbench_free(&w);
     PASS();
 }
@@ -678,9 +683,9 @@ TEST a_gate_that_has_chosen_gets_no_gradient(void) {
     c.overlap = 0;
     workbench w = scaled_case(&c, 1e9f, 1, 1);
     ASSERT(all_finite(&w.gradients));
-    ASSERT(all_zero(&w.gradients, ORACLE_DWGATE, 0, w.gradients.count[ORACLE_DWGATE]));
-    ASSERT(all_zero(&w.gradients, ORACLE_DAPE, 0, w.gradients.count[ORACLE_DAPE]));
-    ASSERT_FALSE(all_zero(&w.gradients, ORACLE_DWKV, 0, w.gradients.count[ORACLE_DWKV]));
+    ASSERT(is_zero(&w.gradients, ORACLE_DWGATE));
+    ASSERT(is_zero(&w.gradients, ORACLE_DAPE));
+    ASSERT_FALSE(is_zero(&w.gradients, ORACLE_DWKV));
     workbench_free(&w);
     PASS();
 }
@@ -690,8 +695,7 @@ TEST windows_of_equal_scores_give_finite_gradients(void) {
     workbench w = scaled_case(&c, 0, 0, 1);
     oracle_gradients expected = oracle_gradients_of(&w);
     ASSERT(all_finite(&w.gradients));
-    for (int which = 0; which < GRADIENTS; which++)
-        ASSERTm(gradient_name(which), gradient_stray(&w.gradients, &expected, which) <= near_enough);
+    ASSERT_NEAR_GRADIENTS(&expected, &w.gradients, ORACLE_DX);
     workbench_free(&w);
     PASS();
 }
@@ -702,9 +706,9 @@ TEST zeros_give_finite_gradients(float eps) {
     c.eps = eps;
     workbench w = scaled_case(&c, 1, 1, 0);
     ASSERT(all_finite(&w.gradients));
-    ASSERT(all_zero(&w.gradients, ORACLE_DWKV, 0, w.gradients.count[ORACLE_DWKV]));
-    ASSERT(all_zero(&w.gradients, ORACLE_DNORM, 0, w.gradients.count[ORACLE_DNORM]));
-    ASSERT_FALSE(all_zero(&w.gradients, ORACLE_DX, 0, w.gradients.count[ORACLE_DX]));
+    ASSERT(is_zero(&w.gradients, ORACLE_DWKV));
+    ASSERT(is_zero(&w.gradients, ORACLE_DNORM));
+    ASSERT_FALSE(is_zero(&w.gradients, ORACLE_DX));
     workbench_free(&w);
     PASS();
 }
@@ -720,7 +724,7 @@ TEST the_dropped_tail_gets_no_gradient(const shape *of) {
     dsv4_batch b = backward_batch(&w, &whole, 1);
     dsv4_gradients to = gradients_into(&got, w.dout, w.out_dtype);
     b.drop_tail = 0;
-    ASSERT_EQ(DSV4_OK, dsv4_backward(w.e.compressor, &b, &to, w.e.workspace, NULL));
+    ASSERT_EQ(DSV4_OK, workbench_backward(&w, &b, &to));
     ASSERT_SAME_GRADIENTS(&w.gradients, &got, ORACLE_DWKV, "without the tail");
     ASSERT_MEM_EQ(w.gradients.data[ORACLE_DX], got.data[ORACLE_DX], (size_t)(tokens * width) * 4);
     ASSERT(memory_untouched((char *)got.data[ORACLE_DX] + (tokens * width) * 4, (size_t)(tail * width) * 4));
@@ -732,13 +736,13 @@ TEST the_dropped_tail_gets_no_gradient(const shape *of) {
 TEST a_call_without_windows_gives_zeros(void) {
     dsv4_config c = small_csa();
     workbench w = small_case(&c, c.ratio - 1);
-    for (int which = 0; which < GRADIENTS; which++) ASSERT(all_zero(&w.gradients, which, 0, w.gradients.count[which]));
+    for (int which = 0; which < GRADIENTS; which++) ASSERT(is_zero(&w.gradients, which));
     gradient_set got = workbench_gradients(&w, DSV4_F32);
     dsv4_batch b = backward_batch(&w, NULL, 0);
     dsv4_gradients to = gradients_into(&got, w.dout, w.out_dtype);
     b.tokens = 0;
     to.accumulate = 1;
-    ASSERT_EQ(DSV4_OK, dsv4_backward(w.e.compressor, &b, &to, w.e.workspace, NULL));
+    ASSERT_EQ(DSV4_OK, workbench_backward(&w, &b, &to));
     ASSERT(gradients_untouched(&got));
     workbench_free(&w);
     PASS();
@@ -751,8 +755,8 @@ TEST a_call_without_tokens_gives_zeros(void) {
     dsv4_batch b = {0};
     dsv4_gradients to = gradients_into(&got, NULL, DSV4_F32);
     to.dx.data = NULL;
-    ASSERT_EQ(DSV4_OK, dsv4_backward(w.e.compressor, &b, &to, w.e.workspace, NULL));
-    for (int which = ORACLE_DWKV; which < GRADIENTS; which++) ASSERT(all_zero(&got, which, 0, got.count[which]));
+    ASSERT_EQ(DSV4_OK, workbench_backward(&w, &b, &to));
+    for (int which = ORACLE_DWKV; which < GRADIENTS; which++) ASSERT(is_zero(&got, which));
     workbench_free(&w);
     PASS();
 }
@@ -945,7 +949,7 @@ TEST gradients_of_arrays_that_there_are_not_are_refused(void) {
     for (int which = ORACLE_DWGATE; which <= ORACLE_DAPE; which++) {
         dsv4_gradients to = gradients_into(&w.gradients, w.dout, DSV4_F32);
         gradient_target(&to, which)->data = somewhere;
-        ASSERT_EQ(DSV4_ERROR_ARGUMENT, dsv4_backward(w.e.compressor, &b, &to, w.e.workspace, NULL));
+        ASSERT_EQ(DSV4_ERROR_ARGUMENT, workbench_backward(&w, &b, &to));
     }
     for (int i = 0; i < 64 * 64; i++) ASSERT_EQ(0.0f, somewhere[i]);
     ASSERT_EQ(DSV4_ERROR_NULL, dsv4_backward(w.e.compressor, &b, NULL, w.e.workspace, NULL));
@@ -956,13 +960,8 @@ TEST gradients_of_arrays_that_there_are_not_are_refused(void) {
 
 /* ---- All of them ------------------------------------------------------------------------------------------- */
 
-#define FOR_ALL_SHAPES(test)   \
-    FOR_EVERY_SHAPE(test, of); \
-    FOR_EVERY_LONG_SHAPE(test, of)
-
 SUITE(right) {
-    const char *isa;
-    for (int i = 0; (isa = dsv4_isa_name(i)) != NULL; i++) {
+    for (const char *isa = dsv4_isa_name(0); isa; isa = isa_after(isa)) {
         RUN_NAMED(note("grad_csa_%s", isa), agrees_with_pytorch, "grad_csa", isa);
         RUN_NAMED(note("grad_hca_%s", isa), agrees_with_pytorch, "grad_hca", isa);
     }
@@ -970,21 +969,21 @@ SUITE(right) {
         RUN_NAMED(note("%d", (int)seed), agrees_with_central_differences, seed);
         RUN_NAMED(note("%d", (int)seed), the_oracle_agrees_with_itself, seed);
     }
-    FOR_ALL_SHAPES(agrees_with_the_chain_rule_in_double);
+    FOR_SHORT_AND_LONG_SHAPES(agrees_with_the_chain_rule_in_double, of);
     RUN_TEST(a_wide_gate_beside_a_narrow_wkv_agrees_with_the_chain_rule);
 }
 
 SUITE(same_bits) {
-    FOR_ALL_SHAPES(every_kernel_set_gives_the_same_gradients);
-    FOR_ALL_SHAPES(every_parallel_for_gives_the_same_gradients);
-    FOR_ALL_SHAPES(every_cut_gives_the_same_dx);
+    FOR_SHORT_AND_LONG_SHAPES(every_kernel_set_gives_the_same_gradients, of);
+    FOR_SHORT_AND_LONG_SHAPES(every_parallel_for_gives_the_same_gradients, of);
+    FOR_SHORT_AND_LONG_SHAPES(every_cut_gives_the_same_dx, of);
     FOR_EVERY_LONG_SHAPE(cuts_at_multiples_of_256_give_the_same_sums, of);
     RUN_TESTp(thousands_of_tokens_give_the_sums_of_their_parts, 64, 10, DSV4_F32);
     RUN_TESTp(thousands_of_tokens_give_the_sums_of_their_parts, 64, 10, DSV4_BF16);
     RUN_TESTp(thousands_of_tokens_give_the_sums_of_their_parts, 33, 120, DSV4_F32);
     FOR_EVERY_LONG_SHAPE(blocks_are_counted_from_the_first_token, of);
-    FOR_ALL_SHAPES(kept_projections_give_the_bits_of_recomputing);
-    FOR_ALL_SHAPES(packed_documents_are_separate_calls_in_order);
+    FOR_SHORT_AND_LONG_SHAPES(kept_projections_give_the_bits_of_recomputing, of);
+    FOR_SHORT_AND_LONG_SHAPES(packed_documents_are_separate_calls_in_order, of);
     RUN_TEST(whole_sequences_and_parts_share_a_call);
     RUN_TEST(a_document_may_end_anywhere_in_a_chunk);
     RUN_TEST(hundreds_of_short_documents_are_separate_calls_in_order);
@@ -1000,9 +999,9 @@ SUITE(where_gradients_go) {
                   parameters_and_their_gradients_may_have_strides, &shapes[i / 4], dtype, i % 2);
     }
     FOR_EVERY_SHAPE(no_segments_are_one_whole_sequence, of);
-    FOR_ALL_SHAPES(bf16_gradients_are_the_rounded_fp32_ones);
+    FOR_SHORT_AND_LONG_SHAPES(bf16_gradients_are_the_rounded_fp32_ones, of);
     FOR_EVERY_LONG_SHAPE(bf16_gradients_accumulate_too, of);
-    FOR_ALL_SHAPES(the_carried_gradient_can_be_had_alone);
+    FOR_SHORT_AND_LONG_SHAPES(the_carried_gradient_can_be_had_alone, of);
     FOR_EVERY_SHAPE(training_changes_no_entry_and_advances_no_state, of);
     FOR_EVERY_LONG_SHAPE(the_workspace_does_not_grow_with_the_sequence, of);
 }

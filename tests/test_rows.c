@@ -364,8 +364,8 @@ TEST packed_and_unpacked_is_what_is_read_back(dsv4_rows rows) {
     void *back = workbench_memory(&r.w, 100 * 128 * 2);
     packed.stages.latent = latent[0];
     read.stages.latent = latent[1];
-    ASSERT_EQ(DSV4_OK, dsv4_compress(r.w.e.compressor, &packed, r.w.e.workspace, NULL));
-    ASSERT_EQ(DSV4_OK, dsv4_compress(r.w.e.compressor, &read, r.w.e.workspace, NULL));
+    ASSERT_EQ(DSV4_OK, workbench_compress(&r.w, &packed));
+    ASSERT_EQ(DSV4_OK, workbench_compress(&r.w, &read));
     ASSERT_EQ(DSV4_OK, unpack(&r.w.config, &r.a, back, DSV4_BF16));
     ASSERT_MEM_EQ(r.a.numbers, back, 100 * 128 * 2);
     ASSERT_MEM_EQ(latent[0], latent[1], 100 * 128 * 2); /* bf16 beside packed rows */
@@ -377,7 +377,7 @@ TEST packed_and_unpacked_is_what_is_read_back(dsv4_rows rows) {
 TEST packed_rows_stay_within_their_bytes(dsv4_rows rows, const char *isa) {
     row_call r = row_call_by(isa, rows, 0);
     dsv4_batch expected = packed_batch(&r, &r.a);
-    ASSERT_EQ(DSV4_OK, dsv4_compress(r.w.e.compressor, &expected, r.w.e.workspace, NULL));
+    ASSERT_EQ(DSV4_OK, workbench_compress(&r.w, &expected));
     const size_t rows_size = (size_t)r.w.entries * r.a.row_bytes, scales_size = (size_t)r.w.entries * r.a.scale_bytes;
     const size_t numbers_size = (size_t)(r.w.entries * r.w.config.head_dim) * sizeof(float);
     for (int k = 0; k < 16; k++) {
@@ -388,7 +388,7 @@ TEST packed_rows_stay_within_their_bytes(dsv4_rows rows, const char *isa) {
         dsv4_batch b = expected;
         b.out.data = behind ? place.first + offset : place.data;
         b.scales.data = behind ? scales.first + offset : scales.data;
-        ASSERT_EQ(DSV4_OK, dsv4_compress(r.w.e.compressor, &b, r.w.e.workspace, NULL));
+        ASSERT_EQ(DSV4_OK, workbench_compress(&r.w, &b));
         ASSERT_MEM_EQ(r.a.rows, b.out.data, rows_size);
         ASSERT_MEM_EQ(r.a.scales, b.scales.data, scales_size);
         unpack_by(isa, &r.w.config, r.w.entries, const_matrix(b.out.data, DSV4_PACKED, (int64_t)r.a.row_bytes),
@@ -406,7 +406,7 @@ TEST packed_rows_stay_within_their_bytes(dsv4_rows rows, const char *isa) {
 TEST entries_go_to_the_rows_that_they_are_given(dsv4_rows rows) {
     row_call r = row_call_new(rows, 0);
     dsv4_batch whole = packed_batch(&r, &r.a);
-    ASSERT_EQ(DSV4_OK, dsv4_compress(r.w.e.compressor, &whole, r.w.e.workspace, NULL));
+    ASSERT_EQ(DSV4_OK, workbench_compress(&r.w, &whole));
     row_arrays paged = row_arrays_new(&r.w, &r.w.config, DSV4_BF16, 128, 9);
     dsv4_state *state = workbench_state(&r.w, 0);
     int64_t done = 0, entry_rows[128];
@@ -422,7 +422,7 @@ TEST entries_go_to_the_rows_that_they_are_given(dsv4_rows rows) {
         b.segments = &part;
         b.segment_count = 1;
         b.entry_rows = entry_rows;
-        ASSERT_EQ(DSV4_OK, dsv4_compress(r.w.e.compressor, &b, r.w.e.workspace, NULL));
+        ASSERT_EQ(DSV4_OK, workbench_compress(&r.w, &b));
     }
     for (int64_t i = 0; i < 100; i++) {
         const int64_t row = (15 - i / 8) * 8 + i % 8;
@@ -449,10 +449,10 @@ TEST stages_follow_the_rows_of_their_entries(void) {
     for (int64_t i = 0; i < SEQUENCES; i++) segments[i] = segment_new(9 * i, 9, 0, 3 * i, NULL);
     for (int64_t i = 0; i < ENTRIES; i++) entry_rows[i] = i * 7 % ENTRIES;
     dsv4_batch b = batch_new(&w.s, &r, segments, SEQUENCES);
-    ASSERT_EQ(DSV4_OK, dsv4_compress(w.e.compressor, &b, w.e.workspace, NULL));
+    ASSERT_EQ(DSV4_OK, workbench_compress(&w, &b));
     b = batch_new(&w.s, &apart, segments, SEQUENCES);
     b.entry_rows = entry_rows;
-    ASSERT_EQ(DSV4_OK, dsv4_compress(w.e.compressor, &b, w.e.workspace, NULL));
+    ASSERT_EQ(DSV4_OK, workbench_compress(&w, &b));
     for (int stage = STAGE_WEIGHTS; stage < STAGE_COUNT; stage++) {
         const size_t bytes = r.bytes[stage] / ENTRIES;
         for (int64_t i = 0; i < ENTRIES; i++)
@@ -581,7 +581,7 @@ TEST fp8_rows_of_rope_alone_have_no_scales(void) {
     ASSERT_EQ(0, a.scale_bytes);
     dsv4_batch b = packed_batch(&r, &a);
     memset(&b.scales, 0, sizeof b.scales);
-    ASSERT_EQ(DSV4_OK, dsv4_compress(r.w.e.compressor, &b, r.w.e.workspace, NULL));
+    ASSERT_EQ(DSV4_OK, workbench_compress(&r.w, &b));
     ASSERT_EQ(DSV4_OK, dsv4_unpack(&r.w.config, r.w.entries, const_matrix(a.rows, DSV4_PACKED, 0),
                                    const_matrix(NULL, DSV4_PACKED, 0), matrix_of(a.numbers, DSV4_BF16), NULL));
     dsv4_quantised to = {r.w.entries, packed_matrix(r.a.rows, 2 * 128), {0}};
@@ -665,10 +665,10 @@ TEST gradients_come_from_the_rows_of_their_entries(void) {
     dsv4_segment halves[2] = {segment_new(0, 32, 0, 0, NULL), segment_new(32, 32, 0, 8, NULL)};
     dsv4_batch b = backward_batch(&w, halves, 2);
     dsv4_gradients to = gradients_into(&expected, dout, DSV4_F32);
-    ASSERT_EQ(DSV4_OK, dsv4_backward(w.e.compressor, &b, &to, w.e.workspace, NULL));
+    ASSERT_EQ(DSV4_OK, workbench_backward(&w, &b, &to));
     to = gradients_into(&got, apart, DSV4_F32);
     b.entry_rows = entry_rows;
-    ASSERT_EQ(DSV4_OK, dsv4_backward(w.e.compressor, &b, &to, w.e.workspace, NULL));
+    ASSERT_EQ(DSV4_OK, workbench_backward(&w, &b, &to));
     ASSERT_STR_EQ("no gradient", gradient_name(gradient_difference(&got, &expected, 0)));
     workbench_free(&w);
     PASS();
@@ -684,8 +684,7 @@ static void run_numbers(void) {
 }
 
 static void run_kernels(void) {
-    const char *isa;
-    for (int i = 0; (isa = dsv4_isa_name(i)) != NULL; i++) {
+    for (const char *isa = dsv4_isa_name(0); isa; isa = isa_after(isa)) {
         RUN_NAMED(isa, rows_of_every_size_are_as_defined, isa);
         RUN_NAMED(isa, rows_of_every_magnitude_are_as_defined, isa);
         RUN_NAMED(isa, a_block_with_a_nan_or_an_infinity_reads_back_as_nan, isa);

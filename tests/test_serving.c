@@ -22,7 +22,7 @@ static dsv4_status compress_segments(const workbench *w, const float *x, const d
     b.x.data = x;
     b.out = matrix_of(out, DSV4_F32);
     b.drop_tail = 1;
-    return dsv4_compress(w->e.compressor, &b, w->e.workspace, NULL);
+    return workbench_compress(w, &b);
 }
 
 /* Entries of `count` of its tokens from token `first` on, as a sequence of its own. */
@@ -174,7 +174,7 @@ static dsv4_status rotate(const dsv4_config *config, int64_t position, float *la
     dsv4_batch b = batch_reading(&w.s, 1, &one, 1);
     b.out = matrix_of(out, DSV4_F32);
     b.stages.latent = latent;
-    dsv4_status status = dsv4_compress(w.e.compressor, &b, w.e.workspace, NULL);
+    dsv4_status status = workbench_compress(&w, &b);
     workbench_free(&w);
     return status;
 }
@@ -293,7 +293,7 @@ TEST very_negative_scores_never_make_nan(void) {
                 gate[i] = i % (2 * DIM) < DIM || i / (2 * DIM) % RATIO == 0 ? -3.3e38f : (float)(i % 5);
             }
             const dsv4_batch b = {.kv = kv, .gate = gate, .tokens = 2 * RATIO, .out = {out, DSV4_F32, 0}, .entries = 2};
-            ASSERT_EQ(DSV4_OK, dsv4_compress(w.e.compressor, &b, w.e.workspace, NULL));
+            ASSERT_EQ(DSV4_OK, workbench_compress(&w, &b));
             for (int i = 0; i < 2 * DIM; i++) ASSERTm(note("pad %g, out[%d]", (double)pads[pad], i), isfinite(out[i]));
             if (pad == 0) memcpy(first[rounding], out, sizeof first[rounding]);
             ASSERT_MEM_EQ(first[rounding], out, sizeof first[rounding]);

@@ -144,8 +144,7 @@ TEST calls_need_little_stack(const char *isa) {
 }
 
 SUITE(stack) {
-    const char *isa;
-    for (int i = 0; (isa = dsv4_isa_name(i)) != NULL; i++) {
+    for (const char *isa = dsv4_isa_name(0); isa; isa = isa_after(isa)) {
         RUN_NAMED(isa, calls_need_little_stack, isa);
     }
 }

@@ -84,8 +84,7 @@ static int64_t wrong_projection(const dsv4_config *c, int64_t tokens, const char
 TEST projections_are_added_in_the_order_named(dsv4_sums sums) {
     static const int64_t dims[] = {1,  2,  3,  15,  16,  17,  30,  31,  32,  33,  47,  48,  62,   63,
                                    64, 65, 96, 129, 255, 256, 257, 288, 300, 511, 513, 777, 2080, 4101};
-    const char *isa;
-    for (int k = 0; (isa = dsv4_isa_name(k)) != NULL; k++) {
+    for (const char *isa = dsv4_isa_name(0); isa; isa = isa_after(isa)) {
         for (size_t i = 0; i < sizeof dims / sizeof *dims; i++) {
             dsv4_config c = plain_config(sums, dims[i], 1 + (int64_t)(i * 7) % 40);
             const int64_t wrong = wrong_projection(&c, 1 + (int64_t)(i * 5) % 19, isa);
@@ -116,7 +115,7 @@ static float *dkv_of(workbench *w) {
         dsv4_batch b = {.x = {ones, DSV4_BF16, 0}, .tokens = 1, .entries = 1};
         dsv4_gradients to = {.dout = {dout, w->out_dtype, 0}, .dwkv = {dwkv, DSV4_F32, 0}};
         b.kv = (float *)r.stage[STAGE_KV] + t * c->head_dim;
-        if (dsv4_backward(w->e.compressor, &b, &to, w->e.workspace, NULL) != DSV4_OK) exit(1);
+        if (workbench_backward(w, &b, &to) != DSV4_OK) exit(1);
         for (int64_t i = 0; i < c->head_dim; i++) dkv[t * c->head_dim + i] = dwkv[i * c->hidden_dim];
     }
     return dkv;
@@ -145,8 +144,7 @@ TEST gradients_are_added_in_the_order_named(dsv4_sums sums) {
         dsv4_config c = plain_config(sums, sizes[i][0], sizes[i][1]);
         workbench w = training_for(&c, DSV4_BF16, DSV4_F32, sizes[i][2], 31);
         gradient_set expected = expected_gradients(&w);
-        const char *isa;
-        for (int k = 0; (isa = dsv4_isa_name(k)) != NULL; k++) {
+        for (const char *isa = dsv4_isa_name(0); isa; isa = isa_after(isa)) {
             engine e = workbench_trainer(&w, isa, NULL);
             gradient_set got = workbench_gradients(&w, DSV4_F32);
             ASSERT_EQ(DSV4_OK, backward_whole(&w, &e, &got));
@@ -167,9 +165,8 @@ static workbench tiles_case(int64_t tokens) {
 
 /* The first gradient from dwkv to `last` that differs between the cuts, for some kernel set. */
 static int cuts_differ(workbench *w, const int64_t *some, const int64_t *others, int count, int last) {
-    const char *isa;
     int found = GRADIENTS;
-    for (int k = 0; (isa = dsv4_isa_name(k)) != NULL && found == GRADIENTS; k++) {
+    for (const char *isa = dsv4_isa_name(0); isa && found == GRADIENTS; isa = isa_after(isa)) {
         engine e = workbench_trainer(w, isa, NULL);
         gradient_set a = workbench_gradients(w, DSV4_F32), b = workbench_gradients(w, DSV4_F32);
         if (backward_cut(w, &e, some, count, &a) != DSV4_OK || backward_cut(w, &e, others, count, &b) != DSV4_OK)

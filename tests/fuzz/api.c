@@ -99,7 +99,7 @@ static void compress_both(const scene *s) {
         segments[i] = segment_new(t->token, s->tokens, t->position, t->entry, NULL);
     }
     dsv4_batch batch = batch_new(&s->w.s, &s->w.whole, segments, STREAMS);
-    REQUIRE(dsv4_compress(s->w.e.compressor, &batch, s->w.e.workspace, NULL) == DSV4_OK);
+    REQUIRE(workbench_compress(&s->w, &batch) == DSV4_OK);
 }
 
 static scene choose_scene(choices *c) {

@@ -25,14 +25,7 @@ SUPPORT void hash_need(int condition, const char *what) {
     exit(1);
 }
 
-/* ---- FNV-1a ------------------------------------------------------------------------------------------------ */
-
-static const uint64_t hash_start = ((uint64_t)0xCBF29CE4u << 32) | 0x84222325u;
-
-SUPPORT uint64_t hash_bytes(uint64_t hash, const unsigned char *bytes, size_t size) {
-    for (size_t i = 0; i < size; i++) hash = (hash ^ bytes[i]) * (((uint64_t)0x100 << 32) | 0x1B3u);
-    return hash;
-}
+/* ---- Numbers as bytes --------------------------------------------------------------------------------------- */
 
 SUPPORT uint64_t hash_number(uint64_t hash, uint32_t number, int size) {
     unsigned char bytes[4];
@@ -137,10 +130,10 @@ SUPPORT void hash_rows(dsv4_rows rows, uint32_t rounding, const char *isa, hash_
     unsigned char *scales = workbench_memory(&w, ENTRIES * scale_bytes);
     dsv4_batch b = batch_reading(&w.s, ENTRIES, NULL, 0);
     b.out = matrix_of(read, DSV4_F32);
-    hash_need(dsv4_compress(w.e.compressor, &b, w.e.workspace, NULL) == DSV4_OK, dsv4_rows_name(rows));
+    hash_need(workbench_compress(&w, &b) == DSV4_OK, dsv4_rows_name(rows));
     b.out = matrix_of(packed, DSV4_PACKED);
     b.scales = matrix_of(scales, DSV4_PACKED);
-    hash_need(dsv4_compress(w.e.compressor, &b, w.e.workspace, NULL) == DSV4_OK, dsv4_rows_name(rows));
+    hash_need(workbench_compress(&w, &b) == DSV4_OK, dsv4_rows_name(rows));
     char name[64];
     snprintf(name, sizeof name, "rows.%s%s", dsv4_rows_name(rows), rounding ? ".deepseek" : "");
     hash_add(list, name, "out", hash_array(read, DSV4_F32, ENTRIES * 256));

@@ -106,5 +106,8 @@ SUPPORT sequence shape_sequence(const shape *of, int64_t tokens, uint64_t seed) 
     for (const shape *of = table; of < table + count; of++) RUN_NAMED(of->name, __VA_ARGS__)
 #define FOR_EVERY_SHAPE(...)      FOR_SHAPES(shapes, SHAPE_COUNT, __VA_ARGS__)
 #define FOR_EVERY_LONG_SHAPE(...) FOR_SHAPES(long_shapes, LONG_SHAPE_COUNT, __VA_ARGS__)
+#define FOR_SHORT_AND_LONG_SHAPES(...) \
+    FOR_EVERY_SHAPE(__VA_ARGS__);      \
+    FOR_EVERY_LONG_SHAPE(__VA_ARGS__)
 
 #endif /* TESTS_SHAPES_H */

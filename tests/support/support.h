@@ -60,6 +60,15 @@ SUPPORT int64_t dice_below(dice *d, int64_t n) { return (int64_t)(dice_next(d) %
 /* [-1, 1), a multiple of 2^-23 */
 SUPPORT float dice_real(dice *d) { return (float)((int64_t)(dice_next(d) >> 40) - 8388608) / 8388608.0f; }
 
+/* ---- Hashes (FNV-1a) --------------------------------------------------------------------------------------- */
+
+SUPPORT const uint64_t hash_start = ((uint64_t)0xCBF29CE4u << 32) | 0x84222325u;
+
+SUPPORT uint64_t hash_bytes(uint64_t hash, const unsigned char *bytes, size_t size) {
+    for (size_t i = 0; i < size; i++) hash = (hash ^ bytes[i]) * (((uint64_t)0x100 << 32) | 0x1B3u);
+    return hash;
+}
+
 /* ---- Arrays of either type --------------------------------------------------------------------------------- */
 
 SUPPORT void *reserve(size_t bytes) {
@@ -202,6 +211,13 @@ SUPPORT int isa_count(void) {
     int count = 0;
     while (dsv4_isa_name(count)) count++;
     return count;
+}
+
+/* The next kernel set of this CPU; NULL after the last. */
+SUPPORT const char *isa_after(const char *isa) {
+    int i = 0;
+    while (strcmp(dsv4_isa_name(i), isa) != 0) i++;
+    return dsv4_isa_name(i + 1);
 }
 
 /* A compressor and one workspace. */

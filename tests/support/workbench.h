@@ -179,6 +179,14 @@ SUPPORT gradient_set workbench_gradients(workbench *w, dsv4_dtype dtype) {
     return keep_gradients(w, gradient_set_new(&w->config, dtype, w->s.tokens));
 }
 
+SUPPORT dsv4_status workbench_compress(const workbench *w, const dsv4_batch *b) {
+    return dsv4_compress(w->e.compressor, b, w->e.workspace, NULL);
+}
+
+SUPPORT dsv4_status workbench_backward(const workbench *w, const dsv4_batch *b, const dsv4_gradients *to) {
+    return dsv4_backward(w->e.compressor, b, to, w->e.workspace, NULL);
+}
+
 /* All of its sequence, as one segment; a batch over it that drops the tail and writes every stage of `r`. */
 SUPPORT dsv4_batch workbench_batch(workbench *w, const results *r) {
     w->all = segment_new(0, w->s.tokens, w->s.position, 0, NULL);
@@ -199,6 +207,19 @@ SUPPORT dsv4_batch backward_whole_batch(workbench *w) {
     return backward_batch(w, &w->all, 1);
 }
 
+/* `count` sequences of nought to `most` tokens, one after another, and their entries alike. */
+SUPPORT dsv4_segment *short_segments(workbench *w, int count, int64_t most, uint64_t seed) {
+    dsv4_segment *segments = workbench_memory(w, (size_t)count * sizeof *segments);
+    dice d = {seed};
+    int64_t token = 0, entry = 0;
+    for (int i = 0; i < count; i++) {
+        segments[i] = segment_new(token, dice_below(&d, most + 1), i, entry, NULL);
+        token += segments[i].count;
+        entry += segments[i].count / w->config.ratio;
+    }
+    return segments;
+}
+
 /* Every gradient of the whole sequence in one call. */
 SUPPORT dsv4_status backward_whole(const workbench *w, const engine *e, const gradient_set *g) {
     const dsv4_segment all = segment_new(0, w->s.tokens, w->s.position, 0, NULL);
@@ -206,6 +227,12 @@ SUPPORT dsv4_status backward_whole(const workbench *w, const engine *e, const gr
     dsv4_gradients to = gradients_into(g, w->dout, w->out_dtype);
     return dsv4_backward(e->compressor, &b, &to, e->workspace, NULL);
 }
+
+#define ASSERT_SAME_BITS(expected, got, what)                                                       \
+    do {                                                                                            \
+        int stage_found = results_difference(expected, got);                                        \
+        ASSERTm(note("%s differs: %s", stage_name(stage_found), what), stage_found == STAGE_COUNT); \
+    } while (0)
 
 /* ---- Setting it up ------------------------------------------------------------------------------------------- */
 

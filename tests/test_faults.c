@@ -336,7 +336,7 @@ static void *call_often(void *argument) {
     engine e = {c->w->e.compressor, NULL};
     c->same = dsv4_workspace_create(e.compressor, NULL, &heap, &e.workspace, NULL) == DSV4_OK;
     for (int round = 0; round < 5 && c->same; round++) {
-        results r = results_new(&c->w->config, c->w->out_dtype, c->w->s.tokens, c->w->entries); /* of this thread */
+        results r = results_new(&c->w->config, c->w->out_dtype, c->w->s.tokens, c->w->entries);
         const dsv4_status status =
             round % 2 ? compress_whole(&e, &c->w->s, &r, NULL) : compress_cut(&e, &c->w->s, &r, lengths, 3, NULL);
         c->same = status == DSV4_OK && results_difference(&c->w->whole, &r) == STAGE_COUNT;

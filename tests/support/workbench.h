@@ -73,7 +73,8 @@ typedef struct belonging {
     void *thing;
 } belonging;
 
-/* Zeros are one, too, with nothing on it. */
+/* Zeros are one, too, with nothing on it. It may be moved, but of copies one alone keeps things and is freed. Not for
+ * several threads. */
 typedef struct workbench {
     dsv4_config config;
     model m;
@@ -105,7 +106,7 @@ SUPPORT void belongs_to(workbench *w, void (*release)(void *), void *thing) {
     w->belongings = b;
 }
 
-/* ---- What it keeps: until it is freed, whatever was allocated by others is the workbench's ------------------- */
+/* ---- What others made, to be freed with it ----------------------------------------------------------------- */
 
 SUPPORT void *keep(workbench *w, void *memory) {
     belongs_to(w, free, memory);
@@ -153,7 +154,7 @@ SUPPORT dsv4_state *keep_state(workbench *w, dsv4_state *state) {
     return state;
 }
 
-/* ---- More of what it has ------------------------------------------------------------------------------------- */
+/* ---- More of what it has ----------------------------------------------------------------------------------- */
 
 SUPPORT void *workbench_memory(workbench *w, size_t bytes) { return keep(w, reserve(bytes)); }
 
@@ -234,7 +235,7 @@ SUPPORT dsv4_status backward_whole(const workbench *w, const engine *e, const gr
         ASSERTm(note("%s differs: %s", stage_name(stage_found), what), stage_found == STAGE_COUNT); \
     } while (0)
 
-/* ---- Setting it up ------------------------------------------------------------------------------------------- */
+/* ---- Setting it up ----------------------------------------------------------------------------------------- */
 
 /* Takes over the model and the sequence; it has no engine yet. */
 SUPPORT workbench workbench_with(model m, sequence s, dsv4_dtype out_dtype) {
@@ -251,12 +252,6 @@ SUPPORT workbench workbench_for(const dsv4_config *config, dsv4_dtype dtype, int
     return w;
 }
 
-SUPPORT void workbench_need(dsv4_status status, const char *what, const dsv4_error *error) {
-    if (status == DSV4_OK) return;
-    fprintf(stderr, "tests: %s: %s\n", what, error->text);
-    exit(1);
-}
-
 /* A shape at work, from position 1000 on, and the results of the one call. */
 SUPPORT workbench workbench_new(const shape *of, int64_t windows, uint64_t seed) {
     const int64_t tokens = windows * of->config.ratio;
@@ -265,7 +260,10 @@ SUPPORT workbench workbench_new(const shape *of, int64_t windows, uint64_t seed)
     w.s.position = 1000;
     w.e = workbench_engine(&w, NULL, NULL);
     w.whole = workbench_results(&w);
-    workbench_need(compress_whole(&w.e, &w.s, &w.whole, &error), of->name, &error);
+    if (compress_whole(&w.e, &w.s, &w.whole, &error) != DSV4_OK) {
+        fprintf(stderr, "tests: %s: %s\n", of->name, error.text);
+        exit(1);
+    }
     return w;
 }
 

@@ -115,6 +115,7 @@ TEST the_oracle_agrees_with_itself(uint64_t seed) {
             ASSERT_IN_RANGE(expected, g.value[which][i], 1e-8 * largest + difference_error);
         }
     }
+    oracle_gradients_free(&g);
     oracle_stages_free(&s);
     workbench_free(&w);
     PASS();

@@ -208,7 +208,7 @@ SUPPORT const char *best_isa(dsv4_sums sums) {
 
 /* How many kernel sets this CPU has. */
 SUPPORT int isa_count(void) {
-    int count = 0;
+    int count = 1; /* scalar at least */
     while (dsv4_isa_name(count)) count++;
     return count;
 }

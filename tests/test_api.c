@@ -5,7 +5,7 @@
 
 #include "runner.h"
 #include "oracle_support.h"
-#include "shapes.h"
+#include "workbench.h"
 
 /* A failure as promised: that status, in the error too, with a text that names each of the given words. */
 static const char *failure(dsv4_status wanted, dsv4_status got, const dsv4_error *error, const char *words) {
@@ -56,7 +56,6 @@ TEST success_writes_no_error(void) {
     ASSERT_EQ(DSV4_OK, dsv4_config_check(&w.config, &error));
     ASSERT_EQ(DSV4_OK, compress_whole(&w.e, &w.s, &r, &error));
     ASSERT_MEM_EQ(&before, &error, sizeof error);
-    results_free(&r);
     workbench_free(&w);
     PASS();
 }
@@ -402,7 +401,7 @@ TEST configurations_on_the_border_are_accepted(void) {
 #define BORDER_CONFIG_ROW(name, code) {#name, border_##name},
         BORDER_CONFIGS(BORDER_CONFIG_ROW)};
     for (size_t i = 0; i < sizeof borders / sizeof *borders; i++) {
-        dsv4_config c = shape_config(&shapes[1]);
+        dsv4_config c = shapes[1].config;
         dsv4_error error = {0};
         borders[i].set(&c);
         ASSERTm(note("%s: %.200s", borders[i].name, error.text), dsv4_config_check(&c, &error) == DSV4_OK);
@@ -411,7 +410,7 @@ TEST configurations_on_the_border_are_accepted(void) {
 }
 
 TEST a_zero_field_takes_its_default(void) {
-    dsv4_config c = shape_config(&shapes[1]), full = c;
+    dsv4_config c = shapes[1].config, full = c;
     c.yarn_factor = 0;
     full.eps = 1e-6f;
     full.pad_gate = -INFINITY;
@@ -420,22 +419,20 @@ TEST a_zero_field_takes_its_default(void) {
     full.yarn_orig_ctx = 65536;
     full.yarn_beta_fast = 32;
     full.yarn_beta_slow = 1;
-    model m = model_of(&c, DSV4_F32, 1);
-    engine e = engine_new(&m, NULL, NULL);
-    const dsv4_config *got = dsv4_compressor_config(e.compressor);
+    workbench w = workbench_for(&c, DSV4_F32, 0, 1);
+    const dsv4_config *got = dsv4_compressor_config(w.e.compressor);
     ASSERT(got->sums == full.sums && got->rounding == full.rounding && got->eps == full.eps &&
            got->pad_gate == full.pad_gate && got->rope_theta == full.rope_theta &&
            got->yarn_factor == full.yarn_factor && got->yarn_orig_ctx == full.yarn_orig_ctx &&
            got->yarn_beta_fast == full.yarn_beta_fast && got->yarn_beta_slow == full.yarn_beta_slow);
     ASSERT_MEM_EQ(&full, got, offsetof(dsv4_config, rounding));
-    engine_free(&e);
-    model_free(&m);
+    workbench_free(&w);
     PASS();
 }
 
 TEST parameters_are_listed_by_configuration(void) {
     for (int i = 0; i < SHAPE_COUNT; i++) {
-        dsv4_config c = shape_config(&shapes[i]);
+        dsv4_config c = shapes[i].config;
         dsv4_param_info info[DSV4_PARAM_COUNT];
         int64_t columns = c.head_dim * (c.overlap ? 2 : 1);
         ASSERT_EQ(DSV4_OK, dsv4_config_params(&c, info, NULL));
@@ -455,7 +452,7 @@ TEST parameters_are_listed_by_configuration(void) {
 }
 
 TEST parameter_functions_check_their_arguments(void) {
-    dsv4_config c = shape_config(&shapes[1]), v41 = shape_config(&shapes[11]);
+    dsv4_config c = shapes[1].config, v41 = shapes[11].config;
     dsv4_param_info info[DSV4_PARAM_COUNT];
     float data[64];
     memset(data, POISON, sizeof data);
@@ -484,9 +481,7 @@ TEST parameter_functions_check_their_arguments(void) {
 TEST frequencies_are_correctly_rounded(void) {
     dice d = {1};
     for (int i = 0; i < 400; i++) {
-        dsv4_config c = {0};
-        c.hidden_dim = 1;
-        c.ratio = 1;
+        dsv4_config c = {.hidden_dim = 1, .ratio = 1};
         c.rope_dim = i < 4 ? 64 : 2 * (1 + dice_below(&d, 128));
         c.head_dim = c.rope_dim;
         c.rope_theta = i < 4 ? 0 : (double)(2 + dice_below(&d, 2000000)) + (double)dice_below(&d, 8) / 8;
@@ -514,11 +509,8 @@ TEST frequencies_are_correctly_rounded(void) {
 TEST frequencies_of_wild_settings_are_those_of_the_formula(void) {
     static const double thetas[] = {1 + 1e-12, 1.5, 1e30}, contexts[] = {1, 1e30}, betas[] = {1e-30, 1, 1e30};
     for (int i = 0; i < 3 * 2 * 3 * 3; i++) {
-        dsv4_config c = {0};
-        c.hidden_dim = c.ratio = 1;
-        c.head_dim = c.rope_dim = 16;
+        dsv4_config c = {.hidden_dim = 1, .head_dim = 16, .ratio = 1, .rope_dim = 16, .yarn_factor = 16};
         c.rope_theta = thetas[i % 3];
-        c.yarn_factor = 16;
         c.yarn_orig_ctx = contexts[i / 3 % 2];
         c.yarn_beta_fast = betas[i / 6 % 3];
         c.yarn_beta_slow = betas[i / 18];
@@ -540,7 +532,7 @@ TEST frequencies_of_wild_settings_are_those_of_the_formula(void) {
 }
 
 TEST frequencies_check_their_arguments(void) {
-    dsv4_config c = shape_config(&shapes[1]), no_rope = c;
+    dsv4_config c = shapes[1].config, no_rope = c;
     float got[8];
     no_rope.rope_dim = 0;
     memset(got, POISON, sizeof got);
@@ -622,14 +614,13 @@ TEST rope_is_right_at_any_position(void) {
     for (size_t i = 0; i < sizeof positions / sizeof *positions; i++) {
         for (int of = 0; of < 3; of++) {
             workbench w = workbench_new(&shapes[of == 0 ? 1 : of == 1 ? 5 : 8], 3, 3);
-            results r = results_new(&w.config, DSV4_F32, w.s.tokens, 3);
+            results r = workbench_results_in(&w, DSV4_F32);
             w.s.position = positions[i];
             ASSERT_EQ(DSV4_OK, compress_whole(&w.e, &w.s, &r, NULL));
-            stray v = oracle_judge(&w.m, &w.s, &r);
+            stray_number v = oracle_judge(&w.m, &w.s, &r);
             ASSERTm(note("position %lld: %s[%d] is %.9g", (long long)positions[i], stage_name(v.stage), (int)v.index,
                          v.got),
                     v.stage == STAGE_COUNT);
-            results_free(&r);
             workbench_free(&w);
         }
     }
@@ -696,7 +687,7 @@ TEST an_arena_of_exactly_the_sizes_named_holds_everything(const shape *of) {
     ASSERT_EQ(DSV4_OK, dsv4_workspace_size(w.e.compressor, 1, &sizes[1], NULL));
     ASSERT_EQ(DSV4_OK, dsv4_state_size(w.e.compressor, 2, &sizes[2], NULL));
     for (int i = 0; i < 3; i++) sum += (sizes[i] + 63) / 64 * 64;
-    unsigned char *memory = reserve(sum + 128), *base = memory + (64 - (uintptr_t)memory % 64) % 64;
+    unsigned char *memory = workbench_memory(&w, sum + 128), *base = memory + (64 - (uintptr_t)memory % 64) % 64;
     for (size_t missing = 0; missing <= 64 - (64 - sizes[2] % 64) % 64; missing++) {
         dsv4_arena arena = dsv4_arena_init(base, sum - missing - (64 - sizes[2] % 64) % 64);
         dsv4_allocator a = dsv4_arena_allocator(&arena);
@@ -715,13 +706,11 @@ TEST an_arena_of_exactly_the_sizes_named_holds_everything(const shape *of) {
             ASSERT_EQ(DSV4_OK, dsv4_state_create(e.compressor, 2, &a, &state, NULL));
             ASSERT_EQ(DSV4_OK, compress_part(&e, &w.s, &r, state, 0, w.s.tokens, NULL));
             ASSERT_EQ(STAGE_COUNT, results_difference(&w.whole, &r));
-            results_free(&r);
             dsv4_state_destroy(state);
         }
         engine_free(&e);
         ASSERT_EQ_FMT(0u, (unsigned)arena.used, "%u");
     }
-    free(memory);
     workbench_free(&w);
     PASS();
 }
@@ -788,13 +777,13 @@ TEST parameters_the_configuration_lacks_must_not_be_given(void) {
 /* Weights in panels of 32 columns and of pairs of terms, ape, norm and frequencies in fp32, and half a kilobyte. The
  * panels are as large again with training, there in panels of 32 hidden columns. */
 TEST a_compressor_takes_little_more_than_its_weights(const struct shape *of) {
-    const dsv4_config c = shape_config(of);
-    const int64_t series = of->overlap ? 2 : 1, groups = (c.head_dim + 31) / 32, columns = series * c.head_dim;
+    const dsv4_config c = of->config;
+    const int64_t series = of->config.overlap ? 2 : 1, groups = (c.head_dim + 31) / 32, columns = series * c.head_dim;
     int64_t width = of->param[DSV4_WKV] == DSV4_BF16 ? 2 : 4;
-    if (!of->no_gate) width += of->param[DSV4_WGATE] == DSV4_BF16 ? 2 : 4;
+    if (!of->config.no_gate) width += of->param[DSV4_WGATE] == DSV4_BF16 ? 2 : 4;
     const int64_t panels = groups * 32 * series * ((c.hidden_dim + 1) / 2 * 2) * width;
     const int64_t back = (c.hidden_dim + 31) / 32 * 32 * ((columns + 1) / 2 * 2) * width;
-    const int64_t vectors = ((of->no_ape ? 0 : c.ratio) * columns + c.head_dim + c.rope_dim / 2) * 4;
+    const int64_t vectors = ((of->config.no_ape ? 0 : c.ratio) * columns + c.head_dim + c.rope_dim / 2) * 4;
     model m = shape_model(of, 20);
     for (int training = 0; training < 2; training++) {
         dsv4_options options = {NULL, training, 0};
@@ -919,10 +908,9 @@ TEST a_dtype_that_is_not_given_is_refused(void) {
     workbench w = workbench_new(&shapes[1], 1, 6);
     for (int i = 0; i < DSV4_PARAM_COUNT; i++) {
         dsv4_params params = w.m.params;
-        dsv4_const_matrix *const arrays[DSV4_PARAM_COUNT] = {&params.wkv, &params.wgate, &params.ape, &params.norm};
         size_t bytes = 0;
         char words[64];
-        arrays[i]->dtype = (dsv4_dtype)0;
+        model_array(&params, i)->dtype = (dsv4_dtype)0;
         snprintf(words, sizeof words, "dtype of %s is not given", w.m.info[i].name);
         ASSERT_FAILS(DSV4_ERROR_ARGUMENT, words, dsv4_compressor_size(&w.config, &params, NULL, &bytes, &error));
         dsv4_matrix array = {w.m.data[i], (dsv4_dtype)0, 0};
@@ -938,16 +926,15 @@ TEST a_dtype_that_is_not_given_is_refused(void) {
 }
 
 /* Without segments all tokens, of x or of kv and gate, are one whole sequence, whose tail is refused or dropped. */
-TEST the_easy_call_is_the_call_of_one_segment(int i) {
-    workbench w = workbench_new(&shapes[i], 3, 7);
+TEST the_easy_call_is_the_call_of_one_segment(const shape *of) {
+    workbench w = workbench_new(of, 3, 7);
     sequence s = w.s;
     s.position = 0;
     results explicit_call = workbench_results(&w), easy = workbench_results(&w);
     ASSERT_EQ(DSV4_OK, compress_whole(&w.e, &s, &explicit_call, NULL));
     dsv4_batch b = batch_new(&s, &easy, NULL, 0);
-    ASSERT_EQ(DSV4_OK, dsv4_compress(w.e.compressor, &b, w.e.workspace, NULL));
+    ASSERT_EQ(DSV4_OK, workbench_compress(&w, &b));
     ASSERT_EQ(STAGE_COUNT, results_difference(&explicit_call, &easy));
-    results_free(&easy);
 
     s.tokens -= w.config.ratio > 1;
     results tailed = workbench_results(&w);
@@ -958,9 +945,8 @@ TEST the_easy_call_is_the_call_of_one_segment(int i) {
         ASSERT_FAILS(DSV4_ERROR_LENGTH, "segment 0", dsv4_compress(w.e.compressor, &b, w.e.workspace, &error));
     ASSERT(results_untouched(&easy));
     b.drop_tail = 1;
-    ASSERT_EQ(DSV4_OK, dsv4_compress(w.e.compressor, &b, w.e.workspace, NULL));
+    ASSERT_EQ(DSV4_OK, workbench_compress(&w, &b));
     ASSERT_EQ(STAGE_COUNT, results_difference(&tailed, &easy));
-    results_free(&easy);
 
     easy = workbench_results(&w);
     b = batch_new(&s, &easy, NULL, 0);
@@ -968,42 +954,34 @@ TEST the_easy_call_is_the_call_of_one_segment(int i) {
     b.kv = tailed.stage[STAGE_KV];
     b.gate = w.config.no_gate ? NULL : tailed.stage[STAGE_GATE];
     b.drop_tail = 1;
-    ASSERT_EQ(DSV4_OK, dsv4_compress(w.e.compressor, &b, w.e.workspace, NULL));
+    ASSERT_EQ(DSV4_OK, workbench_compress(&w, &b));
     ASSERT_EQ(STAGE_COUNT, results_difference(&tailed, &easy));
-    results_free(&easy);
-    results_free(&tailed);
-    results_free(&explicit_call);
     workbench_free(&w);
     PASS();
 }
 
 /* Parameters whose rows lie apart are the same parameters; what lies between is not looked at. */
-TEST strides_of_parameters_are_honoured(int i) {
+TEST strides_of_parameters_are_honoured(const shape *of) {
     enum { GAP = 5 };
-    workbench w = workbench_new(&shapes[i], 3, 8);
+    workbench w = workbench_new(of, 3, 8);
     model apart = w.m;
-    void *copies[DSV4_PARAM_COUNT] = {NULL};
-    dsv4_const_matrix *const arrays[DSV4_PARAM_COUNT] = {&apart.params.wkv, &apart.params.wgate, &apart.params.ape,
-                                                         &apart.params.norm};
     for (int p = 0; p < DSV4_PARAM_COUNT; p++) {
         const dsv4_param_info *info = &w.m.info[p];
+        dsv4_const_matrix *param = model_array(&apart.params, p);
         if (info->count == 0) continue;
-        const size_t size = dsv4_dtype_size(arrays[p]->dtype), stride = (size_t)info->columns + GAP;
-        copies[p] = reserve((size_t)info->rows * stride * size);
-        memset(copies[p], 0xFF, (size_t)info->rows * stride * size); /* NaN */
+        const size_t size = dsv4_dtype_size(param->dtype), stride = (size_t)info->columns + GAP;
+        char *copy = workbench_memory(&w, (size_t)info->rows * stride * size);
+        memset(copy, 0xFF, (size_t)info->rows * stride * size); /* NaN */
         for (int64_t row = 0; row < info->rows; row++)
-            memcpy((char *)copies[p] + (size_t)row * stride * size,
-                   (const char *)w.m.data[p] + (size_t)(row * info->columns) * size, (size_t)info->columns * size);
-        arrays[p]->data = copies[p];
-        arrays[p]->stride = info->columns + GAP;
+            memcpy(copy + (size_t)row * stride * size, (const char *)w.m.data[p] + (size_t)(row * info->columns) * size,
+                   (size_t)info->columns * size);
+        param->data = copy;
+        param->stride = info->columns + GAP;
     }
-    engine e = engine_new(&apart, NULL, NULL);
+    engine e = keep_engine(&w, engine_new(&apart, NULL, NULL));
     results r = workbench_results(&w);
     ASSERT_EQ(DSV4_OK, compress_whole(&e, &w.s, &r, NULL));
     ASSERT_EQ(STAGE_COUNT, results_difference(&w.whole, &r));
-    results_free(&r);
-    engine_free(&e);
-    for (int p = 0; p < DSV4_PARAM_COUNT; p++) free(copies[p]);
     workbench_free(&w);
     PASS();
 }
@@ -1058,12 +1036,10 @@ TEST a_parallel_for_that_cannot_run_is_none(void) {
     dsv4_parallel idle = {0};
     idle.threads = 8;
     workbench w = workbench_new(&shapes[1], 3, 17);
-    engine e = engine_new(&w.m, NULL, &idle);
+    engine e = workbench_engine(&w, NULL, &idle);
     results r = workbench_results(&w);
     ASSERT_EQ(DSV4_OK, compress_whole(&e, &w.s, &r, NULL));
     ASSERT_EQ(STAGE_COUNT, results_difference(&w.whole, &r));
-    results_free(&r);
-    engine_free(&e);
     workbench_free(&w);
     PASS();
 }
@@ -1071,39 +1047,29 @@ TEST a_parallel_for_that_cannot_run_is_none(void) {
 /* Their layouts differ, although the configuration is one. */
 TEST a_workspace_serves_no_other_kernel_set_and_no_training(void) {
     workbench w = workbench_new(&shapes[1], 2, 18);
-    dsv4_segment whole = segment_new(0, w.s.tokens, 0, 0, NULL);
     results r = workbench_results(&w);
-    dsv4_batch b = batch_new(&w.s, &r, &whole, 1);
-    dsv4_allocator heap = dsv4_heap();
+    dsv4_batch b = workbench_batch(&w, &r);
     for (int training = 0; training < 2; training++) {
-        dsv4_options options = {training ? NULL : "scalar", training, 0};
-        dsv4_compressor *other = NULL;
+        const dsv4_options options = {training ? NULL : "scalar", training, 0};
         if (!training && !strcmp(best_isa(DSV4_SUMS_PAIRS), "scalar")) continue; /* there is no other set */
-        ASSERT_EQ(DSV4_OK, dsv4_compressor_create(&w.config, &w.m.params, &options, &heap, &other, NULL));
-        ASSERT_FAILS(DSV4_ERROR_ARGUMENT, "workspace", dsv4_compress(other, &b, w.e.workspace, &error));
-        dsv4_compressor_destroy(other);
+        engine other = keep_engine(&w, engine_with(&w.m, &options, NULL));
+        ASSERT_FAILS(DSV4_ERROR_ARGUMENT, "workspace", dsv4_compress(other.compressor, &b, w.e.workspace, &error));
     }
     ASSERT(results_untouched(&r));
-    results_free(&r);
     workbench_free(&w);
     PASS();
 }
 
 /* ... where their states are the same, too: rounded weights keep rows in any case. */
 TEST a_workspace_serves_no_training_where_states_are_the_same(void) {
-    dsv4_config c = shape_config(&shapes[1]);
+    dsv4_config c = shapes[1].config;
     c.rounding = DSV4_ROUND_WEIGHT;
-    model m = model_of(&c, DSV4_F32, 3);
-    engine e = engine_new(&m, NULL, NULL);
-    dsv4_allocator heap = dsv4_heap();
-    dsv4_options options = {NULL, 1, 0};
-    dsv4_compressor *other = NULL;
+    workbench w = workbench_for(&c, DSV4_F32, 0, 3);
+    const dsv4_options options = {NULL, 1, 0};
+    engine other = keep_engine(&w, engine_with(&w.m, &options, NULL));
     dsv4_batch b = {0};
-    ASSERT_EQ(DSV4_OK, dsv4_compressor_create(&c, &m.params, &options, &heap, &other, NULL));
-    ASSERT_FAILS(DSV4_ERROR_ARGUMENT, "workspace", dsv4_compress(other, &b, e.workspace, &error));
-    dsv4_compressor_destroy(other);
-    engine_free(&e);
-    model_free(&m);
+    ASSERT_FAILS(DSV4_ERROR_ARGUMENT, "workspace", dsv4_compress(other.compressor, &b, w.e.workspace, &error));
+    workbench_free(&w);
     PASS();
 }
 
@@ -1114,15 +1080,13 @@ TEST projections_that_no_machine_can_address_are_overflows(void) {
     dsv4_batch b = batch_new(&w.s, &r, NULL, 0);
     b.tokens = (int64_t)(SIZE_MAX / 32 + 1);
     ASSERT_FAILS(DSV4_ERROR_OVERFLOW, "kv", dsv4_compress(w.e.compressor, &b, w.e.workspace, &error));
-    results_free(&r);
     workbench_free(&w);
     PASS();
 }
 
 TEST kernel_sets_are_listed_best_first_and_scalar_last(void) {
-    int count = 0;
-    while (dsv4_isa_name(count)) count++;
-    ASSERT(count >= 1);
+    const int count = isa_count();
+    ASSERT(dsv4_isa_name(0) != NULL);
     ASSERT_STR_EQ("scalar", dsv4_isa_name(count - 1));
     ASSERT_EQ(NULL, dsv4_isa_name(-1));
     ASSERT_EQ(NULL, dsv4_isa_name(count + 5));
@@ -1130,9 +1094,8 @@ TEST kernel_sets_are_listed_best_first_and_scalar_last(void) {
     ASSERT_STR_EQ(best_isa(DSV4_SUMS_PAIRS), dsv4_compressor_isa(w.e.compressor));
     for (int i = 0; i < count; i++) {
         for (int k = 0; k < i; k++) ASSERT(strcmp(dsv4_isa_name(i), dsv4_isa_name(k)) != 0);
-        engine e = engine_new(&w.m, dsv4_isa_name(i), NULL);
+        engine e = workbench_engine(&w, dsv4_isa_name(i), NULL);
         ASSERT_STR_EQ(dsv4_isa_name(i), dsv4_compressor_isa(e.compressor));
-        engine_free(&e);
     }
     workbench_free(&w);
     PASS();
@@ -1226,14 +1189,11 @@ TEST a_bad_call_is_refused_and_changes_nothing(const struct bad_call *bad) {
     workbench w = workbench_new(&shapes[1], 2, 10);
     model strange = w.m; /* the same arrays under another configuration */
     strange.config.eps = 0.5f;
-    engine other = engine_new(&strange, NULL, NULL), e = w.e;
-    dsv4_state *state = state_new(&w.e, depth_for_weights(&w.config));
+    engine other = keep_engine(&w, engine_new(&strange, NULL, NULL)), e = w.e;
+    dsv4_state *state = workbench_state(&w, depth_for_weights(&w.config));
     results r = workbench_results(&w), before = workbench_results(&w);
     ASSERT_EQ(DSV4_OK, compress_part(&w.e, &w.s, &before, state, 0, 2, NULL));
-    size_t size = dsv4_state_save_size(state);
-    unsigned char *saved = reserve(size), *after = reserve(size);
-    ASSERT_EQ(DSV4_OK, dsv4_state_save(state, saved, size, NULL, NULL));
-
+    const saved as_it_was = workbench_saved(&w, state);
     dsv4_segment segments[2] = {segment_new(0, 4, 0, 0, NULL), segment_new(4, 4, w.s.position + 2, 1, state)};
     dsv4_batch b = batch_new(&w.s, &r, segments, 2), good = b;
     bad_call_parts c = {&b, segments, &e, &other};
@@ -1241,22 +1201,14 @@ TEST a_bad_call_is_refused_and_changes_nothing(const struct bad_call *bad) {
     ASSERT_FAILS(bad->status, bad->words, dsv4_compress(e.compressor, c.b, e.workspace, &error));
     ASSERT_EQ(bad->status, dsv4_compress(e.compressor, c.b, e.workspace, NULL));
     ASSERT(results_untouched(&r));
-    ASSERT_EQ_FMT((unsigned)size, (unsigned)dsv4_state_save_size(state), "%u");
-    ASSERT_EQ(DSV4_OK, dsv4_state_save(state, after, size, NULL, NULL));
-    ASSERT_MEM_EQ(saved, after, size);
+    ASSERT(is_still(state, &as_it_was));
 
     /* and the next call works */
     segments[0] = segment_new(0, 4, 0, 0, NULL);
     segments[1] = segment_new(4, 4, w.s.position + 2, 1, state);
-    ASSERT_EQ(DSV4_OK, dsv4_compress(w.e.compressor, &good, w.e.workspace, NULL));
+    ASSERT_EQ(DSV4_OK, workbench_compress(&w, &good));
     ASSERT_EQ_FMT(6, (int)dsv4_state_tokens(state), "%d");
 
-    free(after);
-    free(saved);
-    results_free(&before);
-    results_free(&r);
-    dsv4_state_destroy(state);
-    engine_free(&other);
     workbench_free(&w);
     PASS();
 }
@@ -1267,7 +1219,6 @@ TEST the_last_positions_are_accepted(void) {
     results r = workbench_results(&w);
     w.s.position = ((int64_t)1 << 62) - 9;
     ASSERT_EQ(DSV4_OK, compress_whole(&w.e, &w.s, &r, NULL));
-    results_free(&r);
     workbench_free(&w);
     PASS();
 }
@@ -1276,10 +1227,10 @@ TEST no_tokens_need_no_arrays(void) {
     workbench w = workbench_new(&shapes[1], 1, 12);
     dsv4_batch nothing = {0};
     dsv4_segment empty = {0};
-    ASSERT_EQ(DSV4_OK, dsv4_compress(w.e.compressor, &nothing, w.e.workspace, NULL));
+    ASSERT_EQ(DSV4_OK, workbench_compress(&w, &nothing));
     nothing.segments = &empty;
     nothing.segment_count = 1;
-    ASSERT_EQ(DSV4_OK, dsv4_compress(w.e.compressor, &nothing, w.e.workspace, NULL));
+    ASSERT_EQ(DSV4_OK, workbench_compress(&w, &nothing));
     workbench_free(&w);
     PASS();
 }
@@ -1288,34 +1239,23 @@ TEST no_tokens_need_no_arrays(void) {
 TEST thousands_of_short_segments_share_a_call(void) {
     enum { COUNT = 10000, MOST = 5 };
     workbench w = workbench_new(&shapes[10], 1, 13); /* ratio 2 */
-    sequence s = shape_sequence(&shapes[10], COUNT * MOST, 14);
-    results r = results_new(&w.config, w.out_dtype, s.tokens, COUNT * MOST / 2),
-            one = results_new(&w.config, w.out_dtype, s.tokens, 2);
-    dsv4_segment *segments = reserve(COUNT * sizeof *segments);
-    dice d = {15};
-    int64_t token = 0, entry = 0;
-    for (int i = 0; i < COUNT; i++) {
-        segments[i] = segment_new(token, dice_below(&d, MOST + 1), i, entry, NULL);
-        token += segments[i].count;
-        entry += segments[i].count / 2;
-    }
+    sequence s = keep_sequence(&w, shape_sequence(&shapes[10], COUNT * MOST, 14));
+    results r = keep_results(&w, results_new(&w.config, w.out_dtype, s.tokens, COUNT * MOST / 2));
+    results one = keep_results(&w, results_new(&w.config, w.out_dtype, s.tokens, 2));
+    const dsv4_segment *segments = short_segments(&w, COUNT, MOST, 15);
     dsv4_batch b = batch_new(&s, &r, segments, COUNT);
     b.drop_tail = 1;
-    ASSERT_EQ(DSV4_OK, dsv4_compress(w.e.compressor, &b, w.e.workspace, NULL));
+    ASSERT_EQ(DSV4_OK, workbench_compress(&w, &b));
     size_t row = r.bytes[STAGE_OUT] / (size_t)r.entries;
     for (int i = 0; i < COUNT; i += 97) {
         dsv4_segment alone = segments[i];
         alone.entry = 0;
         dsv4_batch single = batch_new(&s, &one, &alone, 1);
         single.drop_tail = 1;
-        ASSERT_EQ(DSV4_OK, dsv4_compress(w.e.compressor, &single, w.e.workspace, NULL));
+        ASSERT_EQ(DSV4_OK, workbench_compress(&w, &single));
         ASSERT_MEM_EQ(one.stage[STAGE_OUT], (char *)r.stage[STAGE_OUT] + (size_t)segments[i].entry * row,
                       (size_t)(alone.count / 2) * row);
     }
-    free(segments);
-    results_free(&one);
-    results_free(&r);
-    sequence_free(&s);
     workbench_free(&w);
     PASS();
 }
@@ -1324,11 +1264,11 @@ TEST thousands_of_short_segments_share_a_call(void) {
 
 TEST state_functions_check_their_arguments(void) {
     workbench w = workbench_new(&shapes[1], 2, 16);
-    dsv4_state *state = state_new(&w.e, depth_for_weights(&w.config));
+    dsv4_state *state = workbench_state(&w, depth_for_weights(&w.config));
     results r = workbench_results(&w);
     ASSERT_EQ(DSV4_OK, compress_part(&w.e, &w.s, &r, state, 0, 3, NULL));
     size_t size = dsv4_state_save_size(state), written = 77;
-    unsigned char *bytes = reserve(size);
+    unsigned char *bytes = workbench_memory(&w, size);
     char sizes[64];
     memset(bytes, POISON, size);
     snprintf(sizes, sizeof sizes, "%u %u", (unsigned)size, (unsigned)size - 1);
@@ -1353,9 +1293,6 @@ TEST state_functions_check_their_arguments(void) {
     ASSERT_EQ(DSV4_OK, dsv4_state_save(state, bytes, size, &written, NULL));
     ASSERT_EQ_FMT((unsigned)size, (unsigned)written, "%u");
 
-    free(bytes);
-    results_free(&r);
-    dsv4_state_destroy(state);
     workbench_free(&w);
     PASS();
 }
@@ -1383,8 +1320,7 @@ TEST a_query_sees_the_entries_of_closed_windows(void) {
 }
 
 TEST entries_of_a_call_are_counted_without_overflow(void) {
-    dsv4_config c = {0};
-    c.ratio = 4;
+    dsv4_config c = {.ratio = 4};
     for (int64_t count = 0; count < 50; count++)
         ASSERT_EQ_FMT((int)(count / 4), (int)dsv4_entry_count(&c, NULL, count), "%d");
     ASSERT(dsv4_entry_count(&c, NULL, INT64_MAX) == INT64_MAX / 4);
@@ -1466,12 +1402,6 @@ TEST the_mask_checks_its_arguments(void) {
 
 /* ---- The suite --------------------------------------------------------------------------------------------- */
 
-#define FOR_EVERY(table, count, test)            \
-    for (int i = 0; i < (int)(count); i++) {     \
-        greatest_set_test_suffix(table[i].name); \
-        RUN_TESTp(test, &table[i]);              \
-    }
-
 SUITE(api) {
     RUN_TEST(every_status_has_a_text_of_its_own);
     RUN_TEST(success_writes_no_error);
@@ -1489,7 +1419,7 @@ SUITE(api) {
     RUN_TEST(names_of_presets_and_points_can_be_joined);
     RUN_TEST(an_unknown_rounding_is_refused_and_the_known_ones_listed);
     RUN_TEST(a_name_that_does_not_fit_is_refused);
-    FOR_EVERY(bad_configs, BAD_CONFIG_COUNT, a_bad_configuration_is_refused_everywhere);
+    FOR_EVERY(bad_configs, BAD_CONFIG_COUNT, a_bad_configuration_is_refused_everywhere, &bad_configs[i]);
     RUN_TEST(configurations_on_the_border_are_accepted);
     RUN_TEST(a_zero_field_takes_its_default);
     RUN_TEST(parameters_are_listed_by_configuration);
@@ -1503,20 +1433,16 @@ SUITE(api) {
     RUN_TEST(rope_is_right_at_any_position);
     RUN_TEST(the_heap_aligns_and_frees);
     RUN_TEST(an_arena_lays_blocks_one_after_another);
-    FOR_EVERY(shapes, SHAPE_COUNT, an_arena_of_exactly_the_sizes_named_holds_everything);
-    FOR_EVERY(bad_params, BAD_PARAMS_COUNT, bad_parameters_are_refused);
+    FOR_EVERY_SHAPE(an_arena_of_exactly_the_sizes_named_holds_everything, of);
+    FOR_EVERY(bad_params, BAD_PARAMS_COUNT, bad_parameters_are_refused, &bad_params[i]);
     RUN_TEST(parameters_the_configuration_lacks_must_not_be_given);
-    FOR_EVERY(shapes, SHAPE_COUNT, a_compressor_takes_little_more_than_its_weights);
-    FOR_EVERY(shapes, SHAPE_COUNT, every_object_ends_where_the_next_may_begin);
+    FOR_EVERY_SHAPE(a_compressor_takes_little_more_than_its_weights, of);
+    FOR_EVERY_SHAPE(every_object_ends_where_the_next_may_begin, of);
     RUN_TEST(creating_checks_its_arguments);
     RUN_TEST(an_allocator_that_fails_leaves_nothing_behind);
     RUN_TEST(a_dtype_that_is_not_given_is_refused);
-    for (int i = 0; i < SHAPE_COUNT; i++) {
-        greatest_set_test_suffix(shapes[i].name);
-        RUN_TESTp(the_easy_call_is_the_call_of_one_segment, i);
-        greatest_set_test_suffix(shapes[i].name);
-        RUN_TESTp(strides_of_parameters_are_honoured, i);
-    }
+    FOR_EVERY_SHAPE(the_easy_call_is_the_call_of_one_segment, of);
+    FOR_EVERY_SHAPE(strides_of_parameters_are_honoured, of);
     RUN_TEST(sizes_that_no_machine_has_are_overflows);
     RUN_TEST(destroying_nothing_is_fine);
     RUN_TEST(no_compressor_has_neither_configuration_nor_kernels);
@@ -1525,7 +1451,7 @@ SUITE(api) {
     RUN_TEST(a_workspace_serves_no_training_where_states_are_the_same);
     RUN_TEST(projections_that_no_machine_can_address_are_overflows);
     RUN_TEST(kernel_sets_are_listed_best_first_and_scalar_last);
-    FOR_EVERY(bad_calls, BAD_CALL_COUNT, a_bad_call_is_refused_and_changes_nothing);
+    FOR_EVERY(bad_calls, BAD_CALL_COUNT, a_bad_call_is_refused_and_changes_nothing, &bad_calls[i]);
     RUN_TEST(the_last_positions_are_accepted);
     RUN_TEST(no_tokens_need_no_arrays);
     RUN_TEST(thousands_of_short_segments_share_a_call);

@@ -4,13 +4,11 @@
 #define _POSIX_C_SOURCE 200809L
 
 #include "runner.h"
-#include "shapes.h"
+#include "workbench.h"
 #include "threads.h"
 
-static const shape *const tables[2] = {shapes, long_shapes};
-
 /* Results of `s` through a compressor made for the occasion. */
-static results compress_with(const workbench *w, const char *isa, const dsv4_parallel *parallel, const int64_t *cuts,
+static results compress_with(workbench *w, const char *isa, const dsv4_parallel *parallel, const int64_t *cuts,
                              int cut_count) {
     engine e = engine_new(&w->m, isa, parallel);
     results r = workbench_results(w);
@@ -21,37 +19,25 @@ static results compress_with(const workbench *w, const char *isa, const dsv4_par
     return r;
 }
 
-#define ASSERT_SAME_BITS(expected, got, what)                                                       \
-    do {                                                                                            \
-        int stage_found = results_difference(expected, got);                                        \
-        ASSERTm(note("%s differs: %s", stage_name(stage_found), what), stage_found == STAGE_COUNT); \
-    } while (0)
-
-static workbench workbench_of(int table, int i) {
-    const shape *of = &tables[table][i];
-    return workbench_new(of, table ? long_windows(of) : 7, 31);
-}
+static workbench workbench_of(const shape *of) { return workbench_new(of, shape_windows(of, 7), 31); }
 
 /* ---- Kernel sets, threads, cuts ---------------------------------------------------------------------------- */
 
-TEST every_kernel_set_gives_the_bits_of_the_scalar_one(int table, int i) {
-    workbench w = workbench_of(table, i);
+TEST every_kernel_set_gives_the_bits_of_the_scalar_one(const shape *of) {
+    workbench w = workbench_of(of);
     results scalar = compress_with(&w, "scalar", NULL, NULL, 0);
-    const char *isa;
-    for (int k = 0; (isa = dsv4_isa_name(k)) != NULL; k++) {
+    for (const char *isa = dsv4_isa_name(0); isa; isa = isa_after(isa)) {
         results r = compress_with(&w, isa, NULL, NULL, 0);
         ASSERT_SAME_BITS(&scalar, &r, isa);
-        results_free(&r);
     }
-    results_free(&scalar);
     workbench_free(&w);
     PASS();
 }
 
-TEST layers_of_one_configuration_share_a_workspace(int table, int i) {
-    workbench w = workbench_of(table, i);
-    workbench other = workbench_new(&tables[table][i], table ? long_windows(&tables[table][i]) : 7, 32);
-    engine borrowed = other.e, whole = engine_new(&w.m, NULL, NULL);
+TEST layers_of_one_configuration_share_a_workspace(const shape *of) {
+    workbench w = workbench_of(of);
+    workbench other = workbench_new(of, shape_windows(of, 7), 32);
+    engine borrowed = other.e, whole = workbench_engine(&w, NULL, NULL);
     borrowed.workspace = whole.workspace;
     for (int round = 0; round < 2; round++) {
         results mine = workbench_results(&w), theirs = workbench_results(&other);
@@ -59,42 +45,37 @@ TEST layers_of_one_configuration_share_a_workspace(int table, int i) {
         ASSERT_EQ(DSV4_OK, compress_whole(&borrowed, &other.s, &theirs, NULL));
         ASSERT_SAME_BITS(&w.whole, &mine, "its own");
         ASSERT_SAME_BITS(&other.whole, &theirs, "another layer's");
-        results_free(&mine);
-        results_free(&theirs);
     }
-    engine_free(&whole);
     workbench_free(&other);
     workbench_free(&w);
     PASS();
 }
 
-TEST every_parallel_for_gives_the_bits_of_one_thread(int table, int i) {
-    workbench w = workbench_of(table, i);
+TEST every_parallel_for_gives_the_bits_of_one_thread(const shape *of) {
+    workbench w = workbench_of(of);
     for (int t = 0; t < SCHEDULE_COUNT; t++) {
         team c;
         dsv4_parallel parallel = schedule_parallel(&schedules[t], &c);
         results r = compress_with(&w, NULL, &parallel, NULL, 0);
         ASSERT_SAME_BITS(&w.whole, &r, schedules[t].name);
-        if (table && schedules[t].threads > 1) ASSERTm("the callback was used", c.calls > 0);
-        results_free(&r);
+        if (of->tokens && schedules[t].threads > 1) ASSERTm("the callback was used", c.calls > 0);
     }
     workbench_free(&w);
     PASS();
 }
 
 /* Each kernel set with each parallel-for in each cut; of long sequences one pairing in four. */
-TEST all_of_it_together_gives_the_same_bits(int table, int i) {
+TEST all_of_it_together_gives_the_same_bits(const shape *of) {
     static const int64_t cuts[][3] = {{1, 1, 1}, {3, 5, 2}, {230, 1, 97}};
-    workbench w = workbench_of(table, i);
+    workbench w = workbench_of(of);
     const char *isa;
     for (int k = 0; (isa = dsv4_isa_name(k)) != NULL; k++) {
         for (int t = 0; t < SCHEDULE_COUNT; t++) {
             team c;
             dsv4_parallel parallel = schedule_parallel(&schedules[t], &c);
-            if (table && (k + t) % 4 != 0) continue;
+            if (of->tokens && (k + t) % 4 != 0) continue;
             results r = compress_with(&w, isa, &parallel, cuts[(k + t) % 3], 3);
             ASSERT_SAME_BITS(&w.whole, &r, note("%s %s", isa, schedules[t].name));
-            results_free(&r);
         }
     }
     workbench_free(&w);
@@ -118,28 +99,21 @@ TEST multiply_adds_are_rounded_once(void) {
         {1, 0x1p-24f, 1, 0x3F800000}, /* exactly the middle: to even */
         {0x1.000002p0f, 0x1p-24f, 1, 0x3F800002},
     };
-    dsv4_config c = {0};
-    c.hidden_dim = 2;
-    c.head_dim = c.ratio = 1;
-    c.no_ape = c.no_gate = 1;
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
-        const float x[2] = {cases[i].x0, cases[i].x1}, w[2] = {1, cases[i].w1}, one = 1;
-        model m = {0};
-        m.config = c;
-        m.params.wkv.data = w;
-        m.params.norm.data = &one;
-        m.params.wkv.dtype = m.params.norm.dtype = DSV4_F32;
-        const char *isa;
-        for (int k = 0; (isa = dsv4_isa_name(k)) != NULL; k++) {
-            engine e = engine_new(&m, isa, NULL);
-            results r = results_new(&c, DSV4_F32, 1, 1);
-            sequence s = {(void *)(uintptr_t)x, DSV4_F32, 1, 0};
-            ASSERT_EQ(DSV4_OK, compress_whole(&e, &s, &r, NULL));
+        const float x[2] = {cases[i].x0, cases[i].x1}, weights[2] = {1, cases[i].w1}, one = 1;
+        workbench w = {.config = {.hidden_dim = 2, .head_dim = 1, .ratio = 1, .no_ape = 1, .no_gate = 1}};
+        w.m.config = w.config;
+        w.m.params = (dsv4_params){.wkv = {weights, DSV4_F32, 0}, .norm = {&one, DSV4_F32, 0}};
+        w.s = (sequence){(void *)(uintptr_t)x, DSV4_F32, 1, 0};
+        w.entries = 1;
+        for (const char *isa = dsv4_isa_name(0); isa; isa = isa_after(isa)) {
+            engine e = workbench_engine(&w, isa, NULL);
+            results r = workbench_results_in(&w, DSV4_F32);
+            ASSERT_EQ(DSV4_OK, compress_whole(&e, &w.s, &r, NULL));
             unsigned sum = bits_of_float(*(float *)r.stage[STAGE_KV]);
             ASSERTm(note("case %d, %s: %#x, not %#x", (int)i, isa, sum, (unsigned)cases[i].sum), sum == cases[i].sum);
-            results_free(&r);
-            engine_free(&e);
         }
+        workbench_free(&w);
     }
     PASS();
 }
@@ -165,12 +139,10 @@ TEST the_order_of_segments_does_not_matter(const shape *of) {
         }
         results r = workbench_results(&w);
         dsv4_batch b = batch_new(&w.s, &r, segments, COUNT);
-        ASSERT_EQ(DSV4_OK, dsv4_compress(w.e.compressor, &b, w.e.workspace, NULL));
+        ASSERT_EQ(DSV4_OK, workbench_compress(&w, &b));
         if (round == 0) memcpy(first.stage[STAGE_OUT], r.stage[STAGE_OUT], r.bytes[STAGE_OUT]);
         ASSERT_MEM_EQ(first.stage[STAGE_OUT], r.stage[STAGE_OUT], r.bytes[STAGE_OUT]);
-        results_free(&r);
     }
-    results_free(&first);
     workbench_free(&w);
     PASS();
 }
@@ -178,10 +150,10 @@ TEST the_order_of_segments_does_not_matter(const shape *of) {
 /* Entries may go anywhere, and rows that no segment names stay as they were. */
 TEST entries_go_where_the_segment_says(const shape *of) {
     workbench w = workbench_new(of, 4, 33);
-    results r = results_new(&w.config, w.out_dtype, w.s.tokens, 9);
+    results r = keep_results(&w, results_new(&w.config, w.out_dtype, w.s.tokens, 9));
     dsv4_segment whole = segment_new(0, w.s.tokens, w.s.position, 3, NULL);
     dsv4_batch b = batch_new(&w.s, &r, &whole, 1);
-    ASSERT_EQ(DSV4_OK, dsv4_compress(w.e.compressor, &b, w.e.workspace, NULL));
+    ASSERT_EQ(DSV4_OK, workbench_compress(&w, &b));
     for (int stage = STAGE_WEIGHTS; stage < STAGE_COUNT; stage++) {
         size_t entry = r.bytes[stage] / 9;
         const char *at = r.stage[stage];
@@ -189,7 +161,6 @@ TEST entries_go_where_the_segment_says(const shape *of) {
         ASSERT_MEM_EQ(w.whole.stage[stage], at + 3 * entry, 4 * entry);
         ASSERT(memory_untouched(at + 7 * entry, 2 * entry));
     }
-    results_free(&r);
     workbench_free(&w);
     PASS();
 }
@@ -205,27 +176,25 @@ TEST strides_and_addresses_do_not_matter(const shape *of) {
         int64_t x_stride = w.config.hidden_dim + gap, out_stride = w.config.head_dim + gap;
         size_t x_bytes = (size_t)(x_stride * w.s.tokens) * x_number, offset = (size_t)gap;
         size_t out_bytes = (size_t)(out_stride * w.whole.entries) * out_number;
-        char *x = reserve(x_bytes + 20 * x_number), *out = reserve(out_bytes + 20 * out_number);
+        char *x = workbench_memory(&w, x_bytes + 20 * x_number);
+        char *out = workbench_memory(&w, out_bytes + 20 * out_number);
         memset(x, 0xFF, x_bytes + 20 * x_number);
         memset(out, POISON, out_bytes + 20 * out_number);
         for (int64_t t = 0; t < w.s.tokens; t++)
             memcpy(x + (offset + (size_t)(t * x_stride)) * x_number, (char *)w.s.x + (size_t)t * x_row, x_row);
-        dsv4_segment whole = segment_new(0, w.s.tokens, w.s.position, 0, NULL);
-        dsv4_batch b = batch_new(&w.s, &w.whole, &whole, 1);
+        dsv4_batch b = workbench_batch(&w, &w.whole);
         memset(&b.stages, 0, sizeof b.stages);
         b.x.data = x + offset * x_number;
         b.x.stride = x_stride;
         b.out.data = out + offset * out_number;
         b.out.stride = out_stride;
-        ASSERT_EQ(DSV4_OK, dsv4_compress(w.e.compressor, &b, w.e.workspace, NULL));
+        ASSERT_EQ(DSV4_OK, workbench_compress(&w, &b));
         ASSERT(memory_untouched(out, offset * out_number));
         for (int64_t e = 0; e < w.whole.entries; e++) {
             const char *row = out + (offset + (size_t)(e * out_stride)) * out_number;
             ASSERT_MEM_EQ((char *)w.whole.stage[STAGE_OUT] + (size_t)e * out_row, row, out_row);
             ASSERT(memory_untouched(row + out_row, (size_t)gap * out_number));
         }
-        free(out);
-        free(x);
     }
     workbench_free(&w);
     PASS();
@@ -236,8 +205,7 @@ TEST stages_are_by_request_and_change_nothing(const shape *of) {
     workbench w = workbench_new(of, 3, 35);
     for (int wanted = STAGE_KV; wanted < STAGE_COUNT; wanted++) {
         results r = workbench_results(&w);
-        dsv4_segment whole = segment_new(0, w.s.tokens, w.s.position, 0, NULL);
-        dsv4_batch b = batch_new(&w.s, &r, &whole, 1);
+        dsv4_batch b = workbench_batch(&w, &r);
         dsv4_stages all = b.stages;
         memset(&b.stages, 0, sizeof b.stages);
         if (wanted == STAGE_KV) b.stages.kv = all.kv;
@@ -245,14 +213,13 @@ TEST stages_are_by_request_and_change_nothing(const shape *of) {
         if (wanted == STAGE_WEIGHTS) b.stages.weights = all.weights;
         if (wanted == STAGE_POOLED) b.stages.pooled = all.pooled;
         if (wanted == STAGE_LATENT) b.stages.latent = all.latent;
-        ASSERT_EQ(DSV4_OK, dsv4_compress(w.e.compressor, &b, w.e.workspace, NULL));
+        ASSERT_EQ(DSV4_OK, workbench_compress(&w, &b));
         for (int stage = 0; stage < STAGE_COUNT; stage++) {
             if (stage == wanted || stage == STAGE_OUT)
                 ASSERT_MEM_EQ(w.whole.stage[stage], r.stage[stage], r.bytes[stage]);
             else
                 ASSERT(memory_untouched(r.stage[stage], r.bytes[stage]));
         }
-        results_free(&r);
     }
     workbench_free(&w);
     PASS();
@@ -260,11 +227,11 @@ TEST stages_are_by_request_and_change_nothing(const shape *of) {
 
 /* Projections from elsewhere: what stages.kv and stages.gate gave, handed back instead of x, in one call and in
  * cuts. */
-TEST given_projections_give_the_same_entries(int table, int i) {
-    workbench w = workbench_of(table, i);
+TEST given_projections_give_the_same_entries(const shape *of) {
+    workbench w = workbench_of(of);
     for (int way = 2; way <= 7; way++) { /* in one to three parts, without the stage of weights and with it */
         const int parts = way / 2, weights = way % 2;
-        dsv4_state *state = state_new(&w.e, weights ? depth_for_weights(&w.config) : 0);
+        dsv4_state *state = workbench_state(&w, weights ? depth_for_weights(&w.config) : 0);
         results r = workbench_results(&w);
         *r.no_weights = !weights;
         for (int part = 0; part < parts; part++) {
@@ -276,11 +243,9 @@ TEST given_projections_give_the_same_entries(int table, int i) {
             b.kv = w.whole.stage[STAGE_KV];
             b.gate = w.config.no_gate ? NULL : w.whole.stage[STAGE_GATE];
             if (!weights) b.stages.weights = NULL;
-            ASSERT_EQ(DSV4_OK, dsv4_compress(w.e.compressor, &b, w.e.workspace, NULL));
+            ASSERT_EQ(DSV4_OK, workbench_compress(&w, &b));
         }
         ASSERT_SAME_BITS(&w.whole, &r, note("%d parts", parts));
-        results_free(&r);
-        dsv4_state_destroy(state);
     }
     workbench_free(&w);
     PASS();
@@ -326,7 +291,6 @@ TEST objects_take_the_memory_they_announce(const shape *of) {
             ASSERT_EQ(DSV4_OK, compress_part(&e, &w.s, &r, state, 0, w.s.tokens, NULL));
             ASSERT_SAME_BITS(&w.whole, &r, note("%d threads", threads));
             ASSERT_EQ_FMT(3, (int)l.calls, "%d");
-            results_free(&r);
 
             dsv4_state_destroy(state);
             dsv4_workspace_destroy(workspace);
@@ -345,23 +309,20 @@ TEST published_models_keep_to_their_memory(dsv4_preset preset, dsv4_dtype dtype)
     dsv4_param_info info[DSV4_PARAM_COUNT];
     ASSERT_EQ(DSV4_OK, dsv4_config_params(&config, info, NULL));
     size_t weights = 0, bytes = 0;
-    model m = {0};
-    m.config = config;
+    workbench w = {.config = config, .m = {.config = config}};
     for (int i = 0; i < DSV4_PARAM_COUNT; i++) {
         if (info[i].count == 0) continue;
         size_t array = (size_t)info[i].count * dsv4_dtype_size(dtype);
         weights += array;
-        m.data[i] = calloc(array, 1);
-        ASSERT(m.data[i] != NULL);
-        model_array(&m.params, i)->data = m.data[i];
-        model_array(&m.params, i)->dtype = dtype;
+        const void *zeros = keep(&w, calloc(array, 1));
+        ASSERT(zeros != NULL);
+        *model_array(&w.m.params, i) = (dsv4_const_matrix){zeros, dtype, 0};
     }
-    ASSERT_EQ(DSV4_OK, dsv4_compressor_size(&config, &m.params, NULL, &bytes, NULL));
+    ASSERT_EQ(DSV4_OK, dsv4_compressor_size(&config, &w.m.params, NULL, &bytes, NULL));
     ASSERTm(note("%zu bytes for weights of %zu", bytes, weights), (double)bytes <= 1.05 * (double)weights);
 
-    const char *isa;
-    for (int k = 0; (isa = dsv4_isa_name(k)) != NULL; k++) {
-        engine e = engine_new(&m, isa, NULL);
+    for (const char *isa = dsv4_isa_name(0); isa; isa = isa_after(isa)) {
+        engine e = engine_new(&w.m, isa, NULL); /* large ones, one at a time */
         size_t limit = (size_t)(config.ratio == 128 ? 4 : 2) << 20;
         for (int threads = 1; threads <= 8; threads += 7) {
             ASSERT_EQ(DSV4_OK, dsv4_workspace_size(e.compressor, threads, &bytes, NULL));
@@ -369,44 +330,30 @@ TEST published_models_keep_to_their_memory(dsv4_preset preset, dsv4_dtype dtype)
         }
         engine_free(&e);
     }
-    model_free(&m);
+    workbench_free(&w);
     PASS();
 }
 
 /* ---- The suite --------------------------------------------------------------------------------------------- */
 
-#define FOR_EVERY_SHAPE(test)                                                          \
-    for (int table = 0; table < 2; table++) {                                          \
-        for (int i = 0; i < (table ? (int)LONG_SHAPE_COUNT : (int)SHAPE_COUNT); i++) { \
-            greatest_set_test_suffix(tables[table][i].name);                           \
-            RUN_TESTp(test, table, i);                                                 \
-        }                                                                              \
-    }
-#define FOR_EVERY_SMALL_SHAPE(test)               \
-    for (int i = 0; i < SHAPE_COUNT; i++) {       \
-        greatest_set_test_suffix(shapes[i].name); \
-        RUN_TESTp(test, &shapes[i]);              \
-    }
-
 SUITE(bits) {
-    FOR_EVERY_SHAPE(every_kernel_set_gives_the_bits_of_the_scalar_one);
-    FOR_EVERY_SHAPE(every_parallel_for_gives_the_bits_of_one_thread);
-    FOR_EVERY_SHAPE(all_of_it_together_gives_the_same_bits);
-    FOR_EVERY_SHAPE(given_projections_give_the_same_entries);
-    RUN_TESTp(layers_of_one_configuration_share_a_workspace, 0, 0);
-    RUN_TESTp(layers_of_one_configuration_share_a_workspace, 1, 0);
+    FOR_SHORT_AND_LONG_SHAPES(every_kernel_set_gives_the_bits_of_the_scalar_one, of);
+    FOR_SHORT_AND_LONG_SHAPES(every_parallel_for_gives_the_bits_of_one_thread, of);
+    FOR_SHORT_AND_LONG_SHAPES(all_of_it_together_gives_the_same_bits, of);
+    FOR_SHORT_AND_LONG_SHAPES(given_projections_give_the_same_entries, of);
+    RUN_TESTp(layers_of_one_configuration_share_a_workspace, &shapes[0]);
+    RUN_TESTp(layers_of_one_configuration_share_a_workspace, &long_shapes[0]);
     RUN_TEST(multiply_adds_are_rounded_once);
-    FOR_EVERY_SMALL_SHAPE(the_order_of_segments_does_not_matter);
-    FOR_EVERY_SMALL_SHAPE(entries_go_where_the_segment_says);
-    FOR_EVERY_SMALL_SHAPE(strides_and_addresses_do_not_matter);
-    FOR_EVERY_SMALL_SHAPE(stages_are_by_request_and_change_nothing);
-    FOR_EVERY_SMALL_SHAPE(objects_take_the_memory_they_announce);
+    FOR_EVERY_SHAPE(the_order_of_segments_does_not_matter, of);
+    FOR_EVERY_SHAPE(entries_go_where_the_segment_says, of);
+    FOR_EVERY_SHAPE(strides_and_addresses_do_not_matter, of);
+    FOR_EVERY_SHAPE(stages_are_by_request_and_change_nothing, of);
+    FOR_EVERY_SHAPE(objects_take_the_memory_they_announce, of);
     for (int preset = 0; preset < DSV4_PRESET_COUNT; preset++) {
-        greatest_set_test_suffix(dsv4_preset_name((dsv4_preset)preset));
-        RUN_TESTp(published_models_keep_to_their_memory, (dsv4_preset)preset, DSV4_BF16);
+        RUN_NAMED(dsv4_preset_name((dsv4_preset)preset), published_models_keep_to_their_memory, (dsv4_preset)preset,
+                  DSV4_BF16);
     }
-    greatest_set_test_suffix("f32");
-    RUN_TESTp(published_models_keep_to_their_memory, DSV4_V4_FLASH_CSA, DSV4_F32);
+    RUN_NAMED("f32", published_models_keep_to_their_memory, DSV4_V4_FLASH_CSA, DSV4_F32);
 }
 
 TESTS_MAIN(bits);

@@ -33,32 +33,29 @@ static void mask_first_tokens(model *m) {
         set_number(m->data[DSV4_APE], m->params.ape.dtype, i, -INFINITY);
 }
 
-/* A backward_case of a shape: creation, one call forward, one in cuts through a state, one back. */
+/* A shape at work: creation, one call forward, one in cuts through a state, one back. */
 static int everything_works(const shape *of, const char *isa, scores what) {
     static const int64_t cuts[] = {1, 3, 7};
     model m = shape_model(of, 11);
     m.config.pad_gate = what.pad_gate;
     if (what.masked) mask_first_tokens(&m);
-    sequence s = shape_sequence(of, 5 * of->ratio, 12);
+    sequence s = shape_sequence(of, 5 * of->config.ratio, 12);
     s.position = 4711;
-    backward_case l = backward_case_new(m, s, of->out, 13);
-    results r = results_new(&l.config, of->out, s.tokens, l.entries);
-    gradient_set got = gradient_set_new(&l.config, DSV4_F32, s.tokens);
-    engine e = trainer_new(&l.m, isa, NULL);
+    workbench w = training_with(m, s, of->out, 13);
+    results r = workbench_results(&w);
+    gradient_set got = workbench_gradients(&w, DSV4_F32);
+    engine e = workbench_trainer(&w, isa, NULL);
     int works = compress_whole(&e, &s, &r, NULL) == DSV4_OK && compress_cut(&e, &s, &r, cuts, 3, NULL) == DSV4_OK &&
-                backward_whole(&l, &e, &got) == DSV4_OK;
+                backward_whole(&w, &e, &got) == DSV4_OK;
     for (int64_t i = 0; i < r.count[STAGE_OUT]; i++) works &= isfinite(result(&r, STAGE_OUT, i)) != 0;
-    engine_free(&e);
-    gradient_set_free(&got);
-    results_free(&r);
-    backward_case_free(&l);
+    workbench_free(&w);
     return works;
 }
 
 TEST healthy_input_raises_no_flag(const shape *of, const char *isa) {
     static const scores all[] = {{0, 0}, {-1e4f, 0}, {0, 1}, {-FLT_MAX, 1}};
     for (size_t i = 0; i < sizeof all / sizeof *all; i++) {
-        if (all[i].masked && (of->ratio == 1 || of->no_ape))
+        if (all[i].masked && (of->config.ratio == 1 || of->config.no_ape))
             continue; /* nothing is left to weigh, or nothing to mask by */
         feclearexcept(FE_ALL_EXCEPT);
         ASSERT(everything_works(of, isa, all[i]));
@@ -82,17 +79,11 @@ TEST healthy_input_does_not_stop_a_caller_who_traps(const char *isa) {
 #endif
 
 SUITE(environment) {
-    static char suffix[96];
-    const char *isa;
-    for (int k = 0; (isa = dsv4_isa_name(k)) != NULL; k++) {
-        for (int i = 0; i < SHAPE_COUNT; i++) {
-            snprintf(suffix, sizeof suffix, "%s_%s", shapes[i].name, isa);
-            greatest_set_test_suffix(suffix);
-            RUN_TESTp(healthy_input_raises_no_flag, &shapes[i], isa);
-        }
+    for (const char *isa = dsv4_isa_name(0); isa; isa = isa_after(isa)) {
+        for (int i = 0; i < SHAPE_COUNT; i++)
+            RUN_NAMED(note("%s_%s", shapes[i].name, isa), healthy_input_raises_no_flag, &shapes[i], isa);
 #if defined(__GLIBC__) && !defined(TESTS_SANITIZED)
-        greatest_set_test_suffix(isa);
-        RUN_TESTp(healthy_input_does_not_stop_a_caller_who_traps, isa);
+        RUN_NAMED(isa, healthy_input_does_not_stop_a_caller_who_traps, isa);
 #endif
     }
 }

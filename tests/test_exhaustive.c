@@ -3,7 +3,7 @@
 
 #include "implementation.h"
 #include "runner.h"
-#include "support.h"
+#include "workbench.h"
 
 #include <float.h>
 
@@ -48,13 +48,13 @@ TEST fp32_numbers_round_to_the_nearest_bf16(void) {
 /* How a kernel set is made to round any number: with x, wkv and so the pooled row all 1, RMSNorm's mean is exactly
  * 1, and an entry is norm itself, as rounded on its way out. */
 static dsv4_config mirror_config(uint32_t rounding) {
-    dsv4_config c = {0};
-    c.hidden_dim = c.ratio = 1;
-    c.head_dim = HALVES;
-    c.no_ape = c.no_gate = 1;
-    c.eps = 1e-20f;
-    c.rounding = rounding;
-    return c;
+    return (dsv4_config){.hidden_dim = 1,
+                         .head_dim = HALVES,
+                         .ratio = 1,
+                         .no_ape = 1,
+                         .no_gate = 1,
+                         .rounding = rounding,
+                         .eps = 1e-20f};
 }
 
 /* out [HALVES] = norm [HALVES], the numbers of each upper half with this lower one, rounded by the kernel set. */
@@ -65,17 +65,12 @@ static void mirror(const char *isa, unsigned lower, uint32_t rounding, dsv4_dtyp
         norm[upper] = float_of_bits(upper << 16 | lower);
         ones[upper] = 0x3F80;
     }
-    model m = {0};
-    m.config = mirror_config(rounding);
-    m.params.wkv = (dsv4_const_matrix){ones, DSV4_BF16, 0};
-    m.params.norm = (dsv4_const_matrix){norm, DSV4_F32, 0};
-    engine e = engine_new(&m, isa, NULL);
-    dsv4_batch b = {0};
-    b.x = (dsv4_const_matrix){ones, DSV4_BF16, 0};
-    b.out = (dsv4_matrix){out, out_dtype, 0};
-    b.tokens = b.entries = 1;
-    if (dsv4_compress(e.compressor, &b, e.workspace, NULL) != DSV4_OK) exit(1);
-    engine_free(&e);
+    workbench w = {.m = {.params = {.wkv = {ones, DSV4_BF16, 0}, .norm = {norm, DSV4_F32, 0}}}};
+    w.m.config = mirror_config(rounding);
+    w.e = workbench_engine(&w, isa, NULL);
+    const dsv4_batch b = {.x = {ones, DSV4_BF16, 0}, .tokens = 1, .out = {out, out_dtype, 0}, .entries = 1};
+    if (workbench_compress(&w, &b) != DSV4_OK) exit(1);
+    workbench_free(&w);
 }
 
 /* On its way to a bf16 array (narrowed), and at a rounding point (kept as fp32). */
@@ -123,12 +118,10 @@ TEST exponentials_are_within_2_ulp(void) {
 }
 
 SUITE(exhaustive) {
-    const char *isa;
     RUN_TEST(exponentials_are_within_2_ulp);
     RUN_TEST(fp32_numbers_round_to_the_nearest_bf16);
-    for (int i = 0; (isa = dsv4_isa_name(i)) != NULL; i++) {
-        greatest_set_test_suffix(isa);
-        RUN_TESTp(every_kernel_set_rounds_to_the_nearest_bf16, isa);
+    for (const char *isa = dsv4_isa_name(0); isa; isa = isa_after(isa)) {
+        RUN_NAMED(isa, every_kernel_set_rounds_to_the_nearest_bf16, isa);
     }
 }
 

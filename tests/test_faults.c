@@ -4,7 +4,6 @@
 #define _DEFAULT_SOURCE /* MAP_ANONYMOUS */
 #define _POSIX_C_SOURCE 200809L
 
-#include "fences.h"
 #include "arrays.h"
 #include "runner.h"
 #include "threads.h"
@@ -56,13 +55,11 @@ static void destroy_objects(objects *o) {
 }
 
 /* Whether the objects do their work as well as any. */
-static int objects_work(const objects *o, const workbench *w) {
+static int objects_work(const objects *o, workbench *w) {
     engine e = {o->compressor, o->workspace};
     results r = workbench_results(w);
     dsv4_status status = compress_part(&e, &w->s, &r, o->state, 0, w->s.tokens, NULL);
-    const int same = status == DSV4_OK && results_difference(&w->whole, &r) == STAGE_COUNT;
-    results_free(&r);
-    return same;
+    return status == DSV4_OK && results_difference(&w->whole, &r) == STAGE_COUNT;
 }
 
 /* Each object's allocations fail one after another; nothing is written or kept, and the next attempt succeeds. */
@@ -99,12 +96,11 @@ TEST each_allocation_that_fails_changes_nothing(const shape *of, const struct ma
 TEST one_byte_too_few_is_too_few(const shape *of, const struct making *how) {
     workbench w = workbench_new(of, 3, 72);
     objects o = {0};
-    void *memory[OBJECTS];
     dsv4_arena arena[OBJECTS]; /* an object's allocator must outlive it */
     for (int which = 0; which < OBJECTS; which++) {
         size_t bytes = 0;
         ASSERT_EQ(DSV4_OK, object_size(&o, which, &w, how, &bytes));
-        unsigned char *base = memory[which] = reserve(bytes + DSV4_ALIGNMENT);
+        unsigned char *base = workbench_memory(&w, bytes + DSV4_ALIGNMENT);
         base += (DSV4_ALIGNMENT - (uintptr_t)base % DSV4_ALIGNMENT) % DSV4_ALIGNMENT;
         memset(base, POISON, bytes);
         arena[which] = dsv4_arena_init(base, bytes - 1);
@@ -120,10 +116,7 @@ TEST one_byte_too_few_is_too_few(const shape *of, const struct making *how) {
     }
     ASSERT(objects_work(&o, &w));
     destroy_objects(&o);
-    for (int which = 0; which < OBJECTS; which++) {
-        ASSERT_EQ(0, arena[which].used); /* all was given back */
-        free(memory[which]);
-    }
+    for (int which = 0; which < OBJECTS; which++) ASSERT_EQ(0, arena[which].used); /* all was given back */
     workbench_free(&w);
     PASS();
 }
@@ -133,9 +126,8 @@ TEST one_byte_too_few_is_too_few(const shape *of, const struct making *how) {
 /* Every array, inputs and outputs, each at another multiple of its number's size, forward and backward. */
 TEST any_address_that_the_type_allows_gives_the_same_bits(const shape *of) {
     enum { ROUNDS = 16, AROUND = 128 };
-    int sets = 1; /* scalar at least */
-    while (dsv4_isa_name(sets)) sets++;
-    caller_arrays o = caller_arrays_new(of, 3 * of->ratio, of->out, 73);
+    const int sets = isa_count();
+    caller_arrays o = caller_arrays_new(of, 3 * of->config.ratio, of->out, 73);
     caller_arrays_list(&o);
     for (int round = 0; round < ROUNDS; round++) {
         unsigned char *memory[PLACES] = {0}, *base[PLACES] = {0};
@@ -161,7 +153,7 @@ TEST any_address_that_the_type_allows_gives_the_same_bits(const shape *of) {
         }
         ASSERTm(note("round %d: %s", round, wrong ? wrong : ""), !wrong);
     }
-    caller_arrays_free(&o);
+    workbench_free(&o.w);
     PASS();
 }
 
@@ -184,7 +176,7 @@ static dsv4_status run_call(caller_arrays *o, array_call call, engine *e) {
 
 /* Every array, one at a time, at each address between two that its type allows. */
 TEST a_crooked_pointer_is_refused_and_nothing_written(const shape *of) {
-    caller_arrays o = caller_arrays_new(of, 3 * of->ratio, of->out, 74);
+    caller_arrays o = caller_arrays_new(of, 3 * of->config.ratio, of->out, 74);
     engine e = {0};
     caller_arrays_list(&o);
     ASSERT_EQ(DSV4_OK, caller_arrays_create(&o, NULL, &e));
@@ -206,7 +198,7 @@ TEST a_crooked_pointer_is_refused_and_nothing_written(const shape *of) {
     const char *wrong = caller_arrays_run(&o, NULL); /* and the next calls work */
     ASSERTm(wrong, !wrong);
     engine_free(&e);
-    caller_arrays_free(&o);
+    workbench_free(&o.w);
     PASS();
 }
 
@@ -219,73 +211,55 @@ TEST no_call_passes_the_end_of_an_array(const char *isa, int narrow) {
         shape of = tail_shape(tail, 2, (17 + tail) / 2 * 2, type, type);
         for (int i = 0; i < DSV4_PARAM_COUNT; i++) of.param[i] = (narrow + tail + i) % 3 ? DSV4_BF16 : DSV4_F32;
         caller_arrays o = caller_arrays_new(&of, 10, type, 75);
-        fenced fences[PLACES];
-        void *kept[PLACES] = {0};
         caller_arrays_list(&o);
-        for (int i = 0; i < o.count; i++) {
-            kept[i] = *o.places[i].pointer;
-            fences[i] = fenced_copy(kept[i], o.places[i].bytes);
-            *o.places[i].pointer = fences[i].data;
-        }
-        const char *wrong = caller_arrays_run(&o, isa);
-        for (int i = 0; i < o.count; i++) {
-            *o.places[i].pointer = kept[i];
-            fenced_free(&fences[i]);
-        }
+        const char *wrong = caller_arrays_run_fenced(&o, isa);
         ASSERTm(note("tail %d: %s", tail, wrong ? wrong : ""), !wrong);
-        caller_arrays_free(&o);
+        workbench_free(&o.w);
     }
     PASS();
 }
 
 /* ---- Numbers that are none, backward ------------------------------------------------------------------------- */
 
-static const uint32_t specials[] = {0x7FC00000, 0x7F800000, 0xFF800000, 0x7F7F0000, 0xFF7F0000, 0x00010000, 0x80000000};
-enum { SPECIAL_COUNT = sizeof specials / sizeof *specials };
-
 /* A special number in the gradient of an entry reaches dx of the windows that it pooled, and no other. */
 TEST a_special_gradient_reaches_its_own_tokens_alone(const shape *of) {
     enum { WINDOWS = 6 };
-    backward_case l = backward_case_of(of, WINDOWS * of->ratio, 76);
-    const int64_t window_numbers = of->ratio * l.config.hidden_dim;
+    workbench w = training_new(of, WINDOWS * of->config.ratio, 76);
+    const int64_t window_numbers = of->config.ratio * w.config.hidden_dim;
     for (int64_t entry = 0; entry < WINDOWS; entry++) {
         for (int special = 0; special < SPECIAL_COUNT; special++) {
-            const int64_t at = entry * l.config.head_dim;
-            const float kept = (float)number(l.dout, l.dout_dtype, at);
-            gradient_set got = gradient_set_new(&l.config, DSV4_F32, l.s.tokens);
-            set_number(l.dout, l.dout_dtype, at, float_of_bits(specials[special]));
-            ASSERT_EQ(DSV4_OK, backward_whole(&l, &l.e, &got));
-            set_number(l.dout, l.dout_dtype, at, kept);
+            const int64_t at = entry * w.config.head_dim;
+            const float kept = (float)number(w.dout, w.out_dtype, at);
+            gradient_set got = workbench_gradients(&w, DSV4_F32);
+            set_number(w.dout, w.out_dtype, at, float_of_bits(specials[special].bits));
+            ASSERT_EQ(DSV4_OK, backward_whole(&w, &w.e, &got));
+            set_number(w.dout, w.out_dtype, at, kept);
             for (int64_t window = 0; window < WINDOWS; window++) {
-                if (window == entry || (of->overlap && window + 1 == entry)) continue;
-                ASSERT_MEM_EQ((float *)l.whole.data[ORACLE_DX] + window * window_numbers,
+                if (window == entry || (of->config.overlap && window + 1 == entry)) continue;
+                ASSERT_MEM_EQ((float *)w.gradients.data[ORACLE_DX] + window * window_numbers,
                               (float *)got.data[ORACLE_DX] + window * window_numbers, (size_t)window_numbers * 4);
             }
-            for (int64_t i = 0; i < got.count[ORACLE_DX] && special >= 5; i++)
+            for (int64_t i = 0; i < got.count[ORACLE_DX] && special >= SPECIAL_SUBNORMAL; i++)
                 ASSERT(isfinite(number(got.data[ORACLE_DX], DSV4_F32, i)));
-            gradient_set_free(&got);
         }
     }
-    backward_case_free(&l);
+    workbench_free(&w);
     PASS();
 }
 
-/* Equal bits, or both NaN: payloads are nobody's promise. */
-static int same_number(double x, double y) { return (isnan(x) && isnan(y)) || (x == y && signbit(x) == signbit(y)); }
-
 /* NaN and the infinities anywhere in the inputs: no kernel set crashes, all agree on every gradient. */
 TEST special_inputs_give_one_gradient(const shape *of) {
-    caller_arrays o = caller_arrays_new(of, 3 * of->ratio, DSV4_F32, 77);
+    caller_arrays o = caller_arrays_new(of, 3 * of->config.ratio, DSV4_F32, 77);
     gradient_set *scalar = &o.whole, *got = &o.g;
     caller_arrays_list(&o);
     for (int i = 0; i < o.count; i++) {
         const place *p = &o.places[i];
         const dsv4_dtype dtype = p->number == 4 ? DSV4_F32 : DSV4_BF16;
         const int64_t at = (int64_t)(p->bytes / p->number / 2);
-        for (int special = 0; special < 3 && !p->written; special++) {
+        for (int special = 0; special < SPECIAL_LARGEST && !p->written; special++) {
             const float kept = (float)number(*p->pointer, dtype, at);
             const char *isa = "scalar";
-            set_number(*p->pointer, dtype, at, float_of_bits(specials[special]));
+            set_number(*p->pointer, dtype, at, float_of_bits(specials[special].bits));
             for (int k = -1; isa; isa = dsv4_isa_name(++k)) {
                 engine e = {0};
                 ASSERT_EQ(DSV4_OK, caller_arrays_create(&o, isa, &e));
@@ -302,59 +276,47 @@ TEST special_inputs_give_one_gradient(const shape *of) {
             set_number(*p->pointer, dtype, at, kept);
         }
     }
-    caller_arrays_free(&o);
+    workbench_free(&o.w);
     PASS();
 }
 
 /* ---- Sizes, backward ----------------------------------------------------------------------------------------- */
 
 TEST the_oddest_sizes_have_gradients(const shape *of) {
-    caller_arrays o = caller_arrays_new(of, of->ratio * (of->ratio > 1000 ? 2 : 20), DSV4_F32, 78);
+    caller_arrays o = caller_arrays_new(of, of->config.ratio * (of->config.ratio > 1000 ? 2 : 20), DSV4_F32, 78);
     const char *isa;
     caller_arrays_list(&o);
     for (int k = (int)(of - odd_shapes) % 2; (isa = dsv4_isa_name(k)) != NULL; k += 2) { /* the others have the next */
         const char *wrong = caller_arrays_run(&o, isa);
         ASSERTm(note("%s: %s", isa, wrong ? wrong : ""), !wrong);
     }
-    oracle_gradients expected = oracle_gradients_of(&o.l);
+    oracle_gradients expected = oracle_gradients_of(&o.w);
     for (int which = 0; which < GRADIENTS; which++) {
-        const double far = gradient_stray(&o.l.whole, &expected, which);
+        const double far = gradient_stray(&o.w.gradients, &expected, which);
         ASSERTm(note("%s strays by %.3g of its largest", gradient_name(which), far), far <= 5e-6);
     }
-    oracle_gradients_free(&expected);
-    caller_arrays_free(&o);
+    workbench_free(&o.w);
     PASS();
 }
 
 /* Ten thousand sequences of nought to five tokens in one backward call: dx is that of each alone. */
 TEST thousands_of_short_sequences_share_a_backward_call(void) {
     enum { COUNT = 10000, MOST = 5 };
-    backward_case l = backward_case_of(&shapes[10], COUNT * MOST, 79); /* ratio 2 */
-    dsv4_segment *segments = reserve(COUNT * sizeof *segments);
-    gradient_set all = gradient_set_new(&l.config, DSV4_F32, l.s.tokens),
-                 one = gradient_set_new(&l.config, DSV4_F32, l.s.tokens);
-    dice d = {80};
-    int64_t token = 0, entry = 0;
-    for (int i = 0; i < COUNT; i++) {
-        segments[i] = segment_new(token, dice_below(&d, MOST + 1), i, entry, NULL);
-        token += segments[i].count;
-        entry += segments[i].count / 2;
-    }
-    dsv4_batch b = backward_case_batch(&l, segments, COUNT);
-    dsv4_gradients to = gradients_into(&all, l.dout, l.dout_dtype);
-    ASSERT_EQ(DSV4_OK, dsv4_backward(l.e.compressor, &b, &to, l.e.workspace, NULL));
-    to = gradients_into(&one, l.dout, l.dout_dtype);
+    workbench w = training_new(&shapes[10], COUNT * MOST, 79); /* ratio 2 */
+    const dsv4_segment *segments = short_segments(&w, COUNT, MOST, 80);
+    gradient_set all = workbench_gradients(&w, DSV4_F32), one = workbench_gradients(&w, DSV4_F32);
+    dsv4_batch b = backward_batch(&w, segments, COUNT);
+    dsv4_gradients to = gradients_into(&all, w.dout, w.out_dtype);
+    ASSERT_EQ(DSV4_OK, workbench_backward(&w, &b, &to));
+    to = gradients_into(&one, w.dout, w.out_dtype);
     for (int i = 0; i < COUNT; i += 97) {
-        const size_t row = (size_t)l.config.hidden_dim * 4, from = (size_t)segments[i].token * row;
-        b = backward_case_batch(&l, &segments[i], 1);
-        ASSERT_EQ(DSV4_OK, dsv4_backward(l.e.compressor, &b, &to, l.e.workspace, NULL));
+        const size_t row = (size_t)w.config.hidden_dim * 4, from = (size_t)segments[i].token * row;
+        b = backward_batch(&w, &segments[i], 1);
+        ASSERT_EQ(DSV4_OK, workbench_backward(&w, &b, &to));
         ASSERT_MEM_EQ((char *)one.data[ORACLE_DX] + from, (char *)all.data[ORACLE_DX] + from,
                       (size_t)segments[i].count * row);
     }
-    gradient_set_free(&one);
-    gradient_set_free(&all);
-    free(segments);
-    backward_case_free(&l);
+    workbench_free(&w);
     PASS();
 }
 
@@ -374,7 +336,7 @@ static void *call_often(void *argument) {
     engine e = {c->w->e.compressor, NULL};
     c->same = dsv4_workspace_create(e.compressor, NULL, &heap, &e.workspace, NULL) == DSV4_OK;
     for (int round = 0; round < 5 && c->same; round++) {
-        results r = workbench_results(c->w);
+        results r = results_new(&c->w->config, c->w->out_dtype, c->w->s.tokens, c->w->entries);
         const dsv4_status status =
             round % 2 ? compress_whole(&e, &c->w->s, &r, NULL) : compress_cut(&e, &c->w->s, &r, lengths, 3, NULL);
         c->same = status == DSV4_OK && results_difference(&c->w->whole, &r) == STAGE_COUNT;
@@ -405,41 +367,27 @@ TEST many_threads_share_a_compressor(const shape *of) {
 
 /* ---- The suite --------------------------------------------------------------------------------------------- */
 
-#define FOR_EVERY_SHAPE(test)                     \
-    for (int i = 0; i < SHAPE_COUNT; i++) {       \
-        greatest_set_test_suffix(shapes[i].name); \
-        RUN_TESTp(test, &shapes[i]);              \
-    }
-
 SUITE(faults) {
-    static char suffix[64];
-    const char *isa;
     for (int i = 0; i < MAKING_COUNT; i++) {
         for (int k = 0; k < SHAPE_COUNT; k += 5) {
-            snprintf(suffix, sizeof suffix, "%s_%s", makings[i].name, shapes[k].name);
-            greatest_set_test_suffix(suffix);
-            RUN_TESTp(each_allocation_that_fails_changes_nothing, &shapes[k], &makings[i]);
-            greatest_set_test_suffix(suffix);
-            RUN_TESTp(one_byte_too_few_is_too_few, &shapes[k], &makings[i]);
+            const shape *of = &shapes[k];
+            const char *how = makings[i].name;
+            RUN_NAMED(note("%s_%s", how, of->name), each_allocation_that_fails_changes_nothing, of, &makings[i]);
+            RUN_NAMED(note("%s_%s", how, of->name), one_byte_too_few_is_too_few, of, &makings[i]);
         }
     }
-    FOR_EVERY_SHAPE(any_address_that_the_type_allows_gives_the_same_bits);
-    FOR_EVERY_SHAPE(a_crooked_pointer_is_refused_and_nothing_written);
-    for (int i = 0; (isa = dsv4_isa_name(i)) != NULL; i++) {
+    FOR_EVERY_SHAPE(any_address_that_the_type_allows_gives_the_same_bits, of);
+    FOR_EVERY_SHAPE(a_crooked_pointer_is_refused_and_nothing_written, of);
+    for (const char *isa = dsv4_isa_name(0); isa; isa = isa_after(isa)) {
         for (int narrow = 0; narrow <= 1; narrow++) {
-            snprintf(suffix, sizeof suffix, "%s_%s", isa, narrow ? "bf16" : "f32");
-            greatest_set_test_suffix(suffix);
-            RUN_TESTp(no_call_passes_the_end_of_an_array, isa, narrow);
+            RUN_NAMED(note("%s_%s", isa, narrow ? "bf16" : "f32"), no_call_passes_the_end_of_an_array, isa, narrow);
         }
     }
-    FOR_EVERY_SHAPE(a_special_gradient_reaches_its_own_tokens_alone);
-    FOR_EVERY_SHAPE(special_inputs_give_one_gradient);
-    for (int i = 0; i < ODD_SHAPE_COUNT; i++) {
-        greatest_set_test_suffix(odd_shapes[i].name);
-        RUN_TESTp(the_oddest_sizes_have_gradients, &odd_shapes[i]);
-    }
+    FOR_EVERY_SHAPE(a_special_gradient_reaches_its_own_tokens_alone, of);
+    FOR_EVERY_SHAPE(special_inputs_give_one_gradient, of);
+    FOR_SHAPES(odd_shapes, ODD_SHAPE_COUNT, the_oddest_sizes_have_gradients, of);
     RUN_TEST(thousands_of_short_sequences_share_a_backward_call);
-    FOR_EVERY_SHAPE(many_threads_share_a_compressor);
+    FOR_EVERY_SHAPE(many_threads_share_a_compressor, of);
 }
 
 TESTS_MAIN(faults);

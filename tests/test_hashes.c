@@ -30,12 +30,10 @@ TEST the_file_of_hashes_is_there(void) {
 }
 
 SUITE(hashes) {
-    const char *isa;
     RUN_TEST(the_file_of_hashes_is_there);
     RUN_TEST(cuts_have_the_hash_of_the_whole);
-    for (int i = 0; (isa = dsv4_isa_name(i)) != NULL; i++) {
-        greatest_set_test_suffix(isa);
-        RUN_TESTp(reproduces_the_hashes, isa);
+    for (const char *isa = dsv4_isa_name(0); isa; isa = isa_after(isa)) {
+        RUN_NAMED(isa, reproduces_the_hashes, isa);
     }
 }
 

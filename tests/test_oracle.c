@@ -3,6 +3,7 @@
 
 #include "runner.h"
 #include "oracle_support.h"
+#include "workbench.h"
 
 /* ---- Random configurations --------------------------------------------------------------------------------- */
 
@@ -66,36 +67,25 @@ static int is_rounded(const results *narrow, const results *wide) {
     return 1;
 }
 
-static const char *isa_in_turn(uint64_t i) {
-    int count = 1;
-    while (dsv4_isa_name(count)) count++;
-    return dsv4_isa_name((int)(i % (uint64_t)count));
-}
+static const char *isa_in_turn(uint64_t i) { return dsv4_isa_name((int)(i % (uint64_t)isa_count())); }
 
 TEST agrees_with_the_oracle(uint64_t seed, uint32_t rounding) {
     trial t = random_trial(seed, rounding);
-    model m = model_new(&t.config, t.params, seed);
     sequence s = sequence_new(&t.config, t.x, t.tokens, seed + 77);
-    s.position = t.position;
-    engine e = engine_new(&m, isa_in_turn(seed), NULL);
-    int64_t entries = t.tokens / t.config.ratio;
-    results wide = results_new(&t.config, DSV4_F32, t.tokens, entries);
-    results narrow = results_new(&t.config, DSV4_BF16, t.tokens, entries);
+    workbench w = workbench_with(model_new(&t.config, t.params, seed), s, DSV4_F32);
+    results wide = workbench_results_in(&w, DSV4_F32), narrow = workbench_results_in(&w, DSV4_BF16);
     dsv4_error error = {0};
 
-    ASSERTm(note("%s: %s", describe(&t), error.text), compress_whole(&e, &s, &wide, &error) == DSV4_OK);
-    ASSERTm(note("%s: %s", describe(&t), error.text), compress_whole(&e, &s, &narrow, &error) == DSV4_OK);
-    stray v = oracle_judge(&m, &s, &wide);
+    w.s.position = t.position;
+    w.e = workbench_engine(&w, isa_in_turn(seed), NULL);
+    ASSERTm(note("%s: %s", describe(&t), error.text), compress_whole(&w.e, &w.s, &wide, &error) == DSV4_OK);
+    ASSERTm(note("%s: %s", describe(&t), error.text), compress_whole(&w.e, &w.s, &narrow, &error) == DSV4_OK);
+    stray_number v = oracle_judge(&w.m, &w.s, &wide);
     ASSERTm(note("%s: %s[%d] is %.9g, not in [%.9g, %.9g] (%s)", describe(&t), stage_name(v.stage), (int)v.index, v.got,
                  v.least, v.greatest, isa_in_turn(seed)),
             v.stage == STAGE_COUNT);
     ASSERTm(note("%s: bf16 output is not the rounded fp32 one", describe(&t)), is_rounded(&narrow, &wide));
-
-    results_free(&narrow);
-    results_free(&wide);
-    engine_free(&e);
-    sequence_free(&s);
-    model_free(&m);
+    workbench_free(&w);
     PASS();
 }
 
@@ -114,22 +104,15 @@ static double relative_rms(const results *r, int stage, const double *exact) {
 
 /* Blocks of 128 terms err by 2.3e-7, of 256 by 3.0e-7, one unbroken chain of additions by 1.2e-6. */
 TEST fp32_projections_at_hidden_dim_4096_are_accurate(void) {
-    dsv4_config c = {0};
-    c.hidden_dim = 4096;
-    c.head_dim = 48;
-    c.ratio = 4;
-    c.rope_dim = 16;
-    c.overlap = 1;
-    model m = model_of(&c, DSV4_F32, 5);
-    sequence s = sequence_new(&c, DSV4_F32, 16, 6);
-    engine e = engine_new(&m, NULL, NULL);
-    results r = results_new(&c, DSV4_F32, s.tokens, 4);
+    const dsv4_config c = {.hidden_dim = 4096, .head_dim = 48, .ratio = 4, .rope_dim = 16, .overlap = 1};
+    workbench w = workbench_for(&c, DSV4_F32, 16, 5);
+    results r = workbench_results(&w);
     oracle_config oc = oracle_config_of(&c);
-    oracle_params op = oracle_params_of(&m);
-    oracle_stages o = oracle_stages_new(&oc, s.tokens);
-    double *x = doubles(s.x, s.dtype, s.tokens * c.hidden_dim);
+    oracle_params op = oracle_params_of(&w.m);
+    oracle_stages o = oracle_stages_new(&oc, w.s.tokens);
+    double *x = keep(&w, doubles(w.s.x, w.s.dtype, w.s.tokens * c.hidden_dim));
 
-    ASSERT_EQ(DSV4_OK, compress_whole(&e, &s, &r, NULL));
+    ASSERT_EQ(DSV4_OK, compress_whole(&w.e, &w.s, &r, NULL));
     oracle_forward(&oc, &op, x, 0, &o);
     for (int stage = STAGE_KV; stage <= STAGE_GATE; stage++) {
         double rms = relative_rms(&r, stage, oracle_stage(&o, stage));
@@ -138,70 +121,27 @@ TEST fp32_projections_at_hidden_dim_4096_are_accurate(void) {
     double rms = relative_rms(&r, STAGE_OUT, o.out);
     ASSERTm(note("out errs by %.3g", rms), rms <= 6e-7);
 
-    free(x);
     oracle_stages_free(&o);
     oracle_params_free(&op);
-    results_free(&r);
-    engine_free(&e);
-    sequence_free(&s);
-    model_free(&m);
+    workbench_free(&w);
     PASS();
 }
 
 /* ---- Where formulas have corners --------------------------------------------------------------------------- */
 
-/* One window of a compressor whose projections the test gives: scores and values by row, one channel wide. */
-typedef struct window_case {
-    dsv4_config config;
-    float kv[4], gate[4];
-} window_case;
-
-static const float ones[8] = {1, 1, 1, 1, 1, 1, 1, 1};
-
-static dsv4_status pool_window(const window_case *w, float weights[4], float *pooled) {
-    const dsv4_const_matrix all_ones = {ones, DSV4_F32, 0};
-    dsv4_params params = {all_ones, all_ones, {NULL, DSV4_F32, 0}, all_ones};
-    model m = {0};
-    m.config = w->config;
-    m.params = params;
-    engine e = engine_new(&m, NULL, NULL);
-    float out = 0;
-    dsv4_batch b = {0};
-    b.kv = w->kv;
-    b.gate = w->gate;
-    b.tokens = 4;
-    b.out = (dsv4_matrix){&out, DSV4_F32, 0};
-    b.entries = 1;
-    b.stages.weights = weights;
-    b.stages.pooled = pooled;
-    dsv4_status status = dsv4_compress(e.compressor, &b, e.workspace, NULL);
-    engine_free(&e);
-    return status;
-}
-
-static dsv4_config one_channel(uint32_t rounding) {
-    dsv4_config c = {0};
-    c.hidden_dim = 1;
-    c.head_dim = 1;
-    c.ratio = 4;
-    c.no_ape = 1;
-    c.rounding = rounding;
-    return c;
-}
-
 TEST equal_scores_are_averaged(void) {
-    window_case w = {one_channel(0), {1, 2, 3, 6}, {7, 7, 7, 7}};
+    window_case w = {{1, 2, 3, 6}, {7, 7, 7, 7}, 0};
     float weights[4] = {0}, pooled = 0;
-    ASSERT_EQ(DSV4_OK, pool_window(&w, weights, &pooled));
+    ASSERT_EQ(DSV4_OK, pool_window(&w, NULL, 0, 0, weights, &pooled));
     for (int j = 0; j < 4; j++) ASSERT_EQ_FMT(0.25, (double)weights[j], "%g");
     ASSERT_EQ_FMT(3.0, (double)pooled, "%g");
     PASS();
 }
 
 TEST a_far_higher_score_takes_all(void) {
-    window_case w = {one_channel(0), {1, 2, 3, 6}, {-200, 300, -1e30f, -INFINITY}};
+    window_case w = {{1, 2, 3, 6}, {-200, 300, -1e30f, -INFINITY}, 0};
     float weights[4] = {0}, pooled = 0;
-    ASSERT_EQ(DSV4_OK, pool_window(&w, weights, &pooled));
+    ASSERT_EQ(DSV4_OK, pool_window(&w, NULL, 0, 0, weights, &pooled));
     for (int j = 0; j < 4; j++) ASSERT_EQ_FMT(j == 1 ? 1.0 : 0.0, (double)weights[j], "%g");
     ASSERT_EQ_FMT(2.0, (double)pooled, "%g");
     PASS();
@@ -209,9 +149,9 @@ TEST a_far_higher_score_takes_all(void) {
 
 /* The least normal number of fp32 is e^-87.3365. */
 TEST a_weight_that_would_be_subnormal_is_nought(void) {
-    window_case w = {one_channel(0), {1, 2, 3, 6}, {0, -87.33f, -87.34f, -87.4f}};
+    window_case w = {{1, 2, 3, 6}, {0, -87.33f, -87.34f, -87.4f}, 0};
     float weights[4] = {0}, pooled = 0;
-    ASSERT_EQ(DSV4_OK, pool_window(&w, weights, &pooled));
+    ASSERT_EQ(DSV4_OK, pool_window(&w, NULL, 0, 0, weights, &pooled));
     ASSERT_EQ_FMT(1.0, (double)weights[0], "%g");
     ASSERT_IN_RANGE(exp(-87.33), (double)weights[1], 1e-43);
     for (int j = 2; j < 4; j++) ASSERT_EQ_FMT(0.0, (double)weights[j], "%g");
@@ -219,19 +159,19 @@ TEST a_weight_that_would_be_subnormal_is_nought(void) {
 }
 
 TEST the_largest_scores_do_not_overflow(void) {
-    window_case w = {one_channel(0), {1, 2, 3, 6}, {3e38f, 3e38f, -3e38f, 3e38f}};
+    window_case w = {{1, 2, 3, 6}, {3e38f, 3e38f, -3e38f, 3e38f}, 0};
     float weights[4] = {0}, pooled = 0;
-    ASSERT_EQ(DSV4_OK, pool_window(&w, weights, &pooled));
+    ASSERT_EQ(DSV4_OK, pool_window(&w, NULL, 0, 0, weights, &pooled));
     ASSERT_EQ_FMT(3.0, (double)pooled, "%g");
     PASS();
 }
 
 /* With rounded weights three equal rows weigh bf16(1/3) = 0.333984375 each, and each product is rounded too. */
 TEST maxtext_rounds_each_weight_and_each_product(void) {
-    window_case w = {one_channel(DSV4_ROUNDING_MAXTEXT), {1, 1.0078125f, 3, 0}, {5, 5, 5, -INFINITY}};
+    window_case w = {{1, 1.0078125f, 3, 0}, {5, 5, 5, -INFINITY}, DSV4_ROUNDING_MAXTEXT};
     float weights[4] = {0}, pooled = 0;
     double third = 0.333984375;
-    ASSERT_EQ(DSV4_OK, pool_window(&w, weights, &pooled));
+    ASSERT_EQ(DSV4_OK, pool_window(&w, NULL, 0, 0, weights, &pooled));
     for (int j = 0; j < 3; j++) ASSERT_EQ_FMT(third, (double)weights[j], "%.9g");
     double sum = third + oracle_bf16(third * 1.0078125) + oracle_bf16(third * 3);
     ASSERT_EQ_FMT(oracle_bf16(sum), (double)pooled, "%.9g");
@@ -239,20 +179,16 @@ TEST maxtext_rounds_each_weight_and_each_product(void) {
 }
 
 SUITE(oracle) {
-    static char suffix[64];
     for (int p = 0; p < ROUNDING_COUNT; p++) {
         for (uint64_t i = 0; i < PLAIN_CASES; i++) {
-            snprintf(suffix, sizeof suffix, "%s_%d", roundings[p].name, (int)i);
-            greatest_set_test_suffix(suffix);
-            RUN_TESTp(agrees_with_the_oracle, i + 1000 * (uint64_t)p, roundings[p].bits);
+            RUN_NAMED(note("%s_%d", roundings[p].name, (int)i), agrees_with_the_oracle, i + 1000 * (uint64_t)p,
+                      roundings[p].bits);
         }
     }
     for (uint64_t i = 0; i < PLAIN_CASES; i++) { /* points by their own names, in any combination */
         dice d = {i};
         uint32_t rounding = i < ROUNDING_POINTS ? 1u << i : (uint32_t)dice_below(&d, 1 << ROUNDING_POINTS);
-        snprintf(suffix, sizeof suffix, "rounding_%#x", (unsigned)rounding);
-        greatest_set_test_suffix(suffix);
-        RUN_TESTp(agrees_with_the_oracle, 9000 + i, rounding);
+        RUN_NAMED(note("rounding_%#x", (unsigned)rounding), agrees_with_the_oracle, 9000 + i, rounding);
     }
     RUN_TEST(fp32_projections_at_hidden_dim_4096_are_accurate);
     RUN_TEST(equal_scores_are_averaged);

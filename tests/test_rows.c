@@ -13,9 +13,6 @@
 
 static const dsv4_rows formats[] = {DSV4_ROWS_FP8, DSV4_ROWS_FP8_KEYS, DSV4_ROWS_FP4, DSV4_ROWS_FP4_E4M3};
 
-/* Whether two numbers are the same bit for bit, or both NaN. */
-static int same_number(float a, float b) { return bits_of_float(a) == bits_of_float(b) || (isnan(a) && isnan(b)); }
-
 /* ---- Single numbers ---------------------------------------------------------------------------------------- */
 
 TEST every_code_of_e4m3_has_its_value_and_comes_back(void) {
@@ -79,45 +76,25 @@ typedef struct row_arrays {
     unsigned char *rows, *scales;
 } row_arrays;
 
-static row_arrays row_arrays_new(const dsv4_config *c, dsv4_dtype dtype, int64_t count, int gap) {
+static void *poisoned(workbench *w, size_t bytes) { return memset(workbench_memory(w, bytes), POISON, bytes); }
+
+static row_arrays row_arrays_new(workbench *w, const dsv4_config *c, dsv4_dtype dtype, int64_t count, int gap) {
     row_arrays a = {0};
     a.count = count;
     a.dtype = dtype;
     if (dsv4_row_sizes(c, &a.row_bytes, &a.scale_bytes, NULL) != DSV4_OK) exit(1);
     a.row_stride = (int64_t)a.row_bytes + gap;
     a.scale_stride = (int64_t)a.scale_bytes + gap;
-    a.numbers = reserve((size_t)(count * c->head_dim) * dsv4_dtype_size(dtype));
-    a.rows = reserve((size_t)(count * a.row_stride));
-    a.scales = reserve((size_t)(count * a.scale_stride));
-    memset(a.numbers, POISON, (size_t)(count * c->head_dim) * dsv4_dtype_size(dtype));
-    memset(a.rows, POISON, (size_t)(count * a.row_stride));
-    memset(a.scales, POISON, (size_t)(count * a.scale_stride));
+    a.numbers = poisoned(w, (size_t)(count * c->head_dim) * dsv4_dtype_size(dtype));
+    a.rows = poisoned(w, (size_t)(count * a.row_stride));
+    a.scales = poisoned(w, (size_t)(count * a.scale_stride));
     return a;
 }
 
-static void row_arrays_free(row_arrays *a) {
-    free(a->numbers);
-    free(a->rows);
-    free(a->scales);
-    memset(a, 0, sizeof *a);
-}
-
-static dsv4_matrix packed_matrix(void *data, int64_t stride) {
-    dsv4_matrix m = {data, DSV4_PACKED, stride};
-    return m;
-}
+static dsv4_matrix packed_matrix(void *data, int64_t stride) { return (dsv4_matrix){data, DSV4_PACKED, stride}; }
 
 static dsv4_const_matrix const_matrix(const void *data, dsv4_dtype dtype, int64_t stride) {
-    dsv4_const_matrix m = {data, dtype, stride};
-    return m;
-}
-
-/* A compressor of these rows and no use of its weights. */
-static model row_model(const dsv4_config *like) {
-    dsv4_config c = *like;
-    c.hidden_dim = c.hidden_dim ? c.hidden_dim : 2;
-    c.ratio = c.ratio ? c.ratio : 1;
-    return model_of(&c, DSV4_F32, 3);
+    return (dsv4_const_matrix){data, dtype, stride};
 }
 
 static dsv4_status quantise(const engine *e, const void *plain, dsv4_dtype dtype, const row_arrays *a, int packed) {
@@ -135,10 +112,11 @@ static dsv4_status unpack(const dsv4_config *c, const row_arrays *a, void *to, d
 }
 
 /* Whether the kernels of a set give the numbers that dsv4_unpack gave, in fp32 and as bf16. */
-static const char *sets_unpack_alike(const dsv4_config *c, const char *isa, const row_arrays *a, const float *numbers) {
+static const char *sets_unpack_alike(workbench *w, const char *isa, const row_arrays *a, const float *numbers) {
+    const dsv4_config *c = &w->config;
     const int64_t count = a->count * c->head_dim;
-    float *wide = reserve((size_t)count * sizeof *wide);
-    dsv4_bf16 *narrow = reserve((size_t)count * sizeof *narrow);
+    float *wide = workbench_memory(w, (size_t)count * sizeof *wide);
+    dsv4_bf16 *narrow = workbench_memory(w, (size_t)count * sizeof *narrow);
     const char *fault = NULL;
     const dsv4_const_matrix rows = const_matrix(a->rows, DSV4_PACKED, a->row_stride);
     const dsv4_const_matrix scales = const_matrix(a->scales, DSV4_PACKED, a->scale_stride);
@@ -149,24 +127,22 @@ static const char *sets_unpack_alike(const dsv4_config *c, const char *isa, cons
         if (!same_number(wide[i], numbers[i])) fault = "what this set unpacks";
         if (!same_number(dsv4_bf16_to_f32(narrow[i]), bf16_of(numbers[i]))) fault = "what this set unpacks as bf16";
     }
-    free(wide);
-    free(narrow);
     return fault;
 }
 
 /* Whether quantised `plain`, packed, read back at once and unpacked, is what the definition says. */
 static const char *rows_fault(const dsv4_config *c, const char *isa, const void *plain, dsv4_dtype dtype,
                               int64_t count) {
-    model m = row_model(c);
-    engine e = engine_new(&m, isa, NULL);
-    row_arrays a = row_arrays_new(c, dtype, count, 3);
-    unsigned char *row = reserve(a.row_bytes), *scales = reserve(a.scale_bytes);
-    float *back = reserve((size_t)(count * c->head_dim) * sizeof *back);
+    workbench w = workbench_with(model_of(c, DSV4_F32, 3), (sequence){0}, dtype); /* its weights are of no use */
+    engine e = workbench_engine(&w, isa, NULL);
+    row_arrays a = row_arrays_new(&w, c, dtype, count, 3);
+    unsigned char *row = workbench_memory(&w, a.row_bytes), *scales = workbench_memory(&w, a.scale_bytes);
+    float *back = workbench_memory(&w, (size_t)(count * c->head_dim) * sizeof *back);
     const char *fault = NULL;
     if (quantise(&e, plain, dtype, &a, 0) || quantise(&e, plain, dtype, &a, 1) || unpack(c, &a, back, DSV4_F32))
         fault = "refused";
     else
-        fault = sets_unpack_alike(c, isa, &a, back);
+        fault = sets_unpack_alike(&w, isa, &a, back);
     for (int64_t r = 0; r < count && !fault; r++) {
         const char *from = (const char *)plain + (size_t)(r * c->head_dim) * dsv4_dtype_size(dtype);
         row_truth t = row_truth_of(c, from, dtype);
@@ -186,12 +162,7 @@ static const char *rows_fault(const dsv4_config *c, const char *isa, const void 
         }
         row_truth_free(&t);
     }
-    free(row);
-    free(scales);
-    free(back);
-    row_arrays_free(&a);
-    engine_free(&e);
-    model_free(&m);
+    workbench_free(&w);
     return fault;
 }
 
@@ -202,13 +173,9 @@ TEST rows_of_every_size_are_as_defined(const char *isa) {
     for (size_t k = 0; k < sizeof formats / sizeof *formats; k++)
         for (size_t i = 0; i < sizeof dims / sizeof *dims; i++)
             for (int narrow = 0; narrow < 2; narrow++) {
-                dsv4_config c = {0};
-                c.head_dim = dims[i];
-                c.rows = formats[k];
+                dsv4_config c = {.hidden_dim = 2, .head_dim = dims[i], .ratio = 1, .rows = formats[k]};
                 c.rope_dim = dice_below(&d, dims[i] / 2 + 1) * 2;
                 c.rounding = dice_below(&d, 2) ? DSV4_ROUND_ROW : 0;
-                c.hidden_dim = 2;
-                c.ratio = 1;
                 if (c.head_dim % 2 && formats[k] == DSV4_ROWS_FP4_E4M3) continue;
                 if ((c.head_dim % 2 || c.head_dim & (c.head_dim - 1)) && formats[k] == DSV4_ROWS_FP4) continue;
                 void *plain = random_array(narrow ? DSV4_BF16 : DSV4_F32, 5 * c.head_dim, dice_next(&d), 3);
@@ -224,12 +191,7 @@ TEST rows_of_every_magnitude_are_as_defined(const char *isa) {
     dice d = {5};
     for (size_t k = 0; k < sizeof formats / sizeof *formats; k++)
         for (int exponent = -120; exponent <= 120; exponent += 6) {
-            dsv4_config c = {0};
-            c.head_dim = 128;
-            c.rope_dim = 16;
-            c.rows = formats[k];
-            c.hidden_dim = 2;
-            c.ratio = 1;
+            const dsv4_config c = {.hidden_dim = 2, .head_dim = 128, .ratio = 1, .rope_dim = 16, .rows = formats[k]};
             float plain[3 * 128];
             for (int i = 0; i < 3 * 128; i++) {
                 plain[i] = (float)ldexp(dice_real(&d), exponent - (int)dice_below(&d, 12) * (i / 128));
@@ -248,11 +210,7 @@ TEST a_block_with_a_nan_or_an_infinity_reads_back_as_nan(const char *isa) {
     for (size_t k = 0; k < sizeof formats / sizeof *formats; k++) {
         const int block = rule_of(formats[k]).block;
         for (int where = 0; where < 2 * block; where += block - 1) {
-            dsv4_config c = {0};
-            c.head_dim = 512;
-            c.rows = formats[k];
-            c.hidden_dim = 2;
-            c.ratio = 1;
+            dsv4_config c = {.hidden_dim = 2, .head_dim = 512, .ratio = 1, .rows = formats[k]};
             if (c.rows == DSV4_ROWS_FP4) c.head_dim = 32; /* Hadamard spreads it over the whole row */
             float *plain = random_array(DSV4_F32, c.head_dim, 4, 1);
             plain[where % (int)c.head_dim] = odd[where % 3];
@@ -272,38 +230,22 @@ TEST a_block_with_a_nan_or_an_infinity_reads_back_as_nan(const char *isa) {
 
 /* Any bytes: each number is code times scale. Few rows go through the scalar kernels, many through the best. */
 TEST any_bytes_unpack_to_code_times_scale(dsv4_rows rows, int64_t count) {
-    dsv4_config c = {0};
-    c.head_dim = rows == DSV4_ROWS_FP4 ? 128 : 150;
-    c.rope_dim = 22;
-    c.rows = rows;
-    c.hidden_dim = c.ratio = 1;
-    const row_rule rule = rule_of(rows);
-    row_arrays a = row_arrays_new(&c, DSV4_F32, count, 1);
+    dsv4_config c = {.hidden_dim = 1, .head_dim = 150, .ratio = 1, .rope_dim = 22, .rows = rows};
+    if (rows == DSV4_ROWS_FP4) c.head_dim = 128;
+    workbench w = {0};
+    row_arrays a = row_arrays_new(&w, &c, DSV4_F32, count, 1);
     dice d = {(uint64_t)rows};
     for (int64_t i = 0; i < count * a.row_stride; i++) a.rows[i] = (unsigned char)dice_below(&d, 256);
     for (int64_t i = 0; i < count * a.scale_stride; i++) a.scales[i] = (unsigned char)dice_below(&d, 256);
     ASSERT_EQ(DSV4_OK, unpack(&c, &a, a.numbers, DSV4_F32));
-    int64_t coded = rows == DSV4_ROWS_FP8 ? c.head_dim - c.rope_dim : c.head_dim;
     for (int64_t r = 0; r < count; r++)
         for (int64_t i = 0; i < c.head_dim; i++) {
             const unsigned char *row = a.rows + r * a.row_stride, *scales = a.scales + r * a.scale_stride;
-            const unsigned char *s = scales + i / rule.block * rule.scale_bytes;
-            const float got = ((const float *)a.numbers)[r * c.head_dim + i];
-            if (i >= coded) {
-                const unsigned char *half = row + coded + 2 * (i - coded);
-                ASSERT(same_number(float_of_bits((uint32_t)half[0] << 16 | (uint32_t)half[1] << 24), got));
-                continue;
-            }
-            double scale = rule.e4m3_scale ? signed_value(*s, e4m3_value) : *s == 255 ? NAN : ldexp(1, *s - 127);
-            if (rule.scale_bytes == 4)
-                scale =
-                    float_of_bits((uint32_t)s[0] | (uint32_t)s[1] << 8 | (uint32_t)s[2] << 16 | (uint32_t)s[3] << 24);
-            const int code = rule.wide ? row[i] : row[i / 2] >> (4 * (i % 2)) & 15;
-            const float expected = (float)(signed_value(code, rule.wide ? e4m3_value : e2m1_value) * scale);
-            if (fabsf(expected) < 0x1p-126f || (scale != 0 && fabs(scale) < 0x1p-126)) continue; /* subnormal */
-            ASSERT(same_number(expected, got));
+            float expected;
+            if (!packed_number(&c, row, scales, i, &expected)) continue;
+            ASSERT(same_number(expected, ((const float *)a.numbers)[r * c.head_dim + i]));
         }
-    row_arrays_free(&a);
+    workbench_free(&w);
     PASS();
 }
 
@@ -323,7 +265,7 @@ static golden rows_open(const char *file, const st_tensor **plain) {
 /* The codes and scales of packed rows, by number, beside the file's. */
 static int packed_agrees(const golden *g, const row_arrays *a) {
     const unsigned char *codes = st_find(&g->file, "codes")->data, *scales = st_find(&g->file, "scales")->data;
-    const row_rule rule = rule_of(g->config.rows);
+    const row_rule rule = rule_of(g->w.config.rows);
     const int64_t coded = st_find(&g->file, "codes")->shape[2], blocks = st_find(&g->file, "scales")->shape[2];
     for (int64_t r = 0; r < a->count; r++) {
         const unsigned char *row = a->rows + r * a->row_stride, *scale = a->scales + r * a->scale_stride;
@@ -341,18 +283,13 @@ static int packed_agrees(const golden *g, const row_arrays *a) {
 TEST pytorchs_entries_quantise_to_pytorchs_rows(const char *file, const char *isa) {
     const st_tensor *plain;
     golden g = rows_open(file, &plain);
-    model m = {0};
-    m.config = g.config;
-    m.params = g.params;
-    engine e = engine_new(&m, isa, NULL);
-    row_arrays a = row_arrays_new(&g.config, g.x_dtype, g.entries * g.rows, 0);
-    ASSERT_EQ(DSV4_OK, quantise(&e, plain->data, g.x_dtype, &a, 0));
-    ASSERT_EQ(DSV4_OK, quantise(&e, plain->data, g.x_dtype, &a, 1));
+    engine e = workbench_engine(&g.w, isa, NULL);
+    row_arrays a = row_arrays_new(&g.w, &g.w.config, g.w.out_dtype, g.w.entries, 0);
+    ASSERT_EQ(DSV4_OK, quantise(&e, plain->data, g.w.out_dtype, &a, 0));
+    ASSERT_EQ(DSV4_OK, quantise(&e, plain->data, g.w.out_dtype, &a, 1));
     const st_tensor *out = st_find(&g.file, "out");
-    ASSERT_MEM_EQ(out->data, a.numbers, (size_t)out->count * dsv4_dtype_size(g.x_dtype));
+    ASSERT_MEM_EQ(out->data, a.numbers, (size_t)out->count * dsv4_dtype_size(g.w.out_dtype));
     ASSERT(packed_agrees(&g, &a));
-    row_arrays_free(&a);
-    engine_free(&e);
     golden_close(&g);
     PASS();
 }
@@ -361,31 +298,28 @@ TEST pytorchs_entries_quantise_to_pytorchs_rows(const char *file, const char *is
 TEST a_call_quantises_its_own_entries(const char *file, const char *isa) {
     const st_tensor *plain;
     golden g = rows_open(file, &plain);
-    golden bare = g;
-    bare.config.rows = DSV4_ROWS_PLAIN;
     results entries = {0}, r = {0};
-    ASSERT_EQ(DSV4_OK, golden_compress(&bare, isa, &entries, NULL));
     ASSERT_EQ(DSV4_OK, golden_compress(&g, isa, &r, NULL));
+    g.w.m.config.rows = DSV4_ROWS_PLAIN;
+    ASSERT_EQ(DSV4_OK, golden_compress(&g, isa, &entries, NULL));
     for (int stage = 0; stage < STAGE_OUT; stage++) ASSERT_MEM_EQ(entries.stage[stage], r.stage[stage], r.bytes[stage]);
     int64_t equal = 0, most = 0;
     for (int64_t i = 0; i < plain->count; i++) {
-        const double expected = number(plain->data, g.x_dtype, i), got = result(&entries, STAGE_OUT, i);
+        const double expected = number(plain->data, g.w.out_dtype, i), got = result(&entries, STAGE_OUT, i);
         const int64_t steps = bf16_steps(expected, got);
         equal += expected == got;
         most = steps > most ? steps : most;
-        if (g.x_dtype == DSV4_F32) ASSERT_IN_RANGE(expected, got, 2e-5);
+        if (g.w.out_dtype == DSV4_F32) ASSERT_IN_RANGE(expected, got, 2e-5);
     }
-    if (g.x_dtype == DSV4_BF16) ASSERT(most <= 2 && (double)equal >= 0.985 * (double)plain->count);
+    if (g.w.out_dtype == DSV4_BF16) ASSERT(most <= 2 && (double)equal >= 0.985 * (double)plain->count);
     for (int64_t row = 0; row < r.entries; row++) {
-        const size_t size = dsv4_dtype_size(g.x_dtype), offset = (size_t)(row * g.config.head_dim) * size;
+        const size_t size = dsv4_dtype_size(g.w.out_dtype), offset = (size_t)(row * g.w.config.head_dim) * size;
         const char *entry = (const char *)entries.stage[STAGE_OUT] + offset;
-        row_truth t = row_truth_of(&g.config, entry, g.x_dtype);
-        for (int64_t i = 0; i < g.config.head_dim && g.config.rounding & DSV4_ROUND_ROW; i++)
-            ASSERT(same_number(t.read[i], (float)result(&r, STAGE_OUT, row * g.config.head_dim + i)));
+        row_truth t = row_truth_of(&g.w.config, entry, g.w.out_dtype);
+        for (int64_t i = 0; i < g.w.config.head_dim && g.w.config.rounding & DSV4_ROUND_ROW; i++)
+            ASSERT(same_number(t.read[i], (float)result(&r, STAGE_OUT, row * g.w.config.head_dim + i)));
         row_truth_free(&t);
     }
-    results_free(&entries);
-    results_free(&r);
     golden_close(&g);
     PASS();
 }
@@ -394,41 +328,29 @@ TEST a_call_quantises_its_own_entries(const char *file, const char *isa) {
 
 /* A sequence compressed with a format, in one call of whole rows. */
 typedef struct row_call {
-    model m;
-    sequence s;
-    int64_t entries;
+    workbench w;
     row_arrays a;
 } row_call;
 
-static row_call row_call_new(dsv4_rows rows, int gap) {
-    row_call r = {0};
-    dsv4_config c = {0};
-    c.hidden_dim = 40;
-    c.head_dim = 128;
-    c.ratio = 4;
-    c.overlap = 1;
-    c.rope_dim = 32;
-    c.rows = rows;
-    c.rounding = DSV4_ROUNDING_DEEPSEEK;
-    r.m = model_of(&c, DSV4_BF16, 21);
-    r.s = sequence_new(&c, DSV4_BF16, 400, 22);
-    r.entries = 100;
-    r.a = row_arrays_new(&c, DSV4_BF16, r.entries, gap);
+/* ... by one kernel set. */
+static row_call row_call_by(const char *isa, dsv4_rows rows, int gap) {
+    const dsv4_config c = {.hidden_dim = 40,
+                           .head_dim = 128,
+                           .ratio = 4,
+                           .overlap = 1,
+                           .rope_dim = 32,
+                           .rows = rows,
+                           .rounding = DSV4_ROUNDING_DEEPSEEK};
+    row_call r = {.w = workbench_with(model_of(&c, DSV4_BF16, 21), sequence_new(&c, DSV4_BF16, 400, 22), DSV4_BF16)};
+    r.w.e = workbench_engine(&r.w, isa, NULL);
+    r.a = row_arrays_new(&r.w, &c, DSV4_BF16, r.w.entries, gap);
     return r;
 }
 
-static void row_call_free(row_call *r) {
-    row_arrays_free(&r->a);
-    sequence_free(&r->s);
-    model_free(&r->m);
-}
+static row_call row_call_new(dsv4_rows rows, int gap) { return row_call_by(NULL, rows, gap); }
 
 static dsv4_batch packed_batch(const row_call *r, const row_arrays *a) {
-    dsv4_batch b = {0};
-    b.x.data = r->s.x;
-    b.x.dtype = r->s.dtype;
-    b.tokens = r->s.tokens;
-    b.entries = a->count;
+    dsv4_batch b = batch_reading(&r->w.s, a->count, NULL, 0);
     b.out = packed_matrix(a->rows, a->row_stride);
     b.scales = packed_matrix(a->scales, a->scale_stride);
     return b;
@@ -436,33 +358,28 @@ static dsv4_batch packed_batch(const row_call *r, const row_arrays *a) {
 
 TEST packed_and_unpacked_is_what_is_read_back(dsv4_rows rows) {
     row_call r = row_call_new(rows, 5);
-    engine e = engine_new(&r.m, NULL, NULL);
     dsv4_batch packed = packed_batch(&r, &r.a), read = packed;
     read.out = matrix_of(r.a.numbers, DSV4_BF16);
-    void *latent[2] = {reserve(400 * 128), reserve(400 * 128)}, *back = reserve(100 * 128 * 2);
+    void *latent[2] = {workbench_memory(&r.w, 400 * 128), workbench_memory(&r.w, 400 * 128)};
+    void *back = workbench_memory(&r.w, 100 * 128 * 2);
     packed.stages.latent = latent[0];
     read.stages.latent = latent[1];
-    ASSERT_EQ(DSV4_OK, dsv4_compress(e.compressor, &packed, e.workspace, NULL));
-    ASSERT_EQ(DSV4_OK, dsv4_compress(e.compressor, &read, e.workspace, NULL));
-    ASSERT_EQ(DSV4_OK, unpack(&r.m.config, &r.a, back, DSV4_BF16));
+    ASSERT_EQ(DSV4_OK, workbench_compress(&r.w, &packed));
+    ASSERT_EQ(DSV4_OK, workbench_compress(&r.w, &read));
+    ASSERT_EQ(DSV4_OK, unpack(&r.w.config, &r.a, back, DSV4_BF16));
     ASSERT_MEM_EQ(r.a.numbers, back, 100 * 128 * 2);
     ASSERT_MEM_EQ(latent[0], latent[1], 100 * 128 * 2); /* bf16 beside packed rows */
-    free(latent[0]);
-    free(latent[1]);
-    free(back);
-    engine_free(&e);
-    row_call_free(&r);
+    workbench_free(&r.w);
     PASS();
 }
 
 /* At every offset from the pages before and behind, which may not be touched. */
 TEST packed_rows_stay_within_their_bytes(dsv4_rows rows, const char *isa) {
-    row_call r = row_call_new(rows, 0);
-    engine e = engine_new(&r.m, isa, NULL);
+    row_call r = row_call_by(isa, rows, 0);
     dsv4_batch expected = packed_batch(&r, &r.a);
-    ASSERT_EQ(DSV4_OK, dsv4_compress(e.compressor, &expected, e.workspace, NULL));
-    const size_t rows_size = (size_t)r.entries * r.a.row_bytes, scales_size = (size_t)r.entries * r.a.scale_bytes;
-    const size_t numbers_size = (size_t)(r.entries * r.m.config.head_dim) * sizeof(float);
+    ASSERT_EQ(DSV4_OK, workbench_compress(&r.w, &expected));
+    const size_t rows_size = (size_t)r.w.entries * r.a.row_bytes, scales_size = (size_t)r.w.entries * r.a.scale_bytes;
+    const size_t numbers_size = (size_t)(r.w.entries * r.w.config.head_dim) * sizeof(float);
     for (int k = 0; k < 16; k++) {
         const size_t offset = (size_t)k / 2;
         const int behind = k % 2; /* they begin `offset` bytes behind a fence, or end so far before one */
@@ -471,29 +388,27 @@ TEST packed_rows_stay_within_their_bytes(dsv4_rows rows, const char *isa) {
         dsv4_batch b = expected;
         b.out.data = behind ? place.first + offset : place.data;
         b.scales.data = behind ? scales.first + offset : scales.data;
-        ASSERT_EQ(DSV4_OK, dsv4_compress(e.compressor, &b, e.workspace, NULL));
+        ASSERT_EQ(DSV4_OK, workbench_compress(&r.w, &b));
         ASSERT_MEM_EQ(r.a.rows, b.out.data, rows_size);
         ASSERT_MEM_EQ(r.a.scales, b.scales.data, scales_size);
-        unpack_by(isa, &r.m.config, r.entries, const_matrix(b.out.data, DSV4_PACKED, (int64_t)r.a.row_bytes),
+        unpack_by(isa, &r.w.config, r.w.entries, const_matrix(b.out.data, DSV4_PACKED, (int64_t)r.a.row_bytes),
                   const_matrix(b.scales.data, DSV4_PACKED, (int64_t)r.a.scale_bytes),
-                  (dsv4_matrix){behind ? numbers.first : numbers.data, DSV4_F32, r.m.config.head_dim});
+                  (dsv4_matrix){behind ? numbers.first : numbers.data, DSV4_F32, r.w.config.head_dim});
         fenced_free(&place);
         fenced_free(&scales);
         fenced_free(&numbers);
     }
-    engine_free(&e);
-    row_call_free(&r);
+    workbench_free(&r.w);
     PASS();
 }
 
 /* Pages of eight rows in any order, two sequences, chunks across the ends of pages; some entries not stored at all. */
 TEST entries_go_to_the_rows_that_they_are_given(dsv4_rows rows) {
     row_call r = row_call_new(rows, 0);
-    engine e = engine_new(&r.m, NULL, NULL);
     dsv4_batch whole = packed_batch(&r, &r.a);
-    ASSERT_EQ(DSV4_OK, dsv4_compress(e.compressor, &whole, e.workspace, NULL));
-    row_arrays paged = row_arrays_new(&r.m.config, DSV4_BF16, 128, 9);
-    dsv4_state *state = state_new(&e, 0);
+    ASSERT_EQ(DSV4_OK, workbench_compress(&r.w, &whole));
+    row_arrays paged = row_arrays_new(&r.w, &r.w.config, DSV4_BF16, 128, 9);
+    dsv4_state *state = workbench_state(&r.w, 0);
     int64_t done = 0, entry_rows[128];
     for (int64_t count = 1; done < 400; done += count, count = count * 3 % 101) {
         if (count > 400 - done) count = 400 - done;
@@ -507,7 +422,7 @@ TEST entries_go_to_the_rows_that_they_are_given(dsv4_rows rows) {
         b.segments = &part;
         b.segment_count = 1;
         b.entry_rows = entry_rows;
-        ASSERT_EQ(DSV4_OK, dsv4_compress(e.compressor, &b, e.workspace, NULL));
+        ASSERT_EQ(DSV4_OK, workbench_compress(&r.w, &b));
     }
     for (int64_t i = 0; i < 100; i++) {
         const int64_t row = (15 - i / 8) * 8 + i % 8;
@@ -519,63 +434,47 @@ TEST entries_go_to_the_rows_that_they_are_given(dsv4_rows rows) {
         ASSERT_MEM_EQ(r.a.rows + i * r.a.row_stride, paged.rows + row * paged.row_stride, r.a.row_bytes);
         ASSERT_MEM_EQ(r.a.scales + i * r.a.scale_stride, paged.scales + row * paged.scale_stride, r.a.scale_bytes);
     }
-    dsv4_state_destroy(state);
-    row_arrays_free(&paged);
-    engine_free(&e);
-    row_call_free(&r);
+    workbench_free(&r.w);
     PASS();
 }
 
 /* Plain entries and every stage by entry, of many short sequences in one call. */
 TEST stages_follow_the_rows_of_their_entries(void) {
     enum { SEQUENCES = 60, ENTRIES = 3 * SEQUENCES };
-    dsv4_config c = {0};
-    c.hidden_dim = 16;
-    c.head_dim = 20;
-    c.ratio = 3;
-    c.overlap = 1;
-    c.rope_dim = 4;
-    model m = model_of(&c, DSV4_F32, 8);
-    engine e = engine_new(&m, NULL, NULL);
-    sequence s = sequence_new(&c, DSV4_F32, 3 * ENTRIES, 9);
-    results apart = results_new(&c, DSV4_F32, s.tokens, ENTRIES), r = results_new(&c, DSV4_F32, s.tokens, ENTRIES);
+    const dsv4_config c = {.hidden_dim = 16, .head_dim = 20, .ratio = 3, .overlap = 1, .rope_dim = 4};
+    workbench w = workbench_for(&c, DSV4_F32, 3 * ENTRIES, 8);
+    results apart = workbench_results(&w), r = workbench_results(&w);
     dsv4_segment segments[SEQUENCES];
     int64_t entry_rows[ENTRIES];
     for (int64_t i = 0; i < SEQUENCES; i++) segments[i] = segment_new(9 * i, 9, 0, 3 * i, NULL);
     for (int64_t i = 0; i < ENTRIES; i++) entry_rows[i] = i * 7 % ENTRIES;
-    dsv4_batch b = batch_new(&s, &r, segments, SEQUENCES);
-    ASSERT_EQ(DSV4_OK, dsv4_compress(e.compressor, &b, e.workspace, NULL));
-    b = batch_new(&s, &apart, segments, SEQUENCES);
+    dsv4_batch b = batch_new(&w.s, &r, segments, SEQUENCES);
+    ASSERT_EQ(DSV4_OK, workbench_compress(&w, &b));
+    b = batch_new(&w.s, &apart, segments, SEQUENCES);
     b.entry_rows = entry_rows;
-    ASSERT_EQ(DSV4_OK, dsv4_compress(e.compressor, &b, e.workspace, NULL));
+    ASSERT_EQ(DSV4_OK, workbench_compress(&w, &b));
     for (int stage = STAGE_WEIGHTS; stage < STAGE_COUNT; stage++) {
         const size_t bytes = r.bytes[stage] / ENTRIES;
         for (int64_t i = 0; i < ENTRIES; i++)
             ASSERT_MEM_EQ((const char *)r.stage[stage] + (size_t)i * bytes,
                           (const char *)apart.stage[stage] + (size_t)entry_rows[i] * bytes, bytes);
     }
-    results_free(&apart);
-    results_free(&r);
-    sequence_free(&s);
-    engine_free(&e);
-    model_free(&m);
+    workbench_free(&w);
     PASS();
 }
 
 TEST a_row_beyond_the_arrays_is_refused_before_anything_is_written(void) {
     row_call r = row_call_new(DSV4_ROWS_FP8, 0);
-    engine e = engine_new(&r.m, NULL, NULL);
     dsv4_batch b = packed_batch(&r, &r.a);
     int64_t entry_rows[100];
     for (int64_t i = 0; i < 100; i++) entry_rows[i] = i;
     entry_rows[99] = 100;
     b.entry_rows = entry_rows;
     dsv4_error error = {0};
-    ASSERT_EQ(DSV4_ERROR_BOUNDS, dsv4_compress(e.compressor, &b, e.workspace, &error));
+    ASSERT_EQ(DSV4_ERROR_BOUNDS, dsv4_compress(r.w.e.compressor, &b, r.w.e.workspace, &error));
     ASSERT_STR_EQ("segment 0: entry_rows[99] is 100, of 100", error.text);
     ASSERT(memory_untouched(r.a.rows, 100 * r.a.row_bytes));
-    engine_free(&e);
-    row_call_free(&r);
+    workbench_free(&r.w);
     PASS();
 }
 
@@ -610,58 +509,56 @@ TEST rows_that_a_format_cannot_have_are_refused(void) {
 
 TEST packed_arrays_are_checked_before_anything_is_written(void) {
     row_call r = row_call_new(DSV4_ROWS_FP8, 0);
-    engine e = engine_new(&r.m, NULL, NULL);
     const dsv4_batch good = packed_batch(&r, &r.a);
     dsv4_batch b = good;
     b.out.data = NULL;
-    ASSERT_REFUSED(DSV4_ERROR_NULL, "out is null", dsv4_compress(e.compressor, &b, e.workspace, error));
+    ASSERT_REFUSED(DSV4_ERROR_NULL, "out is null", dsv4_compress(r.w.e.compressor, &b, r.w.e.workspace, error));
     b = good;
     b.scales.data = NULL;
-    ASSERT_REFUSED(DSV4_ERROR_NULL, "scales is null", dsv4_compress(e.compressor, &b, e.workspace, error));
+    ASSERT_REFUSED(DSV4_ERROR_NULL, "scales is null", dsv4_compress(r.w.e.compressor, &b, r.w.e.workspace, error));
     b = good;
     b.scales.dtype = DSV4_F32;
     ASSERT_REFUSED(DSV4_ERROR_ARGUMENT, "dtype of scales is 1, not PACKED",
-                   dsv4_compress(e.compressor, &b, e.workspace, error));
+                   dsv4_compress(r.w.e.compressor, &b, r.w.e.workspace, error));
     b = good;
     b.out.stride = (int64_t)r.a.row_bytes - 1;
     ASSERT_REFUSED(DSV4_ERROR_ARGUMENT, "stride of out is 159 for rows of 160",
-                   dsv4_compress(e.compressor, &b, e.workspace, error));
+                   dsv4_compress(r.w.e.compressor, &b, r.w.e.workspace, error));
     b = good;
     b.x.dtype = DSV4_PACKED;
     ASSERT_REFUSED(DSV4_ERROR_ARGUMENT, "dtype of x is 3, neither F32 nor BF16",
-                   dsv4_compress(e.compressor, &b, e.workspace, error));
+                   dsv4_compress(r.w.e.compressor, &b, r.w.e.workspace, error));
     ASSERT(memory_untouched(r.a.rows, 100 * r.a.row_bytes));
     ASSERT(memory_untouched(r.a.scales, 100 * r.a.scale_bytes));
-    engine_free(&e);
-    r.m.config.rows = DSV4_ROWS_PLAIN;
-    e = engine_new(&r.m, NULL, NULL);
+    r.w.m.config.rows = DSV4_ROWS_PLAIN;
+    r.w.e = workbench_engine(&r.w, NULL, NULL);
     b = good;
     ASSERT_REFUSED(DSV4_ERROR_CONFIG, "rows are plain: nothing to pack",
-                   dsv4_compress(e.compressor, &b, e.workspace, error));
-    engine_free(&e);
-    row_call_free(&r);
+                   dsv4_compress(r.w.e.compressor, &b, r.w.e.workspace, error));
+    workbench_free(&r.w);
     PASS();
 }
 
 TEST rows_of_the_callers_own_are_checked_too(void) {
     row_call r = row_call_new(DSV4_ROWS_FP8, 0);
-    engine e = engine_new(&r.m, NULL, NULL);
-    const dsv4_config *c = &r.m.config;
+    const dsv4_config *c = &r.w.config;
     const dsv4_const_matrix plain = const_matrix(r.a.numbers, DSV4_BF16, 0);
     const dsv4_const_matrix rows = const_matrix(r.a.rows, DSV4_PACKED, 0),
                             scales = const_matrix(r.a.scales, DSV4_PACKED, 0);
     const dsv4_matrix numbers = matrix_of(r.a.numbers, DSV4_BF16);
     dsv4_quantised to = {-1, packed_matrix(r.a.rows, 0), packed_matrix(r.a.scales, 0)};
-    ASSERT_REFUSED(DSV4_ERROR_ARGUMENT, "count is -1", dsv4_quantise(e.compressor, plain, &to, e.workspace, error));
-    ASSERT_REFUSED(DSV4_ERROR_NULL, "rows is null", dsv4_quantise(e.compressor, plain, NULL, e.workspace, error));
-    ASSERT_REFUSED(DSV4_ERROR_NULL, "workspace is null", dsv4_quantise(e.compressor, plain, &to, NULL, error));
+    ASSERT_REFUSED(DSV4_ERROR_ARGUMENT, "count is -1",
+                   dsv4_quantise(r.w.e.compressor, plain, &to, r.w.e.workspace, error));
+    ASSERT_REFUSED(DSV4_ERROR_NULL, "rows is null",
+                   dsv4_quantise(r.w.e.compressor, plain, NULL, r.w.e.workspace, error));
+    ASSERT_REFUSED(DSV4_ERROR_NULL, "workspace is null", dsv4_quantise(r.w.e.compressor, plain, &to, NULL, error));
     to.count = 1;
     ASSERT_REFUSED(DSV4_ERROR_NULL, "plain is null",
-                   dsv4_quantise(e.compressor, const_matrix(NULL, DSV4_F32, 0), &to, e.workspace, error));
+                   dsv4_quantise(r.w.e.compressor, const_matrix(NULL, DSV4_F32, 0), &to, r.w.e.workspace, error));
     to.out.data = NULL;
-    ASSERT_REFUSED(DSV4_ERROR_NULL, "out is null", dsv4_quantise(e.compressor, plain, &to, e.workspace, error));
+    ASSERT_REFUSED(DSV4_ERROR_NULL, "out is null", dsv4_quantise(r.w.e.compressor, plain, &to, r.w.e.workspace, error));
     to.count = 0;
-    ASSERT_EQ(DSV4_OK, dsv4_quantise(e.compressor, plain, &to, e.workspace, NULL));
+    ASSERT_EQ(DSV4_OK, dsv4_quantise(r.w.e.compressor, plain, &to, r.w.e.workspace, NULL));
     ASSERT_REFUSED(DSV4_ERROR_ARGUMENT, "count is -1", dsv4_unpack(c, -1, rows, scales, numbers, error));
     ASSERT_REFUSED(DSV4_ERROR_ARGUMENT, "dtype of rows is 2, not PACKED",
                    dsv4_unpack(c, 1, plain, scales, numbers, error));
@@ -671,32 +568,29 @@ TEST rows_of_the_callers_own_are_checked_too(void) {
                    dsv4_unpack(c, 1, rows, scales, matrix_of(NULL, DSV4_BF16), error));
     ASSERT_REFUSED(DSV4_ERROR_NULL, "config is null", dsv4_unpack(NULL, 1, rows, scales, numbers, error));
     ASSERT_EQ(DSV4_OK, dsv4_unpack(c, 0, rows, scales, numbers, NULL));
-    engine_free(&e);
-    row_call_free(&r);
+    workbench_free(&r.w);
     PASS();
 }
 
 /* All of it is RoPE's: nothing to code, no scales, which may then be missing. */
 TEST fp8_rows_of_rope_alone_have_no_scales(void) {
     row_call r = row_call_new(DSV4_ROWS_FP8, 0);
-    r.m.config.rope_dim = 128;
-    engine e = engine_new(&r.m, NULL, NULL);
-    row_arrays a = row_arrays_new(&r.m.config, DSV4_BF16, r.entries, 0);
+    r.w.config.rope_dim = r.w.m.config.rope_dim = 128;
+    r.w.e = workbench_engine(&r.w, NULL, NULL);
+    row_arrays a = row_arrays_new(&r.w, &r.w.config, DSV4_BF16, r.w.entries, 0);
     ASSERT_EQ(0, a.scale_bytes);
     dsv4_batch b = packed_batch(&r, &a);
     memset(&b.scales, 0, sizeof b.scales);
-    ASSERT_EQ(DSV4_OK, dsv4_compress(e.compressor, &b, e.workspace, NULL));
-    ASSERT_EQ(DSV4_OK, dsv4_unpack(&r.m.config, r.entries, const_matrix(a.rows, DSV4_PACKED, 0),
+    ASSERT_EQ(DSV4_OK, workbench_compress(&r.w, &b));
+    ASSERT_EQ(DSV4_OK, dsv4_unpack(&r.w.config, r.w.entries, const_matrix(a.rows, DSV4_PACKED, 0),
                                    const_matrix(NULL, DSV4_PACKED, 0), matrix_of(a.numbers, DSV4_BF16), NULL));
-    dsv4_quantised to = {r.entries, packed_matrix(r.a.rows, 2 * 128), {0}};
-    r.a.rows = realloc(r.a.rows, 2 * 128 * 100);
+    dsv4_quantised to = {r.w.entries, packed_matrix(r.a.rows, 2 * 128), {0}};
+    r.a.rows = workbench_memory(&r.w, 2 * 128 * 100);
     to.out.data = r.a.rows;
-    ASSERT(r.a.rows != NULL);
-    ASSERT_EQ(DSV4_OK, dsv4_quantise(e.compressor, const_matrix(a.numbers, DSV4_BF16, 0), &to, e.workspace, NULL));
+    ASSERT_EQ(DSV4_OK,
+              dsv4_quantise(r.w.e.compressor, const_matrix(a.numbers, DSV4_BF16, 0), &to, r.w.e.workspace, NULL));
     ASSERT_MEM_EQ(a.rows, r.a.rows, 2 * 128 * 100);
-    row_arrays_free(&a);
-    engine_free(&e);
-    row_call_free(&r);
+    workbench_free(&r.w);
     PASS();
 }
 
@@ -736,67 +630,47 @@ TEST presets_know_their_rows(void) {
 
 /* ---- Gradients --------------------------------------------------------------------------------------------- */
 
-static dsv4_config gradient_config(dsv4_rows rows) {
-    dsv4_config c = {0};
-    c.hidden_dim = 24;
-    c.head_dim = 32;
-    c.ratio = 4;
-    c.overlap = 1;
-    c.rope_dim = 8;
-    c.rows = rows;
-    return c;
+static workbench row_training(dsv4_rows rows, uint64_t seed) {
+    const dsv4_config c = {.hidden_dim = 24, .head_dim = 32, .ratio = 4, .overlap = 1, .rope_dim = 8, .rows = rows};
+    return training_for(&c, DSV4_F32, DSV4_F32, 64, seed);
 }
 
 /* Rounding counts as the identity, so the gradients are those of plain rows; behind Hadamard those of dout turned back,
  * which turns as the rows do. */
 TEST gradients_go_straight_through_the_rounding(dsv4_rows rows) {
-    const dsv4_config c = gradient_config(rows), bare = gradient_config(DSV4_ROWS_PLAIN);
-    backward_case l = backward_case_new(model_of(&c, DSV4_F32, 31), sequence_new(&c, DSV4_F32, 64, 32), DSV4_F32, 33);
-    backward_case plain =
-        backward_case_new(model_of(&bare, DSV4_F32, 31), sequence_new(&bare, DSV4_F32, 64, 32), DSV4_F32, 33);
-    float *dout = (float *)(uintptr_t)plain.dout;
-    for (int64_t row = 0; row < 16 && rows == DSV4_ROWS_FP4; row++) hadamard(dout + row * c.head_dim, c.head_dim);
-    engine e = trainer_new(&l.m, NULL, NULL), f = trainer_new(&plain.m, NULL, NULL);
-    gradient_set got = gradient_set_new(&c, DSV4_F32, 64), expected = gradient_set_new(&bare, DSV4_F32, 64);
-    ASSERT_EQ(DSV4_OK, backward_whole(&l, &e, &got));
-    ASSERT_EQ(DSV4_OK, backward_whole(&plain, &f, &expected));
+    workbench w = row_training(rows, 31), plain = row_training(DSV4_ROWS_PLAIN, 31);
+    const int64_t dim = w.config.head_dim;
+    for (int64_t row = 0; row < 16 && rows == DSV4_ROWS_FP4; row++) hadamard((float *)plain.dout + row * dim, dim);
+    gradient_set got = workbench_gradients(&w, DSV4_F32), expected = workbench_gradients(&plain, DSV4_F32);
+    ASSERT_EQ(DSV4_OK, backward_whole(&w, &w.e, &got));
+    ASSERT_EQ(DSV4_OK, backward_whole(&plain, &plain.e, &expected));
     ASSERT_STR_EQ("no gradient", gradient_name(gradient_difference(&got, &expected, 0)));
-    gradient_set_free(&got);
-    gradient_set_free(&expected);
-    engine_free(&e);
-    engine_free(&f);
-    backward_case_free(&l);
-    backward_case_free(&plain);
+    workbench_free(&w);
+    workbench_free(&plain);
     PASS();
 }
 
 /* dout lies where out does; what is not stored has none. */
 TEST gradients_come_from_the_rows_of_their_entries(void) {
-    const dsv4_config c = gradient_config(DSV4_ROWS_PLAIN);
-    backward_case l = backward_case_new(model_of(&c, DSV4_F32, 41), sequence_new(&c, DSV4_F32, 64, 42), DSV4_F32, 43);
-    engine e = trainer_new(&l.m, NULL, NULL);
-    gradient_set got = gradient_set_new(&c, DSV4_F32, 64), expected = gradient_set_new(&c, DSV4_F32, 64);
-    float *dout = (float *)(uintptr_t)l.dout, *apart = reserve(16 * 32 * sizeof *apart);
+    workbench w = row_training(DSV4_ROWS_PLAIN, 41);
+    gradient_set got = workbench_gradients(&w, DSV4_F32), expected = workbench_gradients(&w, DSV4_F32);
+    float *dout = w.dout, *apart = workbench_memory(&w, 16 * 32 * sizeof *apart);
     int64_t entry_rows[16];
     for (int64_t i = 0; i < 16; i++) {
         entry_rows[i] = i == 5 ? -1 : i * 3 % 16;
         if (i == 5) memset(dout + i * 32, 0, 32 * sizeof *dout);
         if (i != 5) memcpy(apart + entry_rows[i] * 32, dout + i * 32, 32 * sizeof *dout);
     }
-    ASSERT_EQ(DSV4_OK, backward_whole(&l, &e, &expected));
+    ASSERT_EQ(DSV4_OK, backward_whole(&w, &w.e, &expected));
     dsv4_segment halves[2] = {segment_new(0, 32, 0, 0, NULL), segment_new(32, 32, 0, 8, NULL)};
-    dsv4_batch b = backward_case_batch(&l, halves, 2);
+    dsv4_batch b = backward_batch(&w, halves, 2);
     dsv4_gradients to = gradients_into(&expected, dout, DSV4_F32);
-    ASSERT_EQ(DSV4_OK, dsv4_backward(e.compressor, &b, &to, e.workspace, NULL));
+    ASSERT_EQ(DSV4_OK, workbench_backward(&w, &b, &to));
     to = gradients_into(&got, apart, DSV4_F32);
     b.entry_rows = entry_rows;
-    ASSERT_EQ(DSV4_OK, dsv4_backward(e.compressor, &b, &to, e.workspace, NULL));
+    ASSERT_EQ(DSV4_OK, workbench_backward(&w, &b, &to));
     ASSERT_STR_EQ("no gradient", gradient_name(gradient_difference(&got, &expected, 0)));
-    free(apart);
-    gradient_set_free(&got);
-    gradient_set_free(&expected);
-    engine_free(&e);
-    backward_case_free(&l);
+    workbench_free(&w);
     PASS();
 }
 
@@ -810,26 +684,17 @@ static void run_numbers(void) {
 }
 
 static void run_kernels(void) {
-    static char suffix[64];
-    const char *isa;
-    for (int i = 0; (isa = dsv4_isa_name(i)) != NULL; i++) {
-        greatest_set_test_suffix(isa);
-        RUN_TESTp(rows_of_every_size_are_as_defined, isa);
-        greatest_set_test_suffix(isa);
-        RUN_TESTp(rows_of_every_magnitude_are_as_defined, isa);
-        greatest_set_test_suffix(isa);
-        RUN_TESTp(a_block_with_a_nan_or_an_infinity_reads_back_as_nan, isa);
+    for (const char *isa = dsv4_isa_name(0); isa; isa = isa_after(isa)) {
+        RUN_NAMED(isa, rows_of_every_size_are_as_defined, isa);
+        RUN_NAMED(isa, rows_of_every_magnitude_are_as_defined, isa);
+        RUN_NAMED(isa, a_block_with_a_nan_or_an_infinity_reads_back_as_nan, isa);
         for (size_t f = 0; f < sizeof files / sizeof *files; f++) {
-            snprintf(suffix, sizeof suffix, "%s_%s", files[f], isa);
-            greatest_set_test_suffix(suffix);
-            RUN_TESTp(pytorchs_entries_quantise_to_pytorchs_rows, files[f], isa);
-            greatest_set_test_suffix(suffix);
-            RUN_TESTp(a_call_quantises_its_own_entries, files[f], isa);
+            RUN_NAMED(note("%s_%s", files[f], isa), pytorchs_entries_quantise_to_pytorchs_rows, files[f], isa);
+            RUN_NAMED(note("%s_%s", files[f], isa), a_call_quantises_its_own_entries, files[f], isa);
         }
         for (size_t f = 0; f < sizeof formats / sizeof *formats; f++) {
-            snprintf(suffix, sizeof suffix, "%s_%s", dsv4_rows_name(formats[f]), isa);
-            greatest_set_test_suffix(suffix);
-            RUN_TESTp(packed_rows_stay_within_their_bytes, formats[f], isa);
+            RUN_NAMED(note("%s_%s", dsv4_rows_name(formats[f]), isa), packed_rows_stay_within_their_bytes, formats[f],
+                      isa);
         }
     }
 }
@@ -837,16 +702,11 @@ static void run_kernels(void) {
 static void run_calls(void) {
     for (size_t k = 0; k < sizeof formats / sizeof *formats; k++) {
         const dsv4_rows rows = formats[k];
-        greatest_set_test_suffix(dsv4_rows_name(rows));
-        RUN_TESTp(any_bytes_unpack_to_code_times_scale, rows, 3);
-        greatest_set_test_suffix(dsv4_rows_name(rows));
-        RUN_TESTp(any_bytes_unpack_to_code_times_scale, rows, 400);
-        greatest_set_test_suffix(dsv4_rows_name(rows));
-        RUN_TESTp(packed_and_unpacked_is_what_is_read_back, rows);
-        greatest_set_test_suffix(dsv4_rows_name(rows));
-        RUN_TESTp(entries_go_to_the_rows_that_they_are_given, rows);
-        greatest_set_test_suffix(dsv4_rows_name(rows));
-        RUN_TESTp(gradients_go_straight_through_the_rounding, rows);
+        RUN_NAMED(dsv4_rows_name(rows), any_bytes_unpack_to_code_times_scale, rows, 3);
+        RUN_NAMED(dsv4_rows_name(rows), any_bytes_unpack_to_code_times_scale, rows, 400);
+        RUN_NAMED(dsv4_rows_name(rows), packed_and_unpacked_is_what_is_read_back, rows);
+        RUN_NAMED(dsv4_rows_name(rows), entries_go_to_the_rows_that_they_are_given, rows);
+        RUN_NAMED(dsv4_rows_name(rows), gradients_go_straight_through_the_rounding, rows);
     }
     RUN_TEST(stages_follow_the_rows_of_their_entries);
     RUN_TEST(a_row_beyond_the_arrays_is_refused_before_anything_is_written);

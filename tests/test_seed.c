@@ -7,26 +7,22 @@
 #include "golden_file.h"
 
 static dsv4_config small_config(int64_t ratio, int overlap) {
-    dsv4_config c = {0};
-    c.hidden_dim = 48;
-    c.head_dim = 24;
-    c.ratio = ratio;
-    c.rope_dim = 8;
-    c.overlap = overlap;
-    c.pad_gate = -1e4f; /* as that implementation had it */
-    return c;
+    return (dsv4_config){.hidden_dim = 48,
+                         .head_dim = 24,
+                         .ratio = ratio,
+                         .rope_dim = 8,
+                         .overlap = overlap,
+                         .pad_gate = -1e4f}; /* as that implementation had it */
 }
 
 /* `rows` sequences of `tokens` each in one call. */
-static dsv4_status compress_rows(const engine *e, const sequence *s, const results *r, int64_t rows) {
-    dsv4_segment *segments = reserve((size_t)(rows ? rows : 1) * sizeof *segments);
-    for (int64_t i = 0; i < rows; i++)
-        segments[i] = segment_new(i * s->tokens / rows, s->tokens / rows, 0, i * r->entries / rows, NULL);
-    dsv4_batch b = batch_new(s, r, segments, rows);
+static dsv4_status compress_rows(workbench *w, const results *r, int64_t rows, int64_t tokens) {
+    const int64_t entries = tokens / w->config.ratio;
+    dsv4_segment *segments = workbench_memory(w, (size_t)rows * sizeof *segments);
+    for (int64_t i = 0; i < rows; i++) segments[i] = segment_new(i * tokens, tokens, 0, i * entries, NULL);
+    dsv4_batch b = batch_new(&w->s, r, segments, rows);
     if (rows == 0) b.tokens = 0;
-    dsv4_status status = dsv4_compress(e->compressor, &b, e->workspace, NULL);
-    free(segments);
-    return status;
+    return dsv4_compress(w->e.compressor, &b, w->e.workspace, NULL);
 }
 
 /* Every number of the first `used` of `rows` rows is written and finite, and none of the rows after them touched. */
@@ -43,27 +39,16 @@ static int fills_exactly(const results *r, int stage, int64_t rows, int64_t used
 
 /* The name of a stage that is not of its shape, [B, S, ...] or [B, S / ratio, ...]; NULL where all are. */
 static const char *misshapen(const dsv4_config *config, dsv4_dtype dtype, int64_t batch, int64_t tokens) {
-    int64_t entries = batch * (tokens / config->ratio);
-    model m = model_of(config, dtype, 1);
-    sequence s = sequence_new(config, dtype, batch * tokens, 2);
-    engine e = engine_new(&m, NULL, NULL);
-    results r = results_new(config, dtype, batch * tokens + 1, entries + 1);
-    const char *wrong = NULL;
-    dsv4_segment *segments = reserve((size_t)batch * sizeof *segments);
-    for (int64_t i = 0; i < batch; i++)
-        segments[i] = segment_new(i * tokens, tokens, 0, i * (tokens / config->ratio), NULL);
-    dsv4_batch b = batch_new(&s, &r, segments, batch);
-    if (dsv4_compress(e.compressor, &b, e.workspace, NULL) != DSV4_OK) wrong = "status";
+    workbench w = workbench_for(config, dtype, batch * tokens, 1);
+    const int64_t entries = batch * (tokens / config->ratio);
+    results r = keep_results(&w, results_new(config, dtype, batch * tokens + 1, entries + 1));
+    const char *wrong = compress_rows(&w, &r, batch, tokens) == DSV4_OK ? NULL : "status";
     for (int stage = 0; stage < STAGE_COUNT && !wrong; stage++) {
         int by_token = stage == STAGE_KV || stage == STAGE_GATE;
         int64_t used = by_token ? batch * tokens : entries;
         if (!fills_exactly(&r, stage, used + 1, used)) wrong = stage_name(stage);
     }
-    free(segments);
-    results_free(&r);
-    engine_free(&e);
-    sequence_free(&s);
-    model_free(&m);
+    workbench_free(&w);
     return wrong;
 }
 
@@ -103,29 +88,23 @@ TEST hca_equivalence_with_pytorch(void) {
 TEST extreme_batch_sizes(void) {
     enum { ROWS = 1000, TOKENS = 8 };
     dsv4_config c = small_config(4, 1);
-    model m = model_of(&c, DSV4_F32, 3);
-    sequence all = sequence_new(&c, DSV4_F32, ROWS * TOKENS, 4);
-    engine e = engine_new(&m, NULL, NULL);
-    results together = results_new(&c, DSV4_F32, all.tokens, all.tokens / 4);
-    ASSERT_EQ(DSV4_OK, compress_rows(&e, &all, &together, 0));
+    workbench w = workbench_for(&c, DSV4_F32, ROWS * TOKENS, 3);
+    results together = workbench_results(&w);
+    ASSERT_EQ(DSV4_OK, compress_rows(&w, &together, 0, TOKENS));
     ASSERT(results_untouched(&together));
-    ASSERT_EQ(DSV4_OK, compress_rows(&e, &all, &together, ROWS));
+    ASSERT_EQ(DSV4_OK, compress_rows(&w, &together, ROWS, TOKENS));
     for (int64_t row = 0; row < ROWS; row += 111) {
-        sequence one = all;
-        one.x = (float *)all.x + row * TOKENS * c.hidden_dim;
+        sequence one = w.s;
+        one.x = (float *)w.s.x + row * TOKENS * c.hidden_dim;
         one.tokens = TOKENS;
-        results alone = results_new(&c, DSV4_F32, TOKENS, TOKENS / 4);
-        ASSERT_EQ(DSV4_OK, compress_whole(&e, &one, &alone, NULL));
+        results alone = keep_results(&w, results_new(&c, DSV4_F32, TOKENS, TOKENS / 4));
+        ASSERT_EQ(DSV4_OK, compress_whole(&w.e, &one, &alone, NULL));
         for (int stage = 0; stage < STAGE_COUNT; stage++) {
             const char *of_the_batch = (const char *)together.stage[stage] + (size_t)row * alone.bytes[stage];
             ASSERT_MEM_EQ(alone.stage[stage], of_the_batch, alone.bytes[stage]);
         }
-        results_free(&alone);
     }
-    results_free(&together);
-    engine_free(&e);
-    sequence_free(&all);
-    model_free(&m);
+    workbench_free(&w);
     PASS();
 }
 
@@ -146,12 +125,12 @@ TEST state_splitting(void) {
         ASSERT_EQ_FMT((int)(expected[i].rows * expected[i].columns), (int)info[i].count, "%d");
     }
 
-    model first = model_of(&c, DSV4_F32, 10), second = model_of(&c, DSV4_F32, 11);
-    engine of_first = engine_new(&first, NULL, NULL), of_second = engine_new(&second, NULL, NULL);
-    sequence s = sequence_new(&c, DSV4_F32, 8, 12);
-    results a = results_new(&c, DSV4_F32, 8, 2), b = results_new(&c, DSV4_F32, 8, 2);
-    ASSERT_EQ(DSV4_OK, compress_whole(&of_first, &s, &a, NULL));
-    ASSERT_EQ(DSV4_OK, compress_whole(&of_second, &s, &b, NULL));
+    model first = model_of(&c, DSV4_F32, 10);
+    workbench w = workbench_for(&c, DSV4_F32, 8, 11); /* with the second parameters */
+    engine of_first = keep_engine(&w, engine_new(&first, NULL, NULL));
+    results a = workbench_results(&w), b = workbench_results(&w), again = workbench_results(&w);
+    ASSERT_EQ(DSV4_OK, compress_whole(&of_first, &w.s, &a, NULL));
+    ASSERT_EQ(DSV4_OK, compress_whole(&w.e, &w.s, &b, NULL));
     ASSERT_EQ(STAGE_KV, results_difference(&a, &b));
 
     const dsv4_config *kept = dsv4_compressor_config(of_first.compressor);
@@ -162,17 +141,10 @@ TEST state_splitting(void) {
 
     /* The compressor keeps no pointer into the parameters. */
     model_free(&first);
-    results again = results_new(&c, DSV4_F32, 8, 2);
-    ASSERT_EQ(DSV4_OK, compress_whole(&of_first, &s, &again, NULL));
+    ASSERT_EQ(DSV4_OK, compress_whole(&of_first, &w.s, &again, NULL));
     ASSERT_EQ(STAGE_COUNT, results_difference(&a, &again));
 
-    results_free(&again);
-    results_free(&b);
-    results_free(&a);
-    sequence_free(&s);
-    engine_free(&of_second);
-    engine_free(&of_first);
-    model_free(&second);
+    workbench_free(&w);
     PASS();
 }
 
@@ -180,16 +152,14 @@ TEST lengths_the_ratio_does_not_divide(void) {
     static const int64_t ratios[] = {2, 3, 4, 128};
     for (int i = 0; i < 4; i++) {
         dsv4_config c = small_config(ratios[i], i % 2);
-        model m = model_of(&c, DSV4_F32, 1);
-        engine e = engine_new(&m, NULL, NULL);
         int64_t tokens = 2 * ratios[i] + ratios[i] / 2;
-        sequence s = sequence_new(&c, DSV4_F32, tokens, 2);
-        results strict = results_new(&c, DSV4_F32, tokens, 2), dropped = results_new(&c, DSV4_F32, tokens, 2);
-        dsv4_segment whole = segment_new(0, tokens, 0, 0, NULL);
-        dsv4_batch b = batch_new(&s, &strict, &whole, 1);
+        workbench w = workbench_for(&c, DSV4_F32, tokens, 1);
+        results strict = workbench_results(&w), dropped = workbench_results(&w);
+        dsv4_batch b = workbench_batch(&w, &strict);
         dsv4_error error = {0};
 
-        ASSERT_EQ(DSV4_ERROR_LENGTH, dsv4_compress(e.compressor, &b, e.workspace, &error));
+        b.drop_tail = 0;
+        ASSERT_EQ(DSV4_ERROR_LENGTH, dsv4_compress(w.e.compressor, &b, w.e.workspace, &error));
         ASSERT_EQ(DSV4_ERROR_LENGTH, error.status);
         char number_text[24];
         snprintf(number_text, sizeof number_text, "%d", (int)tokens);
@@ -199,17 +169,12 @@ TEST lengths_the_ratio_does_not_divide(void) {
         ASSERT(results_untouched(&strict));
 
         /* With the tail dropped: the entries of the whole windows, as if the tail were not there. */
-        ASSERT_EQ(DSV4_OK, compress_whole(&e, &s, &dropped, NULL));
-        s.tokens = 2 * ratios[i];
-        ASSERT_EQ(DSV4_OK, compress_whole(&e, &s, &strict, NULL));
+        ASSERT_EQ(DSV4_OK, compress_whole(&w.e, &w.s, &dropped, NULL));
+        w.s.tokens = 2 * ratios[i];
+        ASSERT_EQ(DSV4_OK, compress_whole(&w.e, &w.s, &strict, NULL));
         ASSERT_MEM_EQ(strict.stage[STAGE_OUT], dropped.stage[STAGE_OUT], strict.bytes[STAGE_OUT]);
         ASSERT_EQ_FMT(2, (int)dsv4_entry_count(&c, NULL, tokens), "%d");
-
-        results_free(&dropped);
-        results_free(&strict);
-        sequence_free(&s);
-        engine_free(&e);
-        model_free(&m);
+        workbench_free(&w);
     }
     PASS();
 }
@@ -284,10 +249,7 @@ TEST varying_hyper_parameters(void) {
     for (int h = 0; h < 4; h++) {
         for (int d = 0; d < 5; d++) {
             for (int r = 0; r < 4; r++) {
-                dsv4_config c = {0};
-                c.hidden_dim = hidden_dims[h];
-                c.head_dim = head_dims[d];
-                c.ratio = ratios[r];
+                dsv4_config c = {.hidden_dim = hidden_dims[h], .head_dim = head_dims[d], .ratio = ratios[r]};
                 c.overlap = (h + d + r) % 2;
                 c.rope_dim = d % 2 ? c.head_dim / 2 * 2 : 0;
                 const char *wrong = misshapen(&c, h % 2 ? DSV4_BF16 : DSV4_F32, 2, 3 * c.ratio);

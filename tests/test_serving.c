@@ -4,75 +4,51 @@
 
 #include "runner.h"
 #include "oracle_support.h"
-#include "shapes.h"
+#include "workbench.h"
 
 enum { RATIO = 4, HIDDEN = 40, DIM = 24, ROPE = 8 };
 
 static dsv4_config csa(void) {
-    dsv4_config c = {0};
-    c.hidden_dim = HIDDEN;
-    c.head_dim = DIM;
-    c.ratio = RATIO;
-    c.rope_dim = ROPE;
-    c.overlap = 1;
-    return c;
+    return (dsv4_config){.hidden_dim = HIDDEN, .head_dim = DIM, .ratio = RATIO, .rope_dim = ROPE, .overlap = 1};
 }
 
-/* A compressor in fp32 and tokens for it. */
-typedef struct scene {
-    dsv4_config config;
-    model m;
-    engine e;
-    float *x; /* [tokens, HIDDEN] */
-    int64_t tokens;
-} scene;
+/* Room for that many numbers. */
+static float *floats(workbench *w, int64_t count) { return workbench_memory(w, (size_t)count * sizeof(float)); }
 
-static scene scene_new(const dsv4_config *config, int64_t tokens, uint64_t seed) {
-    scene s = {0};
-    s.config = *config;
-    s.m = model_of(config, DSV4_F32, seed);
-    s.e = engine_new(&s.m, NULL, NULL);
-    s.tokens = tokens;
-    s.x = random_array(DSV4_F32, tokens * config->hidden_dim, seed + 1, 1);
-    return s;
-}
-
-static void scene_free(scene *s) {
-    free(s->x);
-    engine_free(&s->e);
-    model_free(&s->m);
-}
-
-/* A call over any rows `x`: entries to `out`. */
-static dsv4_status compress_segments(const scene *s, const float *x, int64_t tokens, const dsv4_segment *segments,
-                                     int64_t count, float *out, int64_t entries) {
-    dsv4_batch b = {0};
-    b.x = (dsv4_const_matrix){x, DSV4_F32, 0};
-    b.tokens = tokens;
-    b.out = (dsv4_matrix){out, DSV4_F32, 0};
-    b.entries = entries;
-    b.segments = segments;
-    b.segment_count = count;
+/* A call over any rows `x` instead of the sequence's own: entries to `out`. */
+static dsv4_status compress_segments(const workbench *w, const float *x, const dsv4_segment *segments, int64_t count,
+                                     float *out, int64_t entries) {
+    dsv4_batch b = batch_reading(&w->s, entries, segments, count);
+    b.x.data = x;
+    b.out = matrix_of(out, DSV4_F32);
     b.drop_tail = 1;
-    return dsv4_compress(s->e.compressor, &b, s->e.workspace, NULL);
+    return workbench_compress(w, &b);
 }
 
-/* Entries of `count` tokens of the scene from token `first` on, as a sequence of its own; to be freed. */
-static float *entries_alone(const scene *s, int64_t first, int64_t count, int64_t position) {
-    int64_t entries = count / s->config.ratio;
-    float *out = reserve((size_t)(entries * s->config.head_dim) * 4);
-    dsv4_segment alone = segment_new(first, count, position, 0, NULL);
-    if (compress_segments(s, s->x, s->tokens, &alone, 1, out, entries) != DSV4_OK) {
+/* Entries of `count` of its tokens from token `first` on, as a sequence of its own. */
+static float *entries_alone(workbench *w, int64_t first, int64_t count) {
+    int64_t entries = count / w->config.ratio;
+    float *out = floats(w, entries * w->config.head_dim);
+    dsv4_segment alone = segment_new(first, count, 0, 0, NULL);
+    if (compress_segments(w, w->s.x, &alone, 1, out, entries) != DSV4_OK) {
         fputs("tests: a plain call failed\n", stderr);
         exit(1);
     }
     return out;
 }
 
-static dsv4_status feed(const scene *s, const float *x, int64_t first, int64_t count, dsv4_state *state, float *out) {
+static dsv4_status feed(const workbench *w, const float *x, int64_t first, int64_t count, dsv4_state *state,
+                        float *out) {
     dsv4_segment part = segment_new(first, count, dsv4_state_tokens(state) ? dsv4_state_position(state) : 0,
-                                    dsv4_state_tokens(state) / s->config.ratio, state);
-    return compress_segments(s, x, s->tokens, &part, 1, out, s->tokens / s->config.ratio);
+                                    dsv4_state_tokens(state) / w->config.ratio, state);
+    return compress_segments(w, x, &part, 1, out, w->entries);
+}
+
+/* ... token by token to the end. */
+static dsv4_status decode(const workbench *w, int64_t first, dsv4_state *state, float *out) {
+    dsv4_status status = DSV4_OK;
+    for (int64_t t = first; t < w->s.tokens && status == DSV4_OK; t++) status = feed(w, w->s.x, t, 1, state, out);
+    return status;
 }
 
 /* ---- Padding ----------------------------------------------------------------------------------------------- */
@@ -82,25 +58,23 @@ static dsv4_status feed(const scene *s, const float *x, int64_t first, int64_t c
 TEST padding_tokens_are_not_pooled_into_entries(void) {
     enum { ROWS = 3, LENGTH = 20 };
     static const struct { int64_t left, count; } rows[ROWS] = {{0, 20}, {7, 12}, {0, 9}};
-    dsv4_config c = csa();
-    scene s = scene_new(&c, ROWS * LENGTH, 1);
-    float *padded = reserve((size_t)(s.tokens * HIDDEN) * 4), out[ROWS * LENGTH / RATIO * DIM];
+    const dsv4_config c = csa();
+    workbench w = workbench_for(&c, DSV4_F32, ROWS * LENGTH, 1);
+    float *padded = floats(&w, w.s.tokens * HIDDEN), out[ROWS * LENGTH / RATIO * DIM];
     dsv4_segment segments[ROWS];
-    memcpy(padded, s.x, (size_t)(s.tokens * HIDDEN) * 4);
+    memcpy(padded, w.s.x, (size_t)(w.s.tokens * HIDDEN) * 4);
     for (int64_t row = 0; row < ROWS; row++) {
         for (int64_t t = 0; t < LENGTH; t++)
             if (t < rows[row].left || t >= rows[row].left + rows[row].count)
                 for (int64_t k = 0; k < HIDDEN; k++) padded[(row * LENGTH + t) * HIDDEN + k] = NAN;
         segments[row] = segment_new(row * LENGTH + rows[row].left, rows[row].count, 0, row * LENGTH / RATIO, NULL);
     }
-    ASSERT_EQ(DSV4_OK, compress_segments(&s, padded, s.tokens, segments, ROWS, out, ROWS * LENGTH / RATIO));
+    ASSERT_EQ(DSV4_OK, compress_segments(&w, padded, segments, ROWS, out, ROWS * LENGTH / RATIO));
     for (int64_t row = 0; row < ROWS; row++) {
-        float *alone = entries_alone(&s, segments[row].token, rows[row].count, 0);
+        float *alone = entries_alone(&w, segments[row].token, rows[row].count);
         ASSERT_MEM_EQ(alone, out + row * LENGTH / RATIO * DIM, (size_t)(rows[row].count / RATIO * DIM) * 4);
-        free(alone);
     }
-    free(padded);
-    scene_free(&s);
+    workbench_free(&w);
     PASS();
 }
 
@@ -108,21 +82,19 @@ TEST padding_tokens_are_not_pooled_into_entries(void) {
  * entries were wrong from the first 4-token boundary on. */
 TEST entries_after_the_first_boundary_are_right_for_every_real_length(void) {
     enum { BUFFER = 16, TOKENS = 32 };
-    dsv4_config c = csa();
-    scene s = scene_new(&c, TOKENS, 2);
-    float *expected = entries_alone(&s, 0, TOKENS, 0), *buffer = reserve((size_t)(TOKENS * HIDDEN) * 4);
+    const dsv4_config c = csa();
+    workbench w = workbench_for(&c, DSV4_F32, TOKENS, 2);
+    float *expected = entries_alone(&w, 0, TOKENS), *buffer = floats(&w, TOKENS * HIDDEN);
+    const float *x = w.s.x;
     for (int64_t length = 1; length <= BUFFER; length++) {
         float out[TOKENS / RATIO * DIM];
-        dsv4_state *state = state_new(&s.e, 0);
-        for (int64_t i = 0; i < TOKENS * HIDDEN; i++) buffer[i] = i < length * HIDDEN ? s.x[i] : NAN;
-        ASSERT_EQ(DSV4_OK, feed(&s, buffer, 0, length, state, out));
-        for (int64_t t = length; t < TOKENS; t++) ASSERT_EQ(DSV4_OK, feed(&s, s.x, t, 1, state, out));
+        dsv4_state *state = workbench_state(&w, 0);
+        for (int64_t i = 0; i < TOKENS * HIDDEN; i++) buffer[i] = i < length * HIDDEN ? x[i] : NAN;
+        ASSERT_EQ(DSV4_OK, feed(&w, buffer, 0, length, state, out));
+        ASSERT_EQ(DSV4_OK, decode(&w, length, state, out));
         ASSERT_MEM_EQ(expected, out, sizeof out);
-        dsv4_state_destroy(state);
     }
-    free(buffer);
-    free(expected);
-    scene_free(&s);
+    workbench_free(&w);
     PASS();
 }
 
@@ -132,24 +104,21 @@ TEST entries_after_the_first_boundary_are_right_for_every_real_length(void) {
  * accepted prefix must go on as serial decoding does, however many drafts were verified. */
 TEST many_speculative_tokens_verified_at_once_lose_no_rows(void) {
     enum { TOKENS = 64, START = 6, DRAFTS = 40 };
-    dsv4_config c = csa();
-    scene s = scene_new(&c, TOKENS, 3);
-    float *expected = entries_alone(&s, 0, TOKENS, 0);
-    float *mixed = random_array(DSV4_F32, TOKENS * HIDDEN, 4, 1); /* wrong drafts after the accepted ones */
+    const dsv4_config c = csa();
+    workbench w = workbench_for(&c, DSV4_F32, TOKENS, 3);
+    float *expected = entries_alone(&w, 0, TOKENS);
+    float *mixed = keep(&w, random_array(DSV4_F32, TOKENS * HIDDEN, 4, 1)); /* wrong drafts after the accepted ones */
     for (int64_t accepted = 0; accepted <= DRAFTS; accepted++) {
         float out[TOKENS / RATIO * DIM];
-        dsv4_state *state = state_new(&s.e, DRAFTS);
-        memcpy(mixed, s.x, (size_t)((START + accepted) * HIDDEN) * 4);
-        ASSERT_EQ(DSV4_OK, feed(&s, s.x, 0, START, state, out));
-        ASSERT_EQ(DSV4_OK, feed(&s, mixed, START, DRAFTS, state, out));
+        dsv4_state *state = workbench_state(&w, DRAFTS);
+        memcpy(mixed, w.s.x, (size_t)((START + accepted) * HIDDEN) * 4);
+        ASSERT_EQ(DSV4_OK, feed(&w, w.s.x, 0, START, state, out));
+        ASSERT_EQ(DSV4_OK, feed(&w, mixed, START, DRAFTS, state, out));
         ASSERT_EQ(DSV4_OK, dsv4_state_roll_back(state, DRAFTS - accepted, NULL));
-        for (int64_t t = START + accepted; t < TOKENS; t++) ASSERT_EQ(DSV4_OK, feed(&s, s.x, t, 1, state, out));
+        ASSERT_EQ(DSV4_OK, decode(&w, START + accepted, state, out));
         ASSERTm(note("%d accepted", (int)accepted), !memcmp(expected, out, sizeof out));
-        dsv4_state_destroy(state);
     }
-    free(mixed);
-    free(expected);
-    scene_free(&s);
+    workbench_free(&w);
     PASS();
 }
 
@@ -157,14 +126,15 @@ TEST many_speculative_tokens_verified_at_once_lose_no_rows(void) {
  * wrong sequence, and text turned to garbage. */
 TEST roll_back_restores_the_sequence_it_was_asked_for(void) {
     enum { SEQUENCES = 4, TOKENS = 40, DRAFTS = 6 };
-    dsv4_config c = csa();
-    scene s = scene_new(&c, SEQUENCES * TOKENS, 5);
-    float *drafts = random_array(DSV4_F32, s.tokens * HIDDEN, 6, 1), *mixed = reserve((size_t)(s.tokens * HIDDEN) * 4);
+    const dsv4_config c = csa();
+    workbench w = workbench_for(&c, DSV4_F32, SEQUENCES * TOKENS, 5);
+    const float *x = w.s.x, *drafts = keep(&w, random_array(DSV4_F32, w.s.tokens * HIDDEN, 6, 1));
+    float *mixed = floats(&w, w.s.tokens * HIDDEN);
     float out[SEQUENCES * TOKENS / RATIO * DIM];
     dsv4_state *states[SEQUENCES];
     int64_t done[SEQUENCES] = {0};
     dice d = {7};
-    for (int i = 0; i < SEQUENCES; i++) states[i] = state_new(&s.e, DRAFTS);
+    for (int i = 0; i < SEQUENCES; i++) states[i] = workbench_state(&w, DRAFTS);
     for (int unfinished = 1; unfinished;) {
         dsv4_segment segments[SEQUENCES];
         int64_t kept[SEQUENCES] = {0}, fed[SEQUENCES] = {0};
@@ -173,13 +143,13 @@ TEST roll_back_restores_the_sequence_it_was_asked_for(void) {
             int64_t first = i * TOKENS + done[i];
             fed[i] = done[i] + DRAFTS <= TOKENS ? DRAFTS : TOKENS - done[i];
             kept[i] = fed[i] ? 1 + dice_below(&d, fed[i]) : 0;
-            memcpy(mixed + first * HIDDEN, s.x + first * HIDDEN, (size_t)(kept[i] * HIDDEN) * 4);
+            memcpy(mixed + first * HIDDEN, x + first * HIDDEN, (size_t)(kept[i] * HIDDEN) * 4);
             memcpy(mixed + (first + kept[i]) * HIDDEN, drafts + (first + kept[i]) * HIDDEN,
                    (size_t)((fed[i] - kept[i]) * HIDDEN) * 4);
             if (fed[i] > 0)
                 segments[count++] = segment_new(first, fed[i], done[i], (i * TOKENS + done[i]) / RATIO, states[i]);
         }
-        ASSERT_EQ(DSV4_OK, compress_segments(&s, mixed, s.tokens, segments, count, out, s.tokens / RATIO));
+        ASSERT_EQ(DSV4_OK, compress_segments(&w, mixed, segments, count, out, w.s.tokens / RATIO));
         unfinished = 0;
         for (int i = SEQUENCES - 1; i >= 0; i--) {
             ASSERT_EQ(DSV4_OK, dsv4_state_roll_back(states[i], fed[i] - kept[i], NULL));
@@ -188,14 +158,10 @@ TEST roll_back_restores_the_sequence_it_was_asked_for(void) {
         }
     }
     for (int i = 0; i < SEQUENCES; i++) {
-        float *expected = entries_alone(&s, i * TOKENS, TOKENS, 0);
+        float *expected = entries_alone(&w, i * TOKENS, TOKENS);
         ASSERT_MEM_EQ(expected, out + i * TOKENS / RATIO * DIM, (size_t)(TOKENS / RATIO * DIM) * 4);
-        free(expected);
-        dsv4_state_destroy(states[i]);
     }
-    free(mixed);
-    free(drafts);
-    scene_free(&s);
+    workbench_free(&w);
     PASS();
 }
 
@@ -203,18 +169,13 @@ TEST roll_back_restores_the_sequence_it_was_asked_for(void) {
 
 /* latent and out [D] of one window that begins at `position`. */
 static dsv4_status rotate(const dsv4_config *config, int64_t position, float *latent, float *out) {
-    scene s = scene_new(config, config->ratio, 8);
+    workbench w = workbench_for(config, DSV4_F32, config->ratio, 8);
     dsv4_segment one = segment_new(0, config->ratio, position, 0, NULL);
-    dsv4_batch b = {0};
-    b.x = (dsv4_const_matrix){s.x, DSV4_F32, 0};
-    b.tokens = config->ratio;
-    b.out = (dsv4_matrix){out, DSV4_F32, 0};
-    b.entries = 1;
-    b.segments = &one;
-    b.segment_count = 1;
+    dsv4_batch b = batch_reading(&w.s, 1, &one, 1);
+    b.out = matrix_of(out, DSV4_F32);
     b.stages.latent = latent;
-    dsv4_status status = dsv4_compress(s.e.compressor, &b, s.e.workspace, NULL);
-    scene_free(&s);
+    dsv4_status status = workbench_compress(&w, &b);
+    workbench_free(&w);
     return status;
 }
 
@@ -264,25 +225,21 @@ TEST rope_turns_interleaved_pairs_not_halves(void) {
  * counted. */
 TEST a_real_window_of_zeros_counts(void) {
     enum { TOKENS = 3 * RATIO };
-    dsv4_config c = csa();
-    scene s = scene_new(&c, TOKENS, 9);
-    memset(s.x, 0, RATIO * HIDDEN * sizeof *s.x);
-    sequence seq = {s.x, DSV4_F32, TOKENS, 0};
-    results r = results_new(&c, DSV4_F32, TOKENS, TOKENS / RATIO),
-            cut = results_new(&c, DSV4_F32, TOKENS, TOKENS / RATIO);
-    ASSERT_EQ(DSV4_OK, compress_whole(&s.e, &seq, &r, NULL));
-    stray v = oracle_judge(&s.m, &seq, &r);
+    const dsv4_config c = csa();
+    workbench w = workbench_for(&c, DSV4_F32, TOKENS, 9);
+    memset(w.s.x, 0, RATIO * HIDDEN * sizeof(float));
+    results r = workbench_results(&w), cut = workbench_results(&w);
+    ASSERT_EQ(DSV4_OK, compress_whole(&w.e, &w.s, &r, NULL));
+    stray_number v = oracle_judge(&w.m, &w.s, &r);
     ASSERTm(stage_name(v.stage), v.stage == STAGE_COUNT);
     for (int64_t i = 0; i < RATIO * DIM; i++) {
         ASSERT_EQ_FMT(0.0, result(&r, STAGE_WEIGHTS, i), "%g");     /* what window 0 lacks */
         ASSERT(result(&r, STAGE_WEIGHTS, 2 * RATIO * DIM + i) > 0); /* the zeros before window 1 */
     }
     const int64_t window = RATIO;
-    ASSERT_EQ(DSV4_OK, compress_cut(&s.e, &seq, &cut, &window, 1, NULL));
+    ASSERT_EQ(DSV4_OK, compress_cut(&w.e, &w.s, &cut, &window, 1, NULL));
     ASSERT_EQ(STAGE_COUNT, results_difference(&r, &cut));
-    results_free(&cut);
-    results_free(&r);
-    scene_free(&s);
+    workbench_free(&w);
     PASS();
 }
 
@@ -290,8 +247,8 @@ TEST a_real_window_of_zeros_counts(void) {
 TEST windows_are_laid_from_each_documents_first_token(void) {
     static const int64_t lengths[] = {6, 9, 4, 3, 11, 7};
     enum { DOCUMENTS = 6, TOKENS = 40 };
-    dsv4_config c = csa();
-    scene s = scene_new(&c, TOKENS, 10);
+    const dsv4_config c = csa();
+    workbench w = workbench_for(&c, DSV4_F32, TOKENS, 10);
     dsv4_segment segments[DOCUMENTS];
     int64_t token = 0, entry = 0;
     for (int i = 0; i < DOCUMENTS; i++) {
@@ -300,19 +257,18 @@ TEST windows_are_laid_from_each_documents_first_token(void) {
         entry += lengths[i] / RATIO;
     }
     float out[TOKENS / RATIO * DIM], again[TOKENS / RATIO * DIM];
-    ASSERT_EQ(DSV4_OK, compress_segments(&s, s.x, s.tokens, segments, DOCUMENTS, out, TOKENS / RATIO));
+    ASSERT_EQ(DSV4_OK, compress_segments(&w, w.s.x, segments, DOCUMENTS, out, TOKENS / RATIO));
     for (int i = 0; i < DOCUMENTS; i++) {
-        float *alone = entries_alone(&s, segments[i].token, lengths[i], 0);
+        float *alone = entries_alone(&w, segments[i].token, lengths[i]);
         ASSERT_MEM_EQ(alone, out + segments[i].entry * DIM, (size_t)(lengths[i] / RATIO * DIM) * 4);
-        free(alone);
     }
     /* Whatever stands in one document, the entries of the others stay as they are. */
-    for (int64_t i = 0; i < 9 * HIDDEN; i++) s.x[6 * HIDDEN + i] += 1;
-    ASSERT_EQ(DSV4_OK, compress_segments(&s, s.x, s.tokens, segments, DOCUMENTS, again, TOKENS / RATIO));
+    for (int64_t i = 0; i < 9 * HIDDEN; i++) ((float *)w.s.x)[6 * HIDDEN + i] += 1;
+    ASSERT_EQ(DSV4_OK, compress_segments(&w, w.s.x, segments, DOCUMENTS, again, TOKENS / RATIO));
     ASSERT_MEM_EQ(out, again, 1 * DIM * sizeof *out);
     ASSERT(memcmp(out + DIM, again + DIM, DIM * sizeof *out) != 0);
     ASSERT_MEM_EQ(out + 3 * DIM, again + 3 * DIM, (size_t)(entry - 3) * DIM * sizeof *out);
-    scene_free(&s);
+    workbench_free(&w);
     PASS();
 }
 
@@ -326,28 +282,22 @@ TEST very_negative_scores_never_make_nan(void) {
             dsv4_config c = csa();
             c.pad_gate = pads[pad];
             c.rounding = points[rounding];
-            scene s = scene_new(&c, 2 * RATIO, 11);
-            float *ape = s.m.data[DSV4_APE]; /* the previous window's rows, and one of the own, as good as masked */
+            workbench w = workbench_for(&c, DSV4_F32, 2 * RATIO, 11);
+            float *ape = w.m.data[DSV4_APE]; /* the previous window's rows, and one of the own, as good as masked */
             for (int64_t i = 0; i < RATIO * 2 * DIM; i++)
                 if (i % (2 * DIM) < DIM || i < 2 * DIM) ape[i] = -3.3e38f;
-            engine_free(&s.e);
-            s.e = engine_new(&s.m, NULL, NULL);
+            w.e = workbench_engine(&w, NULL, NULL);
             float kv[2 * RATIO * 2 * DIM], gate[2 * RATIO * 2 * DIM], out[2 * DIM];
             for (int i = 0; i < 2 * RATIO * 2 * DIM; i++) {
                 kv[i] = (float)(i % 7) - 3;
                 gate[i] = i % (2 * DIM) < DIM || i / (2 * DIM) % RATIO == 0 ? -3.3e38f : (float)(i % 5);
             }
-            dsv4_batch b = {0};
-            b.kv = kv;
-            b.gate = gate;
-            b.tokens = 2 * RATIO;
-            b.out = (dsv4_matrix){out, DSV4_F32, 0};
-            b.entries = 2;
-            ASSERT_EQ(DSV4_OK, dsv4_compress(s.e.compressor, &b, s.e.workspace, NULL));
+            const dsv4_batch b = {.kv = kv, .gate = gate, .tokens = 2 * RATIO, .out = {out, DSV4_F32, 0}, .entries = 2};
+            ASSERT_EQ(DSV4_OK, workbench_compress(&w, &b));
             for (int i = 0; i < 2 * DIM; i++) ASSERTm(note("pad %g, out[%d]", (double)pads[pad], i), isfinite(out[i]));
             if (pad == 0) memcpy(first[rounding], out, sizeof first[rounding]);
             ASSERT_MEM_EQ(first[rounding], out, sizeof first[rounding]);
-            scene_free(&s);
+            workbench_free(&w);
         }
     }
     PASS();
@@ -364,30 +314,33 @@ TEST a_prefix_cache_may_use_any_block_size(void) {
         dsv4_config c = csa();
         c.ratio = ratios[i / 6];
         c.overlap = c.ratio == 4;
-        scene s = scene_new(&c, TOKENS, 12);
+        workbench w = workbench_for(&c, DSV4_F32, TOKENS, 12);
         int64_t block = blocks[i % 6], entries = TOKENS / c.ratio;
-        float *expected = entries_alone(&s, 0, TOKENS, 0), *out = reserve((size_t)(entries * DIM) * 4);
-        dsv4_state *writer = state_new(&s.e, 0), *reader = state_new(&s.e, 0);
+        float *expected = entries_alone(&w, 0, TOKENS), *out = floats(&w, entries * DIM);
+        dsv4_state *writer = workbench_state(&w, 0), *reader = workbench_state(&w, 0);
         for (int64_t t = 0; t + block <= TOKENS; t += block) {
-            ASSERT_EQ(DSV4_OK, feed(&s, s.x, t, block, writer, out));
-            size_t size = dsv4_state_save_size(writer);
-            void *page = reserve(size);
-            ASSERT_EQ(DSV4_OK, dsv4_state_save(writer, page, size, NULL, NULL));
-            ASSERT_EQ(DSV4_OK, dsv4_state_restore(reader, page, size, NULL));
-            free(page);
-            float *resumed = reserve((size_t)(entries * DIM) * 4);
+            ASSERT_EQ(DSV4_OK, feed(&w, w.s.x, t, block, writer, out));
+            const saved page = workbench_saved(&w, writer);
+            ASSERT_EQ(DSV4_OK, dsv4_state_restore(reader, page.bytes, page.size, NULL));
+            float *resumed = floats(&w, entries * DIM);
             memcpy(resumed, expected, (size_t)((t + block) / c.ratio * DIM) * 4);
-            ASSERT_EQ(DSV4_OK, feed(&s, s.x, t + block, TOKENS - t - block, reader, resumed));
+            ASSERT_EQ(DSV4_OK, feed(&w, w.s.x, t + block, TOKENS - t - block, reader, resumed));
             ASSERT_MEM_EQ(expected, resumed, (size_t)(entries * DIM) * 4);
-            free(resumed);
         }
-        dsv4_state_destroy(reader);
-        dsv4_state_destroy(writer);
-        free(out);
-        free(expected);
-        scene_free(&s);
+        workbench_free(&w);
     }
     PASS();
+}
+
+/* Bytes of a published model's state; 0 where it is refused. */
+static size_t state_bytes(dsv4_preset preset, int64_t depth) {
+    dsv4_config c = dsv4_preset_config(preset);
+    size_t bytes = 0;
+    c.hidden_dim = 2; /* what a state holds is of head_dim's width */
+    workbench w = workbench_for(&c, DSV4_BF16, 0, 1);
+    if (dsv4_state_size(w.e.compressor, depth, &bytes, NULL) != DSV4_OK) bytes = 0;
+    workbench_free(&w);
+    return bytes;
 }
 
 /* vllm-ascend#16270, vLLM#48118: states far larger than what they wait for. At the sizes of V4-Flash and V4.1. */
@@ -400,19 +353,13 @@ TEST states_are_no_larger_than_the_tokens_they_wait_for(void) {
                   {DSV4_V4_FLASH_INDEXER, 3379, 2048}, /* 3.3 KiB */
                   {DSV4_V41_FLASH_RATIO2, 4096 + 256, 4096},
                   {DSV4_V41_FLASH_RATIO1, 256, 0}};
-    for (int i = 0; i < 5; i++) {
-        dsv4_config c = dsv4_preset_config(states[i].preset);
-        c.hidden_dim = 2; /* what a state holds is of head_dim's width */
-        model m = model_of(&c, DSV4_BF16, 1);
-        engine e = engine_new(&m, NULL, NULL);
+    for (int i = 0; i < 5; i++)
         for (int64_t depth = 0; depth <= 8; depth += 8) {
-            size_t bytes = 0, most = states[i].most + (size_t)depth * states[i].row;
-            ASSERT_EQ(DSV4_OK, dsv4_state_size(e.compressor, depth, &bytes, NULL));
-            ASSERTm(note("%s: %zu bytes, not %zu", dsv4_preset_name(states[i].preset), bytes, most), bytes <= most);
+            const size_t bytes = state_bytes(states[i].preset, depth);
+            const size_t most = states[i].most + (size_t)depth * states[i].row;
+            ASSERTm(note("%s: %zu bytes, not %zu", dsv4_preset_name(states[i].preset), bytes, most),
+                    bytes > 0 && bytes <= most);
         }
-        engine_free(&e);
-        model_free(&m);
-    }
     PASS();
 }
 
@@ -428,15 +375,9 @@ TEST states_of_a_whole_model_take_what_is_said(void) {
         for (int64_t depth = 0; depth <= 8; depth += 8) {
             size_t sum = 0;
             for (int k = 0; k < 3; k++) {
-                dsv4_config c = dsv4_preset_config(presets[k]);
-                c.hidden_dim = 2;
-                model m = model_of(&c, DSV4_BF16, 1);
-                engine e = engine_new(&m, NULL, NULL);
-                size_t bytes = 0;
-                ASSERT_EQ(DSV4_OK, dsv4_state_size(e.compressor, depth, &bytes, NULL));
+                const size_t bytes = state_bytes(presets[k], depth);
+                ASSERT(bytes > 0);
                 sum += bytes * (size_t)(k < 2 ? models[i].csa : models[i].hca);
-                engine_free(&e);
-                model_free(&m);
             }
             if (sizeof(void *) == 8) ASSERT_EQ_FMT((unsigned)models[i].bytes[depth / 8], (unsigned)sum, "%u");
             ASSERT(sum <= models[i].bytes[depth / 8]);
@@ -448,27 +389,24 @@ TEST states_of_a_whole_model_take_what_is_said(void) {
  * thousands of tokens stays within it. */
 TEST scratch_does_not_grow_with_the_batch(void) {
     enum { TOKENS = 8000, GUARD = 4096 };
-    dsv4_config c = csa();
-    scene s = scene_new(&c, TOKENS, 13);
+    const dsv4_config c = csa();
+    workbench w = workbench_for(&c, DSV4_F32, TOKENS, 13);
     size_t bytes = 0;
-    ASSERT_EQ(DSV4_OK, dsv4_workspace_size(s.e.compressor, 1, &bytes, NULL));
-    unsigned char *memory = reserve(bytes + DSV4_ALIGNMENT + GUARD);
+    ASSERT_EQ(DSV4_OK, dsv4_workspace_size(w.e.compressor, 1, &bytes, NULL));
+    unsigned char *memory = workbench_memory(&w, bytes + DSV4_ALIGNMENT + GUARD);
     unsigned char *aligned = memory + (DSV4_ALIGNMENT - (uintptr_t)memory % DSV4_ALIGNMENT) % DSV4_ALIGNMENT;
     memset(aligned, POISON, bytes + GUARD);
     dsv4_arena arena = dsv4_arena_init(aligned, bytes);
     dsv4_allocator from_arena = dsv4_arena_allocator(&arena);
     dsv4_workspace *workspace = NULL;
-    ASSERT_EQ(DSV4_OK, dsv4_workspace_create(s.e.compressor, NULL, &from_arena, &workspace, NULL));
-    engine small = {s.e.compressor, workspace};
-    sequence all = {s.x, DSV4_F32, TOKENS, 0};
-    results r = results_new(&c, DSV4_F32, TOKENS, TOKENS / RATIO);
-    ASSERT_EQ(DSV4_OK, compress_whole(&small, &all, &r, NULL));
+    ASSERT_EQ(DSV4_OK, dsv4_workspace_create(w.e.compressor, NULL, &from_arena, &workspace, NULL));
+    engine small = {w.e.compressor, workspace};
+    results r = workbench_results(&w);
+    ASSERT_EQ(DSV4_OK, compress_whole(&small, &w.s, &r, NULL));
     ASSERT(memory_untouched(aligned + bytes, GUARD));
     ASSERT_EQ_FMT((unsigned)bytes, (unsigned)arena.used, "%u");
     dsv4_workspace_destroy(workspace);
-    results_free(&r);
-    free(memory);
-    scene_free(&s);
+    workbench_free(&w);
     PASS();
 }
 
@@ -488,11 +426,11 @@ TEST cpus_without_avx512_have_vector_kernels(void) {
     ASSERT_EQ_FMT(count - 1, scalar_at, "%d"); /* the last resort, always there */
     if (!wanted) SKIPm("this CPU has neither AVX2 nor NEON");
     ASSERTm(wanted, listed);
-    dsv4_config c = csa();
-    scene s = scene_new(&c, RATIO, 14);
-    ASSERT_STR_EQ(best_isa(c.sums), dsv4_compressor_isa(s.e.compressor));
-    ASSERT(strcmp(dsv4_compressor_isa(s.e.compressor), "scalar") != 0);
-    scene_free(&s);
+    const dsv4_config c = csa();
+    workbench w = workbench_for(&c, DSV4_F32, RATIO, 14);
+    ASSERT_STR_EQ(best_isa(c.sums), dsv4_compressor_isa(w.e.compressor));
+    ASSERT(strcmp(dsv4_compressor_isa(w.e.compressor), "scalar") != 0);
+    workbench_free(&w);
     PASS();
 }
 

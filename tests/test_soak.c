@@ -8,7 +8,7 @@
 
 #include "runner.h"
 #include "oracle_support.h"
-#include "shapes.h"
+#include "workbench.h"
 #include "threads.h"
 
 enum { SLOTS = 6, CALLS = 60, SEEN = 1 };
@@ -32,17 +32,15 @@ typedef struct request {
 
 /* One episode: a compressor of some shape, kernel set and parallel-for, and its requests. */
 typedef struct server {
+    workbench w; /* its engine is what the other one is compared with; its sequence the call's, NaN between segments */
     const shape *of;
-    dsv4_config config;
-    model m;
-    engine e, reference; /* the former from `book` */
+    engine e; /* from `book` */
     ledger book;
     dsv4_allocator allocator;
     team team;
     dice d;
     request slot[SLOTS];
     int64_t chunk; /* tokens of one segment at most */
-    sequence x;    /* of the call; rows between segments are NaN */
     results out;
     int64_t created;   /* objects asked of `book` */
     size_t base;       /* bytes of compressor and workspace */
@@ -55,9 +53,8 @@ static int holds(server *v, int condition, const char *what) {
 }
 
 static int one_in(server *v, int64_t n) { return dice_below(&v->d, n) == 0; }
-static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-static size_t x_row(const server *v) { return (size_t)v->config.hidden_dim * dsv4_dtype_size(v->of->x); }
-static size_t out_row(const server *v) { return (size_t)v->config.head_dim * dsv4_dtype_size(v->of->out); }
+static size_t x_row(const server *v) { return (size_t)v->w.config.hidden_dim * dsv4_dtype_size(v->of->x); }
+static size_t out_row(const server *v) { return (size_t)v->w.config.head_dim * dsv4_dtype_size(v->of->out); }
 static char *row_of(void *data, int64_t row, size_t bytes) { return (char *)data + (size_t)row * bytes; }
 
 /* ---- Objects ----------------------------------------------------------------------------------------------- */
@@ -66,24 +63,21 @@ static server server_new(const shape *of, uint64_t seed) {
     server v = {0};
     v.of = of;
     v.d.state = seed;
-    v.config = shape_config(of);
-    v.m = shape_model(of, seed);
-    v.chunk = 2 * v.config.ratio + 5;
-    v.x = shape_sequence(of, SLOTS * (v.chunk + 3), seed);
-    v.out = results_new(&v.config, of->out, v.x.tokens, v.x.tokens);
+    v.chunk = 2 * of->config.ratio + 5;
+    v.w = workbench_with(shape_model(of, seed), shape_sequence(of, SLOTS * (v.chunk + 3), seed), of->out);
+    v.out = keep_results(&v.w, results_new(&v.w.config, of->out, v.w.s.tokens, v.w.s.tokens));
     return v;
 }
 
 /* Its objects refer to it, so it must lie where it will stay. */
 static void server_start(server *v) {
-    int sets = 1; /* scalar at least */
-    while (dsv4_isa_name(sets)) sets++;
+    const int sets = isa_count();
     dsv4_options options = {0};
     options.isa = dsv4_isa_name((int)dice_below(&v->d, sets));
     const dsv4_parallel parallel = schedule_parallel(&schedules[dice_below(&v->d, SCHEDULE_COUNT)], &v->team);
     v->allocator = ledger_allocator(&v->book);
-    v->reference = engine_new(&v->m, dsv4_isa_name((int)dice_below(&v->d, sets)), NULL);
-    holds(v, !dsv4_compressor_create(&v->config, &v->m.params, &options, &v->allocator, &v->e.compressor, NULL),
+    v->w.e = workbench_engine(&v->w, dsv4_isa_name((int)dice_below(&v->d, sets)), NULL);
+    holds(v, !dsv4_compressor_create(&v->w.config, &v->w.m.params, &options, &v->allocator, &v->e.compressor, NULL),
           "create");
     holds(v, !dsv4_workspace_create(v->e.compressor, &parallel, &v->allocator, &v->e.workspace, NULL), "create");
     v->created = 2;
@@ -107,10 +101,10 @@ static dsv4_state *state_for(server *v, int64_t depth) {
 /* A sample of what the others are compared with is held against the oracle. */
 static void judge(server *v, const request *q) {
     sequence windows = q->s; /* without the tail, which gives nothing */
-    windows.tokens = q->expected.entries * v->config.ratio;
-    results wide = results_new(&v->config, DSV4_F32, windows.tokens, q->expected.entries);
-    holds(v, !compress_whole(&v->reference, &windows, &wide, NULL), "the one call");
-    holds(v, oracle_judge_leaning(&v->m, &windows, &wide, 4).stage == STAGE_COUNT,
+    windows.tokens = q->expected.entries * v->w.config.ratio;
+    results wide = results_new(&v->w.config, DSV4_F32, windows.tokens, q->expected.entries);
+    holds(v, !compress_whole(&v->w.e, &windows, &wide, NULL), "the one call");
+    holds(v, oracle_judge_leaning(&v->w.m, &windows, &wide, 4).stage == STAGE_COUNT,
           "the oracle agrees with the one call");
     for (int64_t i = 0; i < wide.count[STAGE_OUT]; i++) {
         float value = ((float *)wide.stage[STAGE_OUT])[i];
@@ -122,16 +116,16 @@ static void judge(server *v, const request *q) {
 }
 
 static void arrive(server *v, request *q) {
-    const int64_t tokens = 1 + dice_below(&v->d, 8 * v->config.ratio + 20), entries = tokens / v->config.ratio;
+    const int64_t tokens = 1 + dice_below(&v->d, 8 * v->w.config.ratio + 20), entries = tokens / v->w.config.ratio;
     q->s = shape_sequence(v->of, tokens, dice_next(&v->d));
     q->s.position = one_in(v, 4) ? ((int64_t)1 << 31) - dice_below(&v->d, tokens + 1) : dice_below(&v->d, 1 << 20);
-    q->expected = results_new(&v->config, v->of->out, tokens, entries);
+    q->expected = results_new(&v->w.config, v->of->out, tokens, entries);
     q->seen = memset(reserve((size_t)entries), 0, (size_t)entries);
     q->prompt = dice_below(&v->d, tokens + 1);
-    q->depth = dice_below(&v->d, 2 * v->config.ratio + 3);
+    q->depth = dice_below(&v->d, 2 * v->w.config.ratio + 3);
     q->state = state_for(v, q->depth);
-    holds(v, !compress_whole(&v->reference, &q->s, &q->expected, NULL), "the one call");
-    if (v->config.ratio < 100 && one_in(v, 16)) judge(v, q);
+    holds(v, !compress_whole(&v->w.e, &q->s, &q->expected, NULL), "the one call");
+    if (v->w.config.ratio < 100 && one_in(v, 16)) judge(v, q);
 }
 
 static void leave(server *v, request *q) {
@@ -148,12 +142,9 @@ static void server_free(server *v) {
     for (int i = 0; i < SLOTS; i++)
         if (v->slot[i].state) leave(v, &v->slot[i]);
     engine_free(&v->e);
-    engine_free(&v->reference);
     holds(v, v->book.live == 0 && v->book.live_bytes == 0 && !v->book.wrong,
           "everything was given back, as it was asked for");
-    results_free(&v->out);
-    sequence_free(&v->x);
-    model_free(&v->m);
+    workbench_free(&v->w);
 }
 
 /* ---- A call ------------------------------------------------------------------------------------------------ */
@@ -178,13 +169,13 @@ static void lay(server *v, const request *q, int64_t row) {
     const int64_t done = dsv4_state_tokens(q->state);
     const int none = one_in(v, 4);
     for (int64_t i = 0; i < q->fed; i++) {
-        char *to = row_of(v->x.x, row + i, x_row(v));
+        char *to = row_of(v->w.s.x, row + i, x_row(v));
         if (i < q->kept)
             memcpy(to, row_of(q->s.x, done + i, x_row(v)), x_row(v));
         else if (none)
             memset(to, 0xFF, x_row(v));
         else
-            for (int64_t k = 0; k < v->config.hidden_dim; k++) set_number(to, v->of->x, k, 3 * dice_real(&v->d));
+            for (int64_t k = 0; k < v->w.config.hidden_dim; k++) set_number(to, v->of->x, k, 3 * dice_real(&v->d));
     }
 }
 
@@ -193,7 +184,7 @@ static int gather(server *v, dsv4_segment segments[SLOTS]) {
     const int first = (int)dice_below(&v->d, SLOTS);
     int64_t row = 0, entry = 0;
     int count = 0;
-    memset(v->x.x, 0xFF, (size_t)v->x.tokens * x_row(v));
+    memset(v->w.s.x, 0xFF, (size_t)v->w.s.tokens * x_row(v));
     for (int i = 0; i < SLOTS; i++) {
         request *q = &v->slot[(first + i) % SLOTS];
         plan(v, q);
@@ -202,7 +193,7 @@ static int gather(server *v, dsv4_segment segments[SLOTS]) {
         entry += dice_below(&v->d, 3);
         lay(v, q, row);
         q->entry = entry;
-        q->entries = dsv4_entry_count(&v->config, q->state, q->fed);
+        q->entries = dsv4_entry_count(&v->w.config, q->state, q->fed);
         segments[count++] = segment_new(row, q->fed, q->s.position + dsv4_state_tokens(q->state), entry, q->state);
         row += q->fed;
         entry += q->entries;
@@ -213,10 +204,10 @@ static int gather(server *v, dsv4_segment segments[SLOTS]) {
 
 /* Entries of windows whose tokens were all right are those of the one call; drafts are taken back. */
 static void compare(server *v, request *q) {
-    const int64_t done = dsv4_state_tokens(q->state) - q->fed, first = done / v->config.ratio;
+    const int64_t done = dsv4_state_tokens(q->state) - q->fed, first = done / v->w.config.ratio;
     for (int64_t i = 0; i < q->entries; i++) {
         char *got = row_of(v->out.stage[STAGE_OUT], q->entry + i, out_row(v));
-        if ((first + i + 1) * v->config.ratio <= done + q->kept) {
+        if ((first + i + 1) * v->w.config.ratio <= done + q->kept) {
             const char *expected = row_of(q->expected.stage[STAGE_OUT], first + i, out_row(v));
             holds(v, !memcmp(expected, got, out_row(v)), "an entry has the bits of the one call");
             q->seen[first + i] = SEEN;
@@ -231,7 +222,7 @@ static void compare(server *v, request *q) {
 static void serve(server *v) {
     dsv4_segment segments[SLOTS];
     const int count = gather(v, segments);
-    dsv4_batch b = batch_new(&v->x, &v->out, segments, count);
+    dsv4_batch b = batch_new(&v->w.s, &v->out, segments, count);
     memset(&b.stages, 0, sizeof b.stages);
     if (count == 0) b.tokens = 0; /* nobody has anything to say */
     if (!holds(v, !dsv4_compress(v->e.compressor, &b, v->e.workspace, NULL), "a call")) return;
@@ -245,7 +236,7 @@ static void serve(server *v) {
 
 /* To another state, of another depth, as a copy or as bytes; the old one goes. */
 static void move(server *v, request *q) {
-    const int64_t depth = dice_below(&v->d, 2 * v->config.ratio + 3);
+    const int64_t depth = dice_below(&v->d, 2 * v->w.config.ratio + 3);
     dsv4_state *to = state_for(v, depth);
     if (one_in(v, 2)) {
         holds(v, !dsv4_state_copy(to, q->state, NULL), "copy");

@@ -26,8 +26,8 @@ enum { LIMIT = 32 << 10 };
 
 /* A compressor of one kernel set at work, and what its calls need. */
 typedef struct site {
+    workbench w;
     const char *isa;
-    backward_case l;
     engine e;
     results r;
     gradient_set g;
@@ -37,21 +37,13 @@ typedef struct site {
 
 static site site_new(const shape *of, const char *isa) {
     site s = {0};
+    s.w = training_new(of, 300 / of->config.ratio * of->config.ratio, 7);
     s.isa = isa;
-    s.l = backward_case_of(of, 300 / of->ratio * of->ratio, 7);
-    s.e = trainer_new(&s.l.m, isa, NULL);
-    s.r = results_new(&s.l.config, of->out, s.l.s.tokens, s.l.entries);
-    s.g = gradient_set_new(&s.l.config, DSV4_F32, s.l.s.tokens);
-    s.state = state_new(&s.e, 0);
+    s.e = workbench_trainer(&s.w, isa, NULL);
+    s.r = workbench_results(&s.w);
+    s.g = workbench_gradients(&s.w, DSV4_F32);
+    s.state = keep_state(&s.w, state_new(&s.e, 0));
     return s;
-}
-
-static void site_free(site *s) {
-    dsv4_state_destroy(s->state);
-    gradient_set_free(&s->g);
-    results_free(&s->r);
-    engine_free(&s->e);
-    backward_case_free(&s->l);
 }
 
 /* ---- The calls --------------------------------------------------------------------------------------------- */
@@ -61,25 +53,25 @@ static void creates(site *s) {
     dsv4_compressor *compressor = NULL;
     dsv4_workspace *workspace = NULL;
     const dsv4_allocator heap = dsv4_heap();
-    s->status = dsv4_compressor_create(&s->l.config, &s->l.m.params, &options, &heap, &compressor, NULL);
+    s->status = dsv4_compressor_create(&s->w.config, &s->w.m.params, &options, &heap, &compressor, NULL);
     if (s->status == DSV4_OK) s->status = dsv4_workspace_create(compressor, NULL, &heap, &workspace, NULL);
     dsv4_workspace_destroy(workspace);
     dsv4_compressor_destroy(compressor);
 }
 
-static void compresses(site *s) { s->status = compress_whole(&s->e, &s->l.s, &s->r, NULL); }
+static void compresses(site *s) { s->status = compress_whole(&s->e, &s->w.s, &s->r, NULL); }
 
 /* Tokens one by one until a window closes, in steps of 1 to 15 tokens afterwards: every height of a tile. */
 static void decodes(site *s) {
     s->status = dsv4_state_reset(s->state, NULL);
-    for (int64_t from = 0, count; from < s->l.s.tokens && s->status == DSV4_OK; from += count) {
-        count = from < 2 * s->l.config.ratio ? 1 : from % 15 + 1;
-        if (count > s->l.s.tokens - from) count = s->l.s.tokens - from;
-        s->status = compress_part(&s->e, &s->l.s, &s->r, s->state, from, from + count, NULL);
+    for (int64_t from = 0, count; from < s->w.s.tokens && s->status == DSV4_OK; from += count) {
+        count = from < 2 * s->w.config.ratio ? 1 : from % 15 + 1;
+        if (count > s->w.s.tokens - from) count = s->w.s.tokens - from;
+        s->status = compress_part(&s->e, &s->w.s, &s->r, s->state, from, from + count, NULL);
     }
 }
 
-static void goes_back(site *s) { s->status = backward_whole(&s->l, &s->e, &s->g); }
+static void goes_back(site *s) { s->status = backward_whole(&s->w, &s->e, &s->g); }
 
 /* ---- Their depth ------------------------------------------------------------------------------------------- */
 
@@ -145,17 +137,15 @@ TEST calls_need_little_stack(const char *isa) {
                     depth > 0 && depth <= LIMIT);
             if (depth > most) most = depth;
         }
-        site_free(&s);
+        workbench_free(&s.w);
     }
     printf("%s: at most %lld bytes of stack\n", isa, (long long)most);
     PASS();
 }
 
 SUITE(stack) {
-    const char *isa;
-    for (int i = 0; (isa = dsv4_isa_name(i)) != NULL; i++) {
-        greatest_set_test_suffix(isa);
-        RUN_TESTp(calls_need_little_stack, isa);
+    for (const char *isa = dsv4_isa_name(0); isa; isa = isa_after(isa)) {
+        RUN_NAMED(isa, calls_need_little_stack, isa);
     }
 }
 

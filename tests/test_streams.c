@@ -2,36 +2,7 @@
  * are those of the one call, bit for bit. */
 
 #include "runner.h"
-#include "shapes.h"
-
-/* ---- States ------------------------------------------------------------------------------------------------ */
-
-/* What save writes: two states with equal bytes are the same stream. */
-typedef struct saved {
-    size_t size;
-    unsigned char *bytes;
-} saved;
-
-static saved save(const dsv4_state *state) {
-    saved s = {dsv4_state_save_size(state), NULL};
-    s.bytes = reserve(s.size);
-    memset(s.bytes, 0, s.size);
-    size_t written = 0;
-    if (dsv4_state_save(state, s.bytes, s.size, &written, NULL) != DSV4_OK || written != s.size) {
-        fputs("tests: a state was not saved in the size it named\n", stderr);
-        exit(1);
-    }
-    return s;
-}
-
-static int is_still(const dsv4_state *state, const saved *before) {
-    saved now = save(state);
-    int same = now.size == before->size && memcmp(now.bytes, before->bytes, now.size) == 0;
-    free(now.bytes);
-    return same;
-}
-
-static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+#include "workbench.h"
 
 /* ---- Cuts -------------------------------------------------------------------------------------------------- */
 
@@ -48,9 +19,7 @@ TEST any_cut_into_calls_gives_the_bits_of_the_one_call(const shape *of) {
         dsv4_error error = {0};
         ASSERTm(note("%s", error.text), compress_cut_at(&w.e, &w.s, &cut, lengths, 5, depth, &error) == DSV4_OK);
         ASSERT(depth < depths[1] || !*cut.no_weights);
-        int stage = results_difference(&w.whole, &cut);
-        ASSERTm(note("%s differs, cut %d", stage_name(stage), round), stage == STAGE_COUNT);
-        results_free(&cut);
+        ASSERT_SAME_BITS(&w.whole, &cut, note("cut %d", round));
     }
     workbench_free(&w);
     PASS();
@@ -58,7 +27,7 @@ TEST any_cut_into_calls_gives_the_bits_of_the_one_call(const shape *of) {
 
 /* Sequences of many hundred tokens, cut near and far from where the work is divided inside. */
 TEST a_long_sequence_may_be_cut_anywhere(const shape *of) {
-    workbench w = workbench_new(of, long_windows(of), 21);
+    workbench w = workbench_new(of, shape_windows(of, 0), 21);
     static const int64_t cuts[][5] = {{1, 1, 1, 1, 1},         {223, 224, 225, 1, 2}, {127, 128, 129, 3, 5},
                                       {500, 7, 300, 299, 301}, {17, 40, 2, 0, 13},    {899, 1, 900, 1, 1}};
     for (size_t i = 0; i < sizeof cuts / sizeof *cuts; i++) {
@@ -66,9 +35,7 @@ TEST a_long_sequence_may_be_cut_anywhere(const shape *of) {
         for (int k = 0; k < 3; k++) {
             results cut = workbench_results(&w);
             ASSERT_EQ(DSV4_OK, compress_cut_at(&w.e, &w.s, &cut, cuts[i], 5, depths[k], NULL));
-            int stage = results_difference(&w.whole, &cut);
-            ASSERTm(note("%s differs, cut %d", stage_name(stage), (int)i), stage == STAGE_COUNT);
-            results_free(&cut);
+            ASSERT_SAME_BITS(&w.whole, &cut, note("cut %d", (int)i));
         }
     }
     workbench_free(&w);
@@ -79,7 +46,7 @@ TEST a_long_sequence_may_be_cut_anywhere(const shape *of) {
 TEST a_state_counts_its_tokens_and_foretells_its_entries(const shape *of) {
     workbench w = workbench_new(of, 3, 2);
     int64_t ratio = w.config.ratio;
-    dsv4_state *state = state_new(&w.e, 2);
+    dsv4_state *state = workbench_state(&w, 2);
     results r = workbench_results(&w);
     for (int64_t t = 0; t < w.s.tokens; t++) {
         ASSERT_EQ_FMT((int)t, (int)dsv4_state_tokens(state), "%d");
@@ -93,23 +60,18 @@ TEST a_state_counts_its_tokens_and_foretells_its_entries(const shape *of) {
     ASSERT_EQ_FMT(0, (int)dsv4_state_tokens(NULL), "%d");
     const dsv4_config longest = {.ratio = INT64_MAX}; /* of a state that has some of a window */
     ASSERT(dsv4_entry_count(&longest, state, INT64_MAX - 1) == 1);
-    results_free(&r);
-    dsv4_state_destroy(state);
     workbench_free(&w);
     PASS();
 }
 
 TEST an_empty_segment_changes_nothing(const shape *of) {
     workbench w = workbench_new(of, 2, 3);
-    dsv4_state *state = state_new(&w.e, 3);
+    dsv4_state *state = workbench_state(&w, 3);
     results r = workbench_results(&w);
     ASSERT_EQ(DSV4_OK, compress_part(&w.e, &w.s, &r, state, 0, w.config.ratio, NULL));
-    saved before = save(state);
+    saved before = workbench_saved(&w, state);
     ASSERT_EQ(DSV4_OK, compress_part(&w.e, &w.s, &r, state, w.config.ratio, w.config.ratio, NULL));
     ASSERT(is_still(state, &before));
-    free(before.bytes);
-    results_free(&r);
-    dsv4_state_destroy(state);
     workbench_free(&w);
     PASS();
 }
@@ -117,7 +79,7 @@ TEST an_empty_segment_changes_nothing(const shape *of) {
 /* Decoding calls this with one token and, most of the time, no room for an entry. */
 TEST a_call_that_closes_no_window_needs_no_out(void) {
     workbench w = workbench_new(&shapes[0], 2, 4);
-    dsv4_state *state = state_new(&w.e, 0);
+    dsv4_state *state = workbench_state(&w, 0);
     dsv4_segment one = segment_new(0, 1, w.s.position, 0, state);
     dsv4_batch b = {0};
     b.x = (dsv4_const_matrix){w.s.x, w.s.dtype, 0};
@@ -127,7 +89,6 @@ TEST a_call_that_closes_no_window_needs_no_out(void) {
     dsv4_error error = {0};
     ASSERTm(note("%s", error.text), dsv4_compress(w.e.compressor, &b, w.e.workspace, &error) == DSV4_OK);
     ASSERT_EQ_FMT(1, (int)dsv4_state_tokens(state), "%d");
-    dsv4_state_destroy(state);
     workbench_free(&w);
     PASS();
 }
@@ -137,12 +98,13 @@ TEST a_call_that_closes_no_window_needs_no_out(void) {
 /* A sequence is written, in part taken back and written anew, many times over; what stands at the end is what
  * counts. */
 TEST taking_back_is_as_if_the_tokens_had_never_come(const shape *of, int64_t depth) {
-    workbench w = workbench_new(of, depth < 100 ? 8 : long_windows(of), 5);
-    sequence drafts = shape_sequence(of, w.s.tokens, 99), mixed = shape_sequence(of, w.s.tokens, 98);
+    workbench w = workbench_new(of, shape_windows(of, 8), 5);
+    sequence drafts = keep_sequence(&w, shape_sequence(of, w.s.tokens, 99)),
+             mixed = keep_sequence(&w, shape_sequence(of, w.s.tokens, 98));
     mixed.position = w.s.position;
     size_t row = (size_t)w.config.hidden_dim * dsv4_dtype_size(w.s.dtype);
     dice d = {(uint64_t)depth};
-    dsv4_state *state = state_new(&w.e, depth);
+    dsv4_state *state = workbench_state(&w, depth);
     results r = workbench_results(&w);
     for (int64_t t = 0; t < w.s.tokens;) {
         int64_t count = least(1 + dice_below(&d, depth + w.config.ratio + 1), w.s.tokens - t);
@@ -159,10 +121,6 @@ TEST taking_back_is_as_if_the_tokens_had_never_come(const shape *of, int64_t dep
     }
     for (int stage = *r.no_weights ? STAGE_POOLED : STAGE_WEIGHTS; stage < STAGE_COUNT; stage++)
         ASSERTm(stage_name(stage), !memcmp(w.whole.stage[stage], r.stage[stage], r.bytes[stage]));
-    results_free(&r);
-    dsv4_state_destroy(state);
-    sequence_free(&mixed);
-    sequence_free(&drafts);
     workbench_free(&w);
     PASS();
 }
@@ -170,15 +128,12 @@ TEST taking_back_is_as_if_the_tokens_had_never_come(const shape *of, int64_t dep
 TEST a_state_from_which_all_is_taken_back_is_a_new_one(const shape *of) {
     workbench w = workbench_new(of, 2, 24);
     results r = workbench_results(&w);
-    dsv4_state *state = state_new(&w.e, 3);
-    saved fresh = save(state);
+    dsv4_state *state = workbench_state(&w, 3);
+    saved fresh = workbench_saved(&w, state);
     ASSERT_EQ(DSV4_OK, compress_part(&w.e, &w.s, &r, state, 0, 2, NULL));
     ASSERT_EQ(DSV4_OK, dsv4_state_roll_back(state, 2, NULL));
     ASSERT(is_still(state, &fresh));
     ASSERT_EQ_FMT(0, (int)dsv4_state_position(state), "%d");
-    free(fresh.bytes);
-    dsv4_state_destroy(state);
-    results_free(&r);
     workbench_free(&w);
     PASS();
 }
@@ -189,7 +144,7 @@ TEST reach_shrinks_as_tokens_are_taken_back(const shape *of) {
     int64_t depth = 2 * w.config.ratio + 1;
     results r = workbench_results(&w);
     for (int64_t fed = 0; fed <= w.s.tokens; fed++) {
-        dsv4_state *state = state_new(&w.e, depth);
+        dsv4_state *state = workbench_state(&w, depth);
         ASSERT_EQ(DSV4_OK, compress_part(&w.e, &w.s, &r, state, 0, fed, NULL));
         for (int64_t left = least(fed, depth); left > 0; left--) {
             ASSERT_EQ_FMT((int)left, (int)dsv4_state_reach(state), "%d");
@@ -200,9 +155,7 @@ TEST reach_shrinks_as_tokens_are_taken_back(const shape *of) {
         ASSERT_EQ_FMT((int)(fed - least(fed, depth)), (int)kept, "%d");
         ASSERT_EQ(DSV4_OK, compress_part(&w.e, &w.s, &r, state, kept, w.s.tokens, NULL));
         ASSERT_EQ(STAGE_COUNT, results_difference(&w.whole, &r));
-        dsv4_state_destroy(state);
     }
-    results_free(&r);
     workbench_free(&w);
     PASS();
 }
@@ -214,9 +167,9 @@ TEST taking_back_too_much_is_refused_and_changes_nothing(void) {
     workbench w = workbench_new(&shapes[0], 5, 7);
     results r = workbench_results(&w);
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
-        dsv4_state *state = state_new(&w.e, cases[i].depth);
+        dsv4_state *state = workbench_state(&w, cases[i].depth);
         ASSERT_EQ(DSV4_OK, compress_part(&w.e, &w.s, &r, state, 0, cases[i].fed, NULL));
-        saved before = save(state);
+        saved before = workbench_saved(&w, state);
         dsv4_error error = {0};
         dsv4_status status = dsv4_state_roll_back(state, cases[i].back, &error);
         ASSERT_EQ_FMT((int)DSV4_ERROR_DEPTH, (int)status, "%d");
@@ -224,10 +177,7 @@ TEST taking_back_too_much_is_refused_and_changes_nothing(void) {
         snprintf(text, sizeof text, "%lld", (long long)cases[i].back);
         ASSERTm(note("%s", error.text), strstr(error.text, text) != NULL);
         ASSERT(is_still(state, &before));
-        free(before.bytes);
-        dsv4_state_destroy(state);
     }
-    results_free(&r);
     workbench_free(&w);
     PASS();
 }
@@ -235,20 +185,20 @@ TEST taking_back_too_much_is_refused_and_changes_nothing(void) {
 /* Verify k drafted tokens at once, keep a of them: for every k and a the stream is that of serial decoding. */
 TEST every_accepted_prefix_equals_serial_decoding(const shape *of) {
     workbench w = workbench_new(of, 4, 8);
-    sequence drafts = shape_sequence(of, w.s.tokens, 97);
+    sequence drafts = keep_sequence(&w, shape_sequence(of, w.s.tokens, 97));
     drafts.position = w.s.position;
     size_t row = (size_t)w.config.hidden_dim * dsv4_dtype_size(w.s.dtype);
     int64_t most = 2 * w.config.ratio + 2, start = w.config.ratio - 1;
     results r = workbench_results(&w), scratch = workbench_results(&w);
     for (int64_t k = 1; k <= least(most, w.s.tokens - start); k++) {
         for (int64_t a = 0; a <= k; a++) {
-            dsv4_state *state = state_new(&w.e, k);
+            dsv4_state *state = workbench_state(&w, k);
             for (int64_t t = 0; t < start; t++)
                 ASSERT_EQ(DSV4_OK, compress_part(&w.e, &w.s, &r, state, t, t + 1, NULL));
             memcpy((char *)drafts.x + (size_t)start * row, (char *)w.s.x + (size_t)start * row, (size_t)a * row);
             ASSERT_EQ(DSV4_OK, compress_part(&w.e, &drafts, &scratch, state, start, start + k, NULL));
             ASSERT_EQ(DSV4_OK, dsv4_state_roll_back(state, k - a, NULL));
-            dsv4_state *serial = state_new(&w.e, 0);
+            dsv4_state *serial = workbench_state(&w, 0);
             for (int64_t t = 0; t < start + a; t++)
                 ASSERT_EQ(DSV4_OK, compress_part(&w.e, &w.s, &r, serial, t, t + 1, NULL));
             for (int64_t t = start + a; t < w.s.tokens; t++)
@@ -260,14 +210,9 @@ TEST every_accepted_prefix_equals_serial_decoding(const shape *of) {
             ASSERTm(note("k %d a %d", (int)k, (int)a),
                     !memcmp((char *)r.stage[STAGE_OUT] + first, (char *)scratch.stage[STAGE_OUT] + first,
                             r.bytes[STAGE_OUT] - first));
-            dsv4_state_destroy(serial);
-            dsv4_state_destroy(state);
         }
     }
     ASSERT_EQ(STAGE_COUNT, results_difference(&w.whole, &r));
-    results_free(&scratch);
-    results_free(&r);
-    sequence_free(&drafts);
     workbench_free(&w);
     PASS();
 }
@@ -278,7 +223,7 @@ typedef enum { BY_BYTES, BY_COPY } way;
 
 static dsv4_status transfer(way how, dsv4_state *to, const dsv4_state *from) {
     if (how == BY_COPY) return dsv4_state_copy(to, from, NULL);
-    saved s = save(from);
+    saved s = saved_of(from);
     dsv4_status status = dsv4_state_restore(to, s.bytes, s.size, NULL);
     free(s.bytes);
     return status;
@@ -291,7 +236,7 @@ TEST a_transferred_state_goes_on_as_the_old_one(const shape *of, way how) {
     results r = workbench_results(&w);
     for (int64_t cut = 0; cut <= w.s.tokens; cut++) {
         for (int i = 0; i < 9; i++) {
-            dsv4_state *from = state_new(&w.e, depths[i / 3]), *to = state_new(&w.e, depths[i % 3]);
+            dsv4_state *from = workbench_state(&w, depths[i / 3]), *to = workbench_state(&w, depths[i % 3]);
             ASSERT_EQ(DSV4_OK, compress_part(&w.e, &w.s, &r, to, 0, least(cut, 3), NULL)); /* what `to` was is gone */
             ASSERT_EQ(DSV4_OK, compress_part(&w.e, &w.s, &r, from, 0, cut, NULL));
             ASSERT_EQ(DSV4_OK, transfer(how, to, from));
@@ -303,11 +248,8 @@ TEST a_transferred_state_goes_on_as_the_old_one(const shape *of, way how) {
             ASSERT_EQ(DSV4_ERROR_DEPTH, dsv4_state_roll_back(to, 1, NULL));
             ASSERT_EQ(DSV4_OK, compress_part(&w.e, &w.s, &r, to, cut - reach, w.s.tokens, NULL));
             ASSERT_EQ(STAGE_COUNT, results_difference(&w.whole, &r));
-            dsv4_state_destroy(to);
-            dsv4_state_destroy(from);
         }
     }
-    results_free(&r);
     workbench_free(&w);
     PASS();
 }
@@ -315,9 +257,9 @@ TEST a_transferred_state_goes_on_as_the_old_one(const shape *of, way how) {
 /* Source and destination go separate ways after a copy. */
 TEST a_copy_is_independent_of_its_source(void) {
     workbench w = workbench_new(&shapes[0], 4, 10);
-    sequence other = shape_sequence(&shapes[0], w.s.tokens, 96);
+    sequence other = keep_sequence(&w, shape_sequence(&shapes[0], w.s.tokens, 96));
     other.position = w.s.position;
-    dsv4_state *a = state_new(&w.e, 0), *b = state_new(&w.e, 0);
+    dsv4_state *a = workbench_state(&w, 0), *b = workbench_state(&w, 0);
     results r = workbench_results(&w), scratch = workbench_results(&w);
     ASSERT_EQ(DSV4_OK, compress_part(&w.e, &w.s, &r, a, 0, 6, NULL));
     ASSERT_EQ(DSV4_OK, dsv4_state_copy(b, a, NULL));
@@ -326,11 +268,6 @@ TEST a_copy_is_independent_of_its_source(void) {
     ASSERT_EQ(STAGE_COUNT, results_difference(&w.whole, &r));
     ASSERT_EQ(DSV4_OK, dsv4_state_copy(a, a, NULL));
     ASSERT_EQ_FMT((int)w.s.tokens, (int)dsv4_state_tokens(a), "%d");
-    results_free(&scratch);
-    results_free(&r);
-    dsv4_state_destroy(b);
-    dsv4_state_destroy(a);
-    sequence_free(&other);
     workbench_free(&w);
     PASS();
 }
@@ -339,24 +276,20 @@ TEST a_reset_state_is_a_new_one(const shape *of) {
     workbench w = workbench_new(of, 3, 11);
     results r = workbench_results(&w);
     for (int64_t fed = 1; fed <= w.s.tokens; fed++) {
-        dsv4_state *state = state_new(&w.e, 5), *fresh = state_new(&w.e, 5);
+        dsv4_state *state = workbench_state(&w, 5), *fresh = workbench_state(&w, 5);
         ASSERT_EQ(DSV4_OK, compress_part(&w.e, &w.s, &r, state, 0, fed, NULL));
         ASSERT_EQ(DSV4_OK, dsv4_state_reset(state, NULL));
         ASSERT_EQ_FMT(0, (int)dsv4_state_tokens(state), "%d");
         ASSERT_EQ_FMT(0, (int)dsv4_state_reach(state), "%d");
-        saved empty = save(fresh);
+        saved empty = workbench_saved(&w, fresh);
         ASSERT(is_still(state, &empty));
-        free(empty.bytes);
         if (fed % 2) { /* the sequence may begin elsewhere now */
             w.s.position += fed;
             ASSERT_EQ(DSV4_OK, compress_whole(&w.e, &w.s, &w.whole, NULL));
         }
         ASSERT_EQ(DSV4_OK, compress_part(&w.e, &w.s, &r, state, 0, w.s.tokens, NULL));
         ASSERT_EQ(STAGE_COUNT, results_difference(&w.whole, &r));
-        dsv4_state_destroy(fresh);
-        dsv4_state_destroy(state);
     }
-    results_free(&r);
     workbench_free(&w);
     PASS();
 }
@@ -365,11 +298,11 @@ TEST a_reset_state_is_a_new_one(const shape *of) {
 TEST damaged_bytes_are_rejected_and_the_state_unchanged(const shape *of) {
     workbench w = workbench_new(of, 3, 12);
     results r = workbench_results(&w);
-    dsv4_state *source = state_new(&w.e, 2), *state = state_new(&w.e, 2);
+    dsv4_state *source = workbench_state(&w, 2), *state = workbench_state(&w, 2);
     ASSERT_EQ(DSV4_OK, compress_part(&w.e, &w.s, &r, source, 0, w.s.tokens - 1, NULL));
     ASSERT_EQ(DSV4_OK, compress_part(&w.e, &w.s, &r, state, 0, w.config.ratio, NULL));
-    saved good = save(source), before = save(state);
-    unsigned char *bytes = reserve(good.size + 1);
+    saved good = workbench_saved(&w, source), before = workbench_saved(&w, state);
+    unsigned char *bytes = workbench_memory(&w, good.size + 1);
     memcpy(bytes, good.bytes, good.size);
     bytes[good.size] = 0;
     dsv4_error error = {0};
@@ -385,22 +318,17 @@ TEST damaged_bytes_are_rejected_and_the_state_unchanged(const shape *of) {
     ASSERT(is_still(state, &before));
     ASSERT_EQ(DSV4_OK, dsv4_state_restore(state, bytes, good.size, &error));
     ASSERT(is_still(state, &good));
-    free(bytes);
-    free(before.bytes);
-    free(good.bytes);
-    dsv4_state_destroy(state);
-    dsv4_state_destroy(source);
-    results_free(&r);
     workbench_free(&w);
     PASS();
 }
 
-/* The checksum that ends saved bytes; the test that uses it makes sure that it is. */
-static void sign(unsigned char *bytes, size_t size) {
-    uint64_t hash = 0xcbf29ce484222325u;
-    for (size_t i = 0; i < size - 8; i++) hash = (hash ^ bytes[i]) * (((uint64_t)0x100 << 32) | 0x1B3u);
-    for (int i = 0; i < 8; i++) bytes[size - 8 + (size_t)i] = (unsigned char)(hash >> (8 * i));
+/* Sets one field of saved bytes. */
+static void forge(unsigned char *bytes, size_t field, uint64_t number) {
+    for (int i = 0; i < 8; i++) bytes[field + (size_t)i] = (unsigned char)(number >> (8 * i));
 }
+
+/* The checksum that ends saved bytes; the test that uses it makes sure that it is. */
+static void sign(unsigned char *bytes, size_t size) { forge(bytes, size - 8, hash_bytes(hash_start, bytes, size - 8)); }
 
 /* Bytes whose checksum holds, but whose numbers no state of this configuration has: each field of the header set to
  * numbers small and large, and rows missing or added. */
@@ -409,20 +337,19 @@ TEST forged_bytes_are_rejected_and_the_state_unchanged(const shape *of) {
         0, 1, 2, 1000, 1001, UINT64_MAX / 4, (uint64_t)1 << 61, (uint64_t)1 << 62, (uint64_t)1 << 63, UINT64_MAX};
     workbench w = workbench_new(of, 3, 22);
     results r = workbench_results(&w);
-    dsv4_state *source = state_new(&w.e, 2), *state = state_new(&w.e, 2);
+    dsv4_state *source = workbench_state(&w, 2), *state = workbench_state(&w, 2);
     ASSERT_EQ(DSV4_OK, compress_part(&w.e, &w.s, &r, source, 0, w.s.tokens - 1, NULL));
     ASSERT_EQ(DSV4_OK, compress_part(&w.e, &w.s, &r, state, 0, w.config.ratio, NULL));
-    saved good = save(source), before = save(state);
+    saved good = workbench_saved(&w, source), before = workbench_saved(&w, state);
     uint64_t ratio = (uint64_t)w.config.ratio;
-    unsigned char *bytes = reserve(good.size + 64);
+    unsigned char *bytes = workbench_memory(&w, good.size + 64);
     memset(bytes, 0, good.size + 64);
     memcpy(bytes, good.bytes, good.size);
     sign(bytes, good.size);
     ASSERT_MEM_EQ(good.bytes, bytes, good.size);
     for (size_t field = 0; field < 64; field += 8) {
         for (size_t i = 0; i < sizeof numbers / sizeof *numbers; i++) {
-            for (int byte = 0; byte < 8; byte++)
-                bytes[field + (size_t)byte] = (unsigned char)(numbers[i] >> (8 * byte));
+            forge(bytes, field, numbers[i]);
             sign(bytes, good.size);
             int changed = memcmp(bytes, good.bytes, good.size) != 0;
             int any_position = field == 24 && numbers[i] >> 62 == 0;
@@ -447,40 +374,26 @@ TEST forged_bytes_are_rejected_and_the_state_unchanged(const shape *of) {
         memcpy(bytes, good.bytes, good.size);
     }
     ASSERT(is_still(state, &before));
-    free(bytes);
-    free(before.bytes);
-    free(good.bytes);
-    dsv4_state_destroy(state);
-    dsv4_state_destroy(source);
-    results_free(&r);
     workbench_free(&w);
     PASS();
-}
-
-static void forge(unsigned char *bytes, size_t field, int64_t number) {
-    for (int i = 0; i < 8; i++) bytes[field + (size_t)i] = (unsigned char)((uint64_t)number >> (8 * i));
 }
 
 /* A stream ends below position 2^62, wherever it began. */
 TEST saved_positions_beyond_the_last_are_rejected(const shape *of) {
     workbench w = workbench_new(of, 2, 23);
     results r = workbench_results(&w);
-    dsv4_state *source = state_new(&w.e, 0), *state = state_new(&w.e, 0);
+    dsv4_state *source = workbench_state(&w, 0), *state = workbench_state(&w, 0);
     ASSERT_EQ(DSV4_OK, compress_part(&w.e, &w.s, &r, source, 0, w.s.tokens, NULL));
-    saved good = save(source);
-    const int64_t limit = (int64_t)1 << 62, tokens = limit / 2 / of->ratio * of->ratio;
+    saved good = workbench_saved(&w, source);
+    const int64_t limit = (int64_t)1 << 62, tokens = limit / 2 / of->config.ratio * of->config.ratio;
     for (int64_t beyond = -1; beyond <= 1; beyond++) {
-        forge(good.bytes, 24, limit - tokens + beyond);
-        forge(good.bytes, 32, tokens);
-        forge(good.bytes, 40, tokens);
+        forge(good.bytes, 24, (uint64_t)(limit - tokens + beyond));
+        forge(good.bytes, 32, (uint64_t)tokens);
+        forge(good.bytes, 40, (uint64_t)tokens);
         sign(good.bytes, good.size);
         ASSERT_EQ(beyond < 0 ? DSV4_OK : DSV4_ERROR_DATA, dsv4_state_restore(state, good.bytes, good.size, NULL));
     }
     ASSERT(dsv4_state_position(state) == limit - 1);
-    free(good.bytes);
-    dsv4_state_destroy(state);
-    dsv4_state_destroy(source);
-    results_free(&r);
     workbench_free(&w);
     PASS();
 }
@@ -489,10 +402,10 @@ TEST saved_positions_beyond_the_last_are_rejected(const shape *of) {
 TEST saved_bytes_need_no_alignment(void) {
     workbench w = workbench_new(&shapes[1], 2, 13);
     results r = workbench_results(&w);
-    dsv4_state *state = state_new(&w.e, 3), *other = state_new(&w.e, 3);
+    dsv4_state *state = workbench_state(&w, 3), *other = workbench_state(&w, 3);
     ASSERT_EQ(DSV4_OK, compress_part(&w.e, &w.s, &r, state, 0, 7, NULL));
-    saved good = save(state);
-    unsigned char *bytes = reserve(good.size + 8);
+    saved good = workbench_saved(&w, state);
+    unsigned char *bytes = workbench_memory(&w, good.size + 8);
     for (int offset = 0; offset < 8; offset++) {
         ASSERT_EQ(DSV4_OK, dsv4_state_save(state, bytes + offset, good.size, NULL, NULL));
         ASSERT_MEM_EQ(good.bytes, bytes + offset, good.size);
@@ -500,67 +413,32 @@ TEST saved_bytes_need_no_alignment(void) {
         ASSERT_EQ(DSV4_OK, dsv4_state_restore(other, bytes + offset, good.size, NULL));
         ASSERT(is_still(other, &good));
     }
-    free(bytes);
-    free(good.bytes);
-    dsv4_state_destroy(other);
-    dsv4_state_destroy(state);
-    results_free(&r);
     workbench_free(&w);
     PASS();
 }
 
 /* ---- Other configurations ---------------------------------------------------------------------------------- */
 
-static dsv4_config other_config(int field) {
-    dsv4_config c = shape_config(&shapes[0]);
-    switch (field) {
-    case 0:
-        c.hidden_dim++;
-        break;
-    case 1:
-        c.head_dim += 2;
-        break;
-    case 2:
-        c.ratio++;
-        break;
-    case 3:
-        c.rope_dim -= 2;
-        break;
-    case 4:
-        c.overlap = 0;
-        break;
-    case 5:
-        c.no_ape = 1;
-        break;
-    case 6:
-        c.rounding ^= DSV4_ROUND_PROJECTION;
-        break;
-    case 7:
-        c.eps = 1e-5f;
-        break;
-    case 8:
-        c.pad_gate = -1e4f;
-        break;
-    case 9:
-        c.rope_theta = 10000;
-        break;
-    case 10:
-        c.yarn_factor = 4;
-        break;
-    case 11:
-        c.yarn_orig_ctx = 4096;
-        break;
-    case 12:
-        c.yarn_beta_fast = 16;
-        break;
-    case 13:
-        c.sums = DSV4_SUMS_TILES;
-        break;
-    default:
-        c.yarn_beta_slow = 2;
-        break;
-    }
-    return c;
+enum { OTHER_CONFIGS = 15 };
+
+/* Each differs from `of` in one field. */
+static void other_configs(const dsv4_config *of, dsv4_config others[OTHER_CONFIGS]) {
+    for (int i = 0; i < OTHER_CONFIGS; i++) others[i] = *of;
+    others[0].hidden_dim++;
+    others[1].head_dim += 2;
+    others[2].ratio++;
+    others[3].rope_dim -= 2;
+    others[4].overlap = 0;
+    others[5].no_ape = 1;
+    others[6].rounding ^= DSV4_ROUND_PROJECTION;
+    others[7].eps = 1e-5f;
+    others[8].pad_gate = -1e4f;
+    others[9].rope_theta = 10000;
+    others[10].yarn_factor = 4;
+    others[11].yarn_orig_ctx = 4096;
+    others[12].yarn_beta_fast = 16;
+    others[13].sums = DSV4_SUMS_TILES;
+    others[14].yarn_beta_slow = 2;
 }
 
 /* Whether a message names the configurations, by the fingerprints that their saved states hold, of both sides. */
@@ -578,13 +456,14 @@ static int names_both(const dsv4_error *error, const saved *a, const saved *b) {
 
 TEST a_state_of_another_configuration_is_rejected_everywhere(int field) {
     workbench w = workbench_new(&shapes[0], 3, 14);
-    dsv4_config config = other_config(field);
-    model m = model_of(&config, DSV4_BF16, 1);
-    engine other = engine_new(&m, NULL, NULL);
+    dsv4_config others[OTHER_CONFIGS];
+    other_configs(&w.config, others);
+    model m = keep_model(&w, model_of(&others[field], DSV4_BF16, 1));
+    engine other = keep_engine(&w, engine_new(&m, NULL, NULL));
     results r = workbench_results(&w);
-    dsv4_state *ours = state_new(&w.e, 1), *theirs = state_new(&other, 1);
+    dsv4_state *ours = workbench_state(&w, 1), *theirs = keep_state(&w, state_new(&other, 1));
     ASSERT_EQ(DSV4_OK, compress_part(&w.e, &w.s, &r, ours, 0, 5, NULL));
-    saved of_ours = save(ours), of_theirs = save(theirs);
+    saved of_ours = workbench_saved(&w, ours), of_theirs = workbench_saved(&w, theirs);
     dsv4_error error = {0};
 
 #define ASSERT_REJECTED(status, call)                                              \
@@ -603,14 +482,6 @@ TEST a_state_of_another_configuration_is_rejected_everywhere(int field) {
     ASSERT(is_still(ours, &of_ours));
     ASSERT(is_still(theirs, &of_theirs));
 
-    results_free(&untouched);
-    free(of_theirs.bytes);
-    free(of_ours.bytes);
-    dsv4_state_destroy(theirs);
-    dsv4_state_destroy(ours);
-    results_free(&r);
-    engine_free(&other);
-    model_free(&m);
     workbench_free(&w);
     PASS();
 }
@@ -618,23 +489,18 @@ TEST a_state_of_another_configuration_is_rejected_everywhere(int field) {
 /* Defaults written out are the same configuration; another compressor of it takes the state over. */
 TEST a_state_moves_between_compressors_of_one_configuration(void) {
     workbench w = workbench_new(&shapes[0], 3, 15);
-    model m = model_new(&w.config, shapes[0].param, 15);
+    model m = keep_model(&w, model_new(&w.config, shapes[0].param, 15));
     m.config.eps = 1e-6f;
     m.config.rope_theta = 160000;
     m.config.yarn_beta_fast = 32;
-    engine other = engine_new(&m, "scalar", NULL);
+    engine other = keep_engine(&w, engine_new(&m, "scalar", NULL));
     results r = workbench_results(&w);
-    dsv4_state *state = state_new(&w.e, 0), *moved = state_new(&other, 0);
+    dsv4_state *state = workbench_state(&w, 0), *moved = keep_state(&w, state_new(&other, 0));
     ASSERT_EQ(DSV4_OK, compress_part(&w.e, &w.s, &r, state, 0, 5, NULL));
     ASSERT_EQ(DSV4_OK, transfer(BY_BYTES, moved, state));
     ASSERT_EQ(DSV4_OK, compress_part(&other, &w.s, &r, moved, 5, 8, NULL));
     ASSERT_EQ(DSV4_OK, compress_part(&w.e, &w.s, &r, moved, 8, w.s.tokens, NULL));
     ASSERT_EQ(STAGE_COUNT, results_difference(&w.whole, &r));
-    dsv4_state_destroy(moved);
-    dsv4_state_destroy(state);
-    results_free(&r);
-    engine_free(&other);
-    model_free(&m);
     workbench_free(&w);
     PASS();
 }
@@ -651,11 +517,11 @@ TEST sequences_that_share_calls_do_not_mix(const shape *of) {
     for (int p = 0; p < PARTIES; p++) {
         dsv4_segment alone = segment_new(p * tokens, tokens, 10 * p, p * entries, NULL);
         dsv4_batch b = batch_new(&w.s, &apart, &alone, 1);
-        ASSERT_EQ(DSV4_OK, dsv4_compress(w.e.compressor, &b, w.e.workspace, NULL));
+        ASSERT_EQ(DSV4_OK, workbench_compress(&w, &b));
     }
     dice d = {17};
     dsv4_state *states[PARTIES] = {NULL};
-    for (int p = 1; p < PARTIES; p++) states[p] = state_new(&w.e, depth_for_weights(&w.config) + p);
+    for (int p = 1; p < PARTIES; p++) states[p] = workbench_state(&w, depth_for_weights(&w.config) + p);
     for (int64_t left = w.s.tokens; left > 0;) {
         dsv4_segment segments[PARTIES];
         int count = 0, first = (int)dice_below(&d, PARTIES);
@@ -673,11 +539,7 @@ TEST sequences_that_share_calls_do_not_mix(const shape *of) {
         dsv4_error error = {0};
         ASSERTm(note("%s", error.text), dsv4_compress(w.e.compressor, &b, w.e.workspace, &error) == DSV4_OK);
     }
-    int stage = results_difference(&apart, &shared);
-    ASSERTm(stage_name(stage), stage == STAGE_COUNT);
-    for (int p = 1; p < PARTIES; p++) dsv4_state_destroy(states[p]);
-    results_free(&shared);
-    results_free(&apart);
+    ASSERT_SAME_BITS(&apart, &shared, "in shared calls");
     workbench_free(&w);
     PASS();
 }
@@ -692,21 +554,17 @@ TEST hundreds_of_windows_close_in_one_call(const shape *of) {
     dsv4_state *states[SEQUENCES];
     for (int i = 0; i < SEQUENCES; i++) {
         segments[i] = segment_new(i * tokens, tokens, i, 2 * i, NULL);
-        states[i] = state_new(&w.e, depth_for_weights(&w.config));
+        states[i] = workbench_state(&w, depth_for_weights(&w.config));
     }
     dsv4_batch b = batch_new(&w.s, &apart, segments, SEQUENCES);
-    ASSERT_EQ(DSV4_OK, dsv4_compress(w.e.compressor, &b, w.e.workspace, NULL));
+    ASSERT_EQ(DSV4_OK, workbench_compress(&w, &b));
     for (int64_t t = 0; t < tokens; t++) {
         for (int i = 0; i < SEQUENCES; i++)
             segments[i] = segment_new(i * tokens + t, 1, i + t, 2 * i + t / ratio, states[i]);
         b = batch_new(&w.s, &shared, segments, SEQUENCES);
-        ASSERT_EQ(DSV4_OK, dsv4_compress(w.e.compressor, &b, w.e.workspace, NULL));
+        ASSERT_EQ(DSV4_OK, workbench_compress(&w, &b));
     }
-    int stage = results_difference(&apart, &shared);
-    ASSERTm(stage_name(stage), stage == STAGE_COUNT);
-    for (int i = 0; i < SEQUENCES; i++) dsv4_state_destroy(states[i]);
-    results_free(&shared);
-    results_free(&apart);
+    ASSERT_SAME_BITS(&apart, &shared, "in shared calls");
     workbench_free(&w);
     PASS();
 }
@@ -717,12 +575,12 @@ TEST windows_of_one_token_and_of_many_close_in_one_call(const shape *of) {
     workbench w = workbench_new(of, WINDOWS, 29);
     const int64_t last = w.config.ratio - 1;
     const size_t row = w.whole.bytes[STAGE_OUT] / WINDOWS;
-    results r = results_new(&w.config, w.out_dtype, w.s.tokens, MOST + WINDOWS);
+    results r = keep_results(&w, results_new(&w.config, w.out_dtype, w.s.tokens, MOST + WINDOWS));
     const char *expected = w.whole.stage[STAGE_OUT], *out = r.stage[STAGE_OUT];
-    dsv4_state *open = state_new(&w.e, depth_for_weights(&w.config)), *states[MOST];
+    dsv4_state *open = workbench_state(&w, depth_for_weights(&w.config)), *states[MOST];
     dsv4_segment segments[MOST + 1];
     ASSERT_EQ(DSV4_OK, compress_part(&w.e, &w.s, &r, open, 0, last, NULL));
-    for (int i = 0; i < MOST; i++) states[i] = state_new(&w.e, depth_for_weights(&w.config));
+    for (int i = 0; i < MOST; i++) states[i] = workbench_state(&w, depth_for_weights(&w.config));
     for (int n = 1; n <= MOST; n++) {
         for (int i = 0; i < n; i++) {
             ASSERT_EQ(DSV4_OK, dsv4_state_copy(states[i], open, NULL));
@@ -730,13 +588,10 @@ TEST windows_of_one_token_and_of_many_close_in_one_call(const shape *of) {
         }
         segments[n] = segment_new(0, w.s.tokens, w.s.position, n, NULL);
         dsv4_batch b = batch_new(&w.s, &r, segments, n + 1);
-        ASSERT_EQ(DSV4_OK, dsv4_compress(w.e.compressor, &b, w.e.workspace, NULL));
+        ASSERT_EQ(DSV4_OK, workbench_compress(&w, &b));
         for (int i = 0; i < n; i++) ASSERT_MEM_EQ(expected, out + (size_t)i * row, row);
         ASSERT_MEM_EQ(expected, out + (size_t)n * row, WINDOWS * row);
     }
-    for (int i = 0; i < MOST; i++) dsv4_state_destroy(states[i]);
-    dsv4_state_destroy(open);
-    results_free(&r);
     workbench_free(&w);
     PASS();
 }
@@ -745,11 +600,11 @@ TEST windows_of_one_token_and_of_many_close_in_one_call(const shape *of) {
 TEST a_failed_call_advances_no_state(void) {
     workbench w = workbench_new(&shapes[0], 4, 18);
     results r = workbench_results(&w), untouched = workbench_results(&w);
-    dsv4_state *good = state_new(&w.e, depth_for_weights(&w.config) + 2),
-               *bad = state_new(&w.e, depth_for_weights(&w.config) + 2);
+    dsv4_state *good = workbench_state(&w, depth_for_weights(&w.config) + 2),
+               *bad = workbench_state(&w, depth_for_weights(&w.config) + 2);
     ASSERT_EQ(DSV4_OK, compress_part(&w.e, &w.s, &r, good, 0, 3, NULL));
     ASSERT_EQ(DSV4_OK, compress_part(&w.e, &w.s, &r, bad, 0, 3, NULL));
-    saved of_good = save(good), of_bad = save(bad);
+    saved of_good = workbench_saved(&w, good), of_bad = workbench_saved(&w, bad);
     dsv4_segment segments[2] = {segment_new(3, 5, w.s.position + 3, 0, good),
                                 segment_new(8, 5, w.s.position + 4, 2, bad)};
     dsv4_batch b = batch_new(&w.s, &untouched, segments, 2);
@@ -759,12 +614,6 @@ TEST a_failed_call_advances_no_state(void) {
     ASSERT(results_untouched(&untouched));
     ASSERT(is_still(good, &of_good));
     ASSERT(is_still(bad, &of_bad));
-    free(of_bad.bytes);
-    free(of_good.bytes);
-    dsv4_state_destroy(bad);
-    dsv4_state_destroy(good);
-    results_free(&untouched);
-    results_free(&r);
     workbench_free(&w);
     PASS();
 }
@@ -776,7 +625,7 @@ TEST weights_of_folded_rows_are_refused(const shape *of) {
     workbench w = workbench_new(of, 3, 25);
     const dsv4_config *c = &w.config;
     const int64_t deep = depth_for_weights(c), seen = 2 * c->ratio - 1;
-    dsv4_state *shallow = state_new(&w.e, deep - 1), *enough = state_new(&w.e, deep);
+    dsv4_state *shallow = workbench_state(&w, deep - 1), *enough = workbench_state(&w, deep);
     results r = workbench_results(&w);
     char words[32];
     ASSERT_EQ(DSV4_OK, compress_part(&w.e, &w.s, &r, shallow, 0, seen, NULL));
@@ -789,15 +638,12 @@ TEST weights_of_folded_rows_are_refused(const shape *of) {
     ASSERTm(note("%s", error.text), strstr(error.text, words) != NULL && strstr(error.text, "stages.weights") != NULL);
     ASSERT_EQ_FMT((int)seen, (int)dsv4_state_tokens(shallow), "%d");
     b.stages.weights = NULL; /* without the stage it goes on */
-    ASSERT_EQ(DSV4_OK, dsv4_compress(w.e.compressor, &b, w.e.workspace, NULL));
+    ASSERT_EQ(DSV4_OK, workbench_compress(&w, &b));
     last.state = enough;
     b = batch_new(&w.s, &r, &last, 1);
-    ASSERT_EQ(DSV4_OK, dsv4_compress(w.e.compressor, &b, w.e.workspace, NULL));
+    ASSERT_EQ(DSV4_OK, workbench_compress(&w, &b));
     const size_t entry = w.whole.bytes[STAGE_WEIGHTS] / (size_t)w.whole.entries;
     ASSERT_MEM_EQ((char *)w.whole.stage[STAGE_WEIGHTS] + entry, (char *)r.stage[STAGE_WEIGHTS] + entry, entry);
-    results_free(&r);
-    dsv4_state_destroy(enough);
-    dsv4_state_destroy(shallow);
     workbench_free(&w);
     PASS();
 }
@@ -820,76 +666,64 @@ TEST a_state_is_no_larger_than_what_it_waits_for(const shape *of) {
         size_t size = 0;
         ASSERT_EQ(DSV4_OK, dsv4_state_size(w.e.compressor, depth, &size, NULL));
         ASSERTm(note("%d bytes, bound %d", (int)size, (int)bound), (int64_t)size <= bound);
-        dsv4_state *state = state_new(&w.e, depth);
+        dsv4_state *state = workbench_state(&w, depth);
         for (int64_t t = 0; t < w.s.tokens; t++) {
             ASSERT_EQ(DSV4_OK, compress_part(&w.e, &w.s, &r, state, t, t + 1, NULL));
             ASSERT((int64_t)dsv4_state_save_size(state) <= bound);
         }
-        dsv4_state_destroy(state);
     }
-    results_free(&r);
     workbench_free(&w);
     PASS();
 }
 
 /* ---- The suite --------------------------------------------------------------------------------------------- */
 
-#define FOR_EVERY_SHAPE(...)                      \
-    for (int i = 0; i < SHAPE_COUNT; i++) {       \
-        greatest_set_test_suffix(shapes[i].name); \
-        RUN_TESTp(__VA_ARGS__);                   \
-    }
-
 SUITE(streams) {
     for (int i = 0; i < SHAPE_COUNT; i++) { /* states that fold rounded scores, and keep rows of them */
         static shape scores[SHAPE_COUNT];
         scores[i] = shapes[i];
-        scores[i].rounding = DSV4_ROUND_SCORE | DSV4_ROUND_PROJECTION;
-        greatest_set_test_suffix(note("%s_rounded_scores", shapes[i].name));
-        RUN_TESTp(any_cut_into_calls_gives_the_bits_of_the_one_call, &scores[i]);
+        scores[i].config.rounding = DSV4_ROUND_SCORE | DSV4_ROUND_PROJECTION;
+        RUN_NAMED(note("%s_rounded_scores", shapes[i].name), any_cut_into_calls_gives_the_bits_of_the_one_call,
+                  &scores[i]);
     }
     for (int i = 0; i < SHAPE_COUNT; i++) {
         const uint32_t rounded = DSV4_ROUND_WEIGHT | DSV4_ROUND_PRODUCT;
-        if (shapes[i].ratio <= 2 || (shapes[i].rounding & rounded)) continue; /* these keep their rows */
-        greatest_set_test_suffix(shapes[i].name);
-        RUN_TESTp(weights_of_folded_rows_are_refused, &shapes[i]);
+        if (shapes[i].config.ratio <= 2 || (shapes[i].config.rounding & rounded)) continue; /* these keep their rows */
+        RUN_NAMED(shapes[i].name, weights_of_folded_rows_are_refused, &shapes[i]);
     }
-    FOR_EVERY_SHAPE(any_cut_into_calls_gives_the_bits_of_the_one_call, &shapes[i]);
-    for (int i = 0; i < LONG_SHAPE_COUNT; i++) {
-        greatest_set_test_suffix(long_shapes[i].name);
-        RUN_TESTp(a_long_sequence_may_be_cut_anywhere, &long_shapes[i]);
-        greatest_set_test_suffix(long_shapes[i].name);
-        RUN_TESTp(taking_back_is_as_if_the_tokens_had_never_come, &long_shapes[i], 250);
-    }
-    FOR_EVERY_SHAPE(a_state_counts_its_tokens_and_foretells_its_entries, &shapes[i]);
-    FOR_EVERY_SHAPE(an_empty_segment_changes_nothing, &shapes[i]);
+    FOR_EVERY_SHAPE(any_cut_into_calls_gives_the_bits_of_the_one_call, of);
+    FOR_EVERY_LONG_SHAPE(a_long_sequence_may_be_cut_anywhere, of);
+    FOR_EVERY_LONG_SHAPE(taking_back_is_as_if_the_tokens_had_never_come, of, 250);
+    FOR_EVERY_SHAPE(a_state_counts_its_tokens_and_foretells_its_entries, of);
+    FOR_EVERY_SHAPE(an_empty_segment_changes_nothing, of);
     RUN_TEST(a_call_that_closes_no_window_needs_no_out);
-    FOR_EVERY_SHAPE(taking_back_is_as_if_the_tokens_had_never_come, &shapes[i], 1);
-    FOR_EVERY_SHAPE(taking_back_is_as_if_the_tokens_had_never_come, &shapes[i], shapes[i].ratio);
-    FOR_EVERY_SHAPE(taking_back_is_as_if_the_tokens_had_never_come, &shapes[i], 3 * shapes[i].ratio + 2);
-    FOR_EVERY_SHAPE(a_state_from_which_all_is_taken_back_is_a_new_one, &shapes[i]);
-    FOR_EVERY_SHAPE(reach_shrinks_as_tokens_are_taken_back, &shapes[i]);
+    FOR_EVERY_SHAPE(taking_back_is_as_if_the_tokens_had_never_come, of, 1);
+    FOR_EVERY_SHAPE(taking_back_is_as_if_the_tokens_had_never_come, of, of->config.ratio);
+    FOR_EVERY_SHAPE(taking_back_is_as_if_the_tokens_had_never_come, of, 3 * of->config.ratio + 2);
+    FOR_EVERY_SHAPE(a_state_from_which_all_is_taken_back_is_a_new_one, of);
+    FOR_EVERY_SHAPE(reach_shrinks_as_tokens_are_taken_back, of);
     RUN_TEST(taking_back_too_much_is_refused_and_changes_nothing);
-    FOR_EVERY_SHAPE(every_accepted_prefix_equals_serial_decoding, &shapes[i]);
-    FOR_EVERY_SHAPE(a_transferred_state_goes_on_as_the_old_one, &shapes[i], BY_BYTES);
-    FOR_EVERY_SHAPE(a_transferred_state_goes_on_as_the_old_one, &shapes[i], BY_COPY);
+    FOR_EVERY_SHAPE(every_accepted_prefix_equals_serial_decoding, of);
+    FOR_EVERY_SHAPE(a_transferred_state_goes_on_as_the_old_one, of, BY_BYTES);
+    FOR_EVERY_SHAPE(a_transferred_state_goes_on_as_the_old_one, of, BY_COPY);
     RUN_TEST(a_copy_is_independent_of_its_source);
-    FOR_EVERY_SHAPE(a_reset_state_is_a_new_one, &shapes[i]);
-    FOR_EVERY_SHAPE(damaged_bytes_are_rejected_and_the_state_unchanged, &shapes[i]);
-    FOR_EVERY_SHAPE(forged_bytes_are_rejected_and_the_state_unchanged, &shapes[i]);
-    FOR_EVERY_SHAPE(saved_positions_beyond_the_last_are_rejected, &shapes[i]);
+    FOR_EVERY_SHAPE(a_reset_state_is_a_new_one, of);
+    FOR_EVERY_SHAPE(damaged_bytes_are_rejected_and_the_state_unchanged, of);
+    FOR_EVERY_SHAPE(forged_bytes_are_rejected_and_the_state_unchanged, of);
+    FOR_EVERY_SHAPE(saved_positions_beyond_the_last_are_rejected, of);
     RUN_TEST(saved_bytes_need_no_alignment);
-    for (int field = 0; field < 15; field++) RUN_TESTp(a_state_of_another_configuration_is_rejected_everywhere, field);
+    for (int field = 0; field < OTHER_CONFIGS; field++)
+        RUN_TESTp(a_state_of_another_configuration_is_rejected_everywhere, field);
     RUN_TEST(a_state_moves_between_compressors_of_one_configuration);
-    FOR_EVERY_SHAPE(sequences_that_share_calls_do_not_mix, &shapes[i]);
-    FOR_EVERY_SHAPE(hundreds_of_windows_close_in_one_call, &shapes[i]);
+    FOR_EVERY_SHAPE(sequences_that_share_calls_do_not_mix, of);
+    FOR_EVERY_SHAPE(hundreds_of_windows_close_in_one_call, of);
     for (int i = 0; i < SHAPE_COUNT; i++) {
-        if (shapes[i].ratio < 9) continue; /* the longer the windows, the fewer sequences fill a block with them */
-        greatest_set_test_suffix(shapes[i].name);
-        RUN_TESTp(windows_of_one_token_and_of_many_close_in_one_call, &shapes[i]);
+        if (shapes[i].config.ratio < 9)
+            continue; /* the longer the windows, the fewer sequences fill a block with them */
+        RUN_NAMED(shapes[i].name, windows_of_one_token_and_of_many_close_in_one_call, &shapes[i]);
     }
     RUN_TEST(a_failed_call_advances_no_state);
-    FOR_EVERY_SHAPE(a_state_is_no_larger_than_what_it_waits_for, &shapes[i]);
+    FOR_EVERY_SHAPE(a_state_is_no_larger_than_what_it_waits_for, of);
 }
 
 TESTS_MAIN(streams);

@@ -49,43 +49,34 @@ static float sum_of_tiles(const terms *t) {
 
 static float sum_as(dsv4_sums sums, terms t) { return sums == DSV4_SUMS_TILES ? sum_of_tiles(&t) : sum_of_pairs(&t); }
 
-static float *as_floats(const void *data, dsv4_dtype dtype, int64_t count) {
-    float *floats = reserve((size_t)count * sizeof *floats);
-    for (int64_t i = 0; i < count; i++) floats[i] = (float)number(data, dtype, i);
+/* An array of bf16 numbers. */
+static float *as_floats(workbench *w, const void *data, int64_t count) {
+    float *floats = workbench_memory(w, (size_t)count * sizeof *floats);
+    for (int64_t i = 0; i < count; i++) floats[i] = (float)number(data, DSV4_BF16, i);
     return floats;
 }
 
 /* ---- Projections ------------------------------------------------------------------------------------------- */
 
 static dsv4_config plain_config(dsv4_sums sums, int64_t hidden_dim, int64_t head_dim) {
-    dsv4_config c = {0};
-    c.hidden_dim = hidden_dim;
-    c.head_dim = head_dim;
-    c.ratio = 1;
-    c.no_ape = c.no_gate = 1;
-    c.sums = sums;
-    return c;
+    return (dsv4_config){
+        .hidden_dim = hidden_dim, .head_dim = head_dim, .ratio = 1, .no_ape = 1, .no_gate = 1, .sums = sums};
 }
 
 /* The first of kv's numbers that is not the sum that its definition gives, -1 where all are. */
 static int64_t wrong_projection(const dsv4_config *c, int64_t tokens, const char *isa) {
-    model m = model_of(c, DSV4_BF16, 21);
-    sequence s = sequence_new(c, DSV4_BF16, tokens, 22);
-    engine e = engine_new(&m, isa, NULL);
-    results r = results_new(c, DSV4_F32, tokens, tokens);
-    float *x = as_floats(s.x, DSV4_BF16, tokens * c->hidden_dim);
-    float *w = as_floats(m.data[DSV4_WKV], DSV4_BF16, m.info[DSV4_WKV].count);
-    int64_t wrong = compress_whole(&e, &s, &r, NULL) == DSV4_OK ? -1 : 0;
+    workbench w = workbench_with(model_of(c, DSV4_BF16, 21), sequence_new(c, DSV4_BF16, tokens, 22), DSV4_F32);
+    engine e = workbench_engine(&w, isa, NULL);
+    results r = workbench_results(&w);
+    float *x = as_floats(&w, w.s.x, tokens * c->hidden_dim);
+    float *weights = as_floats(&w, w.m.data[DSV4_WKV], w.m.info[DSV4_WKV].count);
+    int64_t wrong = compress_whole(&e, &w.s, &r, NULL) == DSV4_OK ? -1 : 0;
     for (int64_t i = 0; i < r.count[STAGE_KV] && wrong < 0; i++) {
-        const terms t = {x + i / c->head_dim * c->hidden_dim, w + i % c->head_dim * c->hidden_dim, 1, 1, c->hidden_dim};
+        const int64_t token = i / c->head_dim, column = i % c->head_dim, terms_of_each = c->hidden_dim;
+        const terms t = {x + token * terms_of_each, weights + column * terms_of_each, 1, 1, terms_of_each};
         if (bits_of_float(sum_as(c->sums, t)) != bits_of_float(((float *)r.stage[STAGE_KV])[i])) wrong = i;
     }
-    free(w);
-    free(x);
-    results_free(&r);
-    engine_free(&e);
-    sequence_free(&s);
-    model_free(&m);
+    workbench_free(&w);
     return wrong;
 }
 
@@ -93,8 +84,7 @@ static int64_t wrong_projection(const dsv4_config *c, int64_t tokens, const char
 TEST projections_are_added_in_the_order_named(dsv4_sums sums) {
     static const int64_t dims[] = {1,  2,  3,  15,  16,  17,  30,  31,  32,  33,  47,  48,  62,   63,
                                    64, 65, 96, 129, 255, 256, 257, 288, 300, 511, 513, 777, 2080, 4101};
-    const char *isa;
-    for (int k = 0; (isa = dsv4_isa_name(k)) != NULL; k++) {
+    for (const char *isa = dsv4_isa_name(0); isa; isa = isa_after(isa)) {
         for (size_t i = 0; i < sizeof dims / sizeof *dims; i++) {
             dsv4_config c = plain_config(sums, dims[i], 1 + (int64_t)(i * 7) % 40);
             const int64_t wrong = wrong_projection(&c, 1 + (int64_t)(i * 5) % 19, isa);
@@ -111,48 +101,39 @@ TEST projections_are_added_in_the_order_named(dsv4_sums sums) {
 
 /* ---- Gradients --------------------------------------------------------------------------------------------- */
 
-/* dkv of a backward_case whose windows have one row, read off dwkv of single tokens of ones. */
-static float *dkv_of(const backward_case *l) {
-    const dsv4_config *c = &l->config;
-    float *dkv = reserve((size_t)(l->s.tokens * c->head_dim) * sizeof *dkv);
-    float *dwkv = reserve((size_t)(c->head_dim * c->hidden_dim) * sizeof *dwkv);
-    dsv4_bf16 *ones = reserve((size_t)c->hidden_dim * sizeof *ones);
-    results r = results_new(c, DSV4_F32, l->s.tokens, l->entries);
+/* dkv of a workbench whose windows have one row, read off dwkv of single tokens of ones. */
+static float *dkv_of(workbench *w) {
+    const dsv4_config *c = &w->config;
+    float *dkv = workbench_memory(w, (size_t)(w->s.tokens * c->head_dim) * sizeof *dkv);
+    float *dwkv = workbench_memory(w, (size_t)(c->head_dim * c->hidden_dim) * sizeof *dwkv);
+    dsv4_bf16 *ones = workbench_memory(w, (size_t)c->hidden_dim * sizeof *ones);
+    results r = workbench_results_in(w, DSV4_F32);
     for (int64_t i = 0; i < c->hidden_dim; i++) ones[i] = 0x3F80;
-    if (compress_whole(&l->e, &l->s, &r, NULL) != DSV4_OK) exit(1);
-    for (int64_t t = 0; t < l->s.tokens; t++) {
-        dsv4_batch b = {0};
-        dsv4_gradients to = {0};
-        b.x = (dsv4_const_matrix){ones, DSV4_BF16, 0};
+    if (compress_whole(&w->e, &w->s, &r, NULL) != DSV4_OK) exit(1);
+    for (int64_t t = 0; t < w->s.tokens; t++) {
+        const char *dout = (const char *)w->dout + (size_t)(t * c->head_dim) * dsv4_dtype_size(w->out_dtype);
+        dsv4_batch b = {.x = {ones, DSV4_BF16, 0}, .tokens = 1, .entries = 1};
+        dsv4_gradients to = {.dout = {dout, w->out_dtype, 0}, .dwkv = {dwkv, DSV4_F32, 0}};
         b.kv = (float *)r.stage[STAGE_KV] + t * c->head_dim;
-        b.tokens = b.entries = 1;
-        to.dout = (dsv4_const_matrix){(char *)l->dout + (size_t)(t * c->head_dim) * dsv4_dtype_size(l->dout_dtype),
-                                      l->dout_dtype, 0};
-        to.dwkv = matrix_of(dwkv, DSV4_F32);
-        if (dsv4_backward(l->e.compressor, &b, &to, l->e.workspace, NULL) != DSV4_OK) exit(1);
+        if (workbench_backward(w, &b, &to) != DSV4_OK) exit(1);
         for (int64_t i = 0; i < c->head_dim; i++) dkv[t * c->head_dim + i] = dwkv[i * c->hidden_dim];
     }
-    results_free(&r);
-    free(ones);
-    free(dwkv);
     return dkv;
 }
 
 /* What dx and dwkv have to be: sums over dkv's columns and over the tokens. */
-static gradient_set expected_gradients(const backward_case *l) {
-    const int64_t H = l->config.hidden_dim, D = l->config.head_dim, tokens = l->s.tokens;
-    gradient_set g = gradient_set_new(&l->config, DSV4_F32, tokens);
-    float *dkv = dkv_of(l), *x = as_floats(l->s.x, DSV4_BF16, tokens * H);
-    float *w = as_floats(l->m.data[DSV4_WKV], DSV4_BF16, D * H);
+static gradient_set expected_gradients(workbench *w) {
+    const int64_t H = w->config.hidden_dim, D = w->config.head_dim, tokens = w->s.tokens;
+    gradient_set g = workbench_gradients(w, DSV4_F32);
+    float *dkv = dkv_of(w), *x = as_floats(w, w->s.x, tokens * H);
+    float *weights = as_floats(w, w->m.data[DSV4_WKV], D * H);
     for (int64_t t = 0; t < tokens; t++)
         for (int64_t h = 0; h < H; h++)
-            ((float *)g.data[ORACLE_DX])[t * H + h] = sum_as(l->config.sums, (terms){dkv + t * D, w + h, 1, H, D});
+            ((float *)g.data[ORACLE_DX])[t * H + h] =
+                sum_as(w->config.sums, (terms){dkv + t * D, weights + h, 1, H, D});
     for (int64_t d = 0; d < D; d++)
         for (int64_t h = 0; h < H; h++)
-            ((float *)g.data[ORACLE_DWKV])[d * H + h] = sum_as(l->config.sums, (terms){dkv + d, x + h, D, H, tokens});
-    free(w);
-    free(x);
-    free(dkv);
+            ((float *)g.data[ORACLE_DWKV])[d * H + h] = sum_as(w->config.sums, (terms){dkv + d, x + h, D, H, tokens});
     return g;
 }
 
@@ -161,52 +142,37 @@ TEST gradients_are_added_in_the_order_named(dsv4_sums sums) {
                                        {70, 300, 70}, {64, 64, 1},  {35, 17, 560}};
     for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++) {
         dsv4_config c = plain_config(sums, sizes[i][0], sizes[i][1]);
-        backward_case l =
-            backward_case_new(model_of(&c, DSV4_BF16, 31), sequence_new(&c, DSV4_BF16, sizes[i][2], 32), DSV4_F32, 33);
-        gradient_set expected = expected_gradients(&l);
-        const char *isa;
-        for (int k = 0; (isa = dsv4_isa_name(k)) != NULL; k++) {
-            engine e = trainer_new(&l.m, isa, NULL);
-            gradient_set got = gradient_set_new(&c, DSV4_F32, l.s.tokens);
-            ASSERT_EQ(DSV4_OK, backward_whole(&l, &e, &got));
+        workbench w = training_for(&c, DSV4_BF16, DSV4_F32, sizes[i][2], 31);
+        gradient_set expected = expected_gradients(&w);
+        for (const char *isa = dsv4_isa_name(0); isa; isa = isa_after(isa)) {
+            engine e = workbench_trainer(&w, isa, NULL);
+            gradient_set got = workbench_gradients(&w, DSV4_F32);
+            ASSERT_EQ(DSV4_OK, backward_whole(&w, &e, &got));
             for (int which = ORACLE_DX; which <= ORACLE_DWKV; which++)
-                ASSERTm(note("%s of %d tokens: %s", gradient_name(which), (int)l.s.tokens, isa),
+                ASSERTm(note("%s of %d tokens: %s", gradient_name(which), (int)w.s.tokens, isa),
                         memcmp(expected.data[which], got.data[which], got.bytes[which]) == 0);
-            gradient_set_free(&got);
-            engine_free(&e);
         }
-        gradient_set_free(&expected);
-        backward_case_free(&l);
+        workbench_free(&w);
     }
     PASS();
 }
 
 /* A compressor whose sums over tokens are told apart by where they are cut. */
-static backward_case tiles_lesson(int64_t tokens) {
-    dsv4_config c = {0};
-    c.hidden_dim = 37;
-    c.head_dim = 33;
-    c.ratio = 4;
-    c.overlap = 1;
-    c.sums = DSV4_SUMS_TILES;
-    return backward_case_new(model_of(&c, DSV4_BF16, 41), sequence_new(&c, DSV4_BF16, tokens, 42), DSV4_F32, 43);
+static workbench tiles_case(int64_t tokens) {
+    const dsv4_config c = {.hidden_dim = 37, .head_dim = 33, .ratio = 4, .overlap = 1, .sums = DSV4_SUMS_TILES};
+    return training_for(&c, DSV4_BF16, DSV4_F32, tokens, 41);
 }
 
 /* The first gradient from dwkv to `last` that differs between the cuts, for some kernel set. */
-static int cuts_differ(const backward_case *l, const int64_t *some, const int64_t *others, int count, int last) {
-    const char *isa;
+static int cuts_differ(workbench *w, const int64_t *some, const int64_t *others, int count, int last) {
     int found = GRADIENTS;
-    for (int k = 0; (isa = dsv4_isa_name(k)) != NULL && found == GRADIENTS; k++) {
-        engine e = trainer_new(&l->m, isa, NULL);
-        gradient_set a = gradient_set_new(&l->config, DSV4_F32, l->s.tokens);
-        gradient_set b = gradient_set_new(&l->config, DSV4_F32, l->s.tokens);
-        if (backward_cut(l, &e, some, count, &a) != DSV4_OK || backward_cut(l, &e, others, count, &b) != DSV4_OK)
+    for (const char *isa = dsv4_isa_name(0); isa && found == GRADIENTS; isa = isa_after(isa)) {
+        engine e = workbench_trainer(w, isa, NULL);
+        gradient_set a = workbench_gradients(w, DSV4_F32), b = workbench_gradients(w, DSV4_F32);
+        if (backward_cut(w, &e, some, count, &a) != DSV4_OK || backward_cut(w, &e, others, count, &b) != DSV4_OK)
             found = ORACLE_DX;
         for (int which = ORACLE_DX; which <= last && found == GRADIENTS; which++)
             if (memcmp(a.data[which], b.data[which], a.bytes[which]) != 0) found = which;
-        gradient_set_free(&b);
-        gradient_set_free(&a);
-        engine_free(&e);
     }
     return found;
 }
@@ -214,22 +180,22 @@ static int cuts_differ(const backward_case *l, const int64_t *some, const int64_
 TEST cuts_at_multiples_of_32_give_the_same_sums_of_tiles(void) {
     static const int64_t whole[] = {100000, 1, 1, 1},
                          cuts[][4] = {{32, 32, 32, 32}, {96, 64, 352, 32}, {224, 64, 32, 160}};
-    backward_case l = tiles_lesson(700);
+    workbench w = tiles_case(700);
     for (int i = 0; i < 3; i++) {
-        const int found = cuts_differ(&l, whole, cuts[i], 4, ORACLE_DWGATE);
+        const int found = cuts_differ(&w, whole, cuts[i], 4, ORACLE_DWGATE);
         ASSERTm(note("cut %d: %s", i, gradient_name(found)), found == GRADIENTS);
     }
-    backward_case_free(&l);
+    workbench_free(&w);
     PASS();
 }
 
 /* Wherever a part begins: cutting one up at multiples of 32 of its sequence changes nothing. */
 TEST steps_are_counted_from_the_first_token(void) {
     static const int64_t once[] = {41, 100000, 1, 1}, often[] = {41, 23, 128, 100000};
-    backward_case l = tiles_lesson(340);
-    const int found = cuts_differ(&l, once, often, 4, ORACLE_DWGATE);
+    workbench w = tiles_case(340);
+    const int found = cuts_differ(&w, once, often, 4, ORACLE_DWGATE);
     ASSERTm(gradient_name(found), found == GRADIENTS);
-    backward_case_free(&l);
+    workbench_free(&w);
     PASS();
 }
 
@@ -245,46 +211,34 @@ static int is_listed(const char *isa) {
  * asked. */
 TEST tiles_are_for_the_order_that_is_theirs(dsv4_sums sums) {
     dsv4_config c = plain_config(sums, 64, 32);
-    model m = model_of(&c, DSV4_BF16, 71);
-    engine e = engine_new(&m, NULL, NULL);
-    ASSERT_STR_EQ(best_isa(sums), dsv4_compressor_isa(e.compressor));
-    engine_free(&e);
-    model_free(&m);
+    workbench w = workbench_for(&c, DSV4_BF16, 0, 71);
+    ASSERT_STR_EQ(best_isa(sums), dsv4_compressor_isa(w.e.compressor));
+    workbench_free(&w);
     PASS();
 }
 
 /* Sizes that neither tiles nor what is added up before sums are stored divide. */
-static backward_case tiled_lesson(int64_t tokens) {
-    dsv4_config c = {0};
-    c.hidden_dim = 2200;
-    c.head_dim = 300;
-    c.ratio = 4;
-    c.overlap = 1;
-    c.sums = DSV4_SUMS_TILES;
-    return backward_case_new(model_of(&c, DSV4_BF16, 81), sequence_new(&c, DSV4_BF16, tokens, 82), DSV4_F32, 83);
+static workbench tiled_case(int64_t tokens) {
+    const dsv4_config c = {.hidden_dim = 2200, .head_dim = 300, .ratio = 4, .overlap = 1, .sums = DSV4_SUMS_TILES};
+    return training_for(&c, DSV4_BF16, DSV4_F32, tokens, 81);
 }
 
 TEST the_cpus_tiles_do_as_their_model_does(void) {
     if (!is_listed("amx")) SKIPm("this CPU, or its system, has no AMX");
     static const char *const sets[] = {"amx", "amx-model", "scalar"};
     for (int64_t tokens = 4; tokens <= 301; tokens += tokens < 40 ? 4 : 87) {
-        backward_case l = tiled_lesson(tokens);
+        workbench w = tiled_case(tokens);
         results r[3];
         for (int i = 0; i < 3; i++) {
-            engine e = trainer_new(&l.m, sets[i], NULL);
-            gradient_set g = gradient_set_new(&l.config, DSV4_F32, tokens);
-            r[i] = results_new(&l.config, DSV4_F32, tokens, l.entries);
-            memset(r[i].stage[STAGE_KV], 0, r[i].bytes[STAGE_KV]);
-            memset(r[i].stage[STAGE_GATE], 0, r[i].bytes[STAGE_GATE]);
-            ASSERT_EQ(DSV4_OK, compress_whole(&e, &l.s, &r[i], NULL));
-            ASSERT_EQ(DSV4_OK, backward_whole(&l, &e, &g));
+            engine e = workbench_trainer(&w, sets[i], NULL);
+            gradient_set g = workbench_gradients(&w, DSV4_F32);
+            r[i] = workbench_results(&w);
+            ASSERT_EQ(DSV4_OK, compress_whole(&e, &w.s, &r[i], NULL));
+            ASSERT_EQ(DSV4_OK, backward_whole(&w, &e, &g));
             ASSERT_EQ_FMT((int)STAGE_COUNT, results_difference(&r[0], &r[i]), "%d");
-            ASSERT_EQ_FMT((int)GRADIENTS, gradient_difference(&l.whole, &g, ORACLE_DX), "%d");
-            gradient_set_free(&g);
-            engine_free(&e);
+            ASSERT_EQ_FMT((int)GRADIENTS, gradient_difference(&w.gradients, &g, ORACLE_DX), "%d");
         }
-        for (int i = 0; i < 3; i++) results_free(&r[i]);
-        backward_case_free(&l);
+        workbench_free(&w);
     }
     PASS();
 }
@@ -292,28 +246,20 @@ TEST the_cpus_tiles_do_as_their_model_does(void) {
 /* ---- What the order is not --------------------------------------------------------------------------------- */
 
 /* An fp32 operand is multiplied the same way whatever the order: dx and sums over tokens too. */
-TEST fp32_operands_know_no_order(dsv4_dtype x, dsv4_dtype w) {
-    dsv4_config c = {0};
-    c.hidden_dim = 300;
-    c.head_dim = 40;
-    c.ratio = 3;
-    backward_case l[2];
+TEST fp32_operands_know_no_order(dsv4_dtype x, dsv4_dtype weights) {
+    dsv4_config c = {.hidden_dim = 300, .head_dim = 40, .ratio = 3};
+    workbench w[2];
     results r[2];
     for (int i = 0; i < 2; i++) {
         c.sums = i ? DSV4_SUMS_TILES : DSV4_SUMS_PAIRS;
-        l[i] = backward_case_new(model_of(&c, w, 51), sequence_new(&c, x, 299, 52), DSV4_F32, 53);
-        r[i] = results_new(&c, DSV4_F32, 299, 99);
-        memset(r[i].stage[STAGE_KV], 0, r[i].bytes[STAGE_KV]);
-        memset(r[i].stage[STAGE_GATE], 0, r[i].bytes[STAGE_GATE]);
-        ASSERT_EQ(DSV4_OK, compress_whole(&l[i].e, &l[i].s, &r[i], NULL));
+        w[i] = training_with(model_of(&c, weights, 51), sequence_new(&c, x, 299, 52), DSV4_F32, 53);
+        r[i] = workbench_results(&w[i]);
+        ASSERT_EQ(DSV4_OK, compress_whole(&w[i].e, &w[i].s, &r[i], NULL));
     }
     const int same = results_difference(&r[0], &r[1]) == STAGE_COUNT &&
-                     gradient_difference(&l[0].whole, &l[1].whole, ORACLE_DX) == GRADIENTS;
-    ASSERT_EQ(x == DSV4_F32 || w == DSV4_F32, same);
-    for (int i = 0; i < 2; i++) {
-        results_free(&r[i]);
-        backward_case_free(&l[i]);
-    }
+                     gradient_difference(&w[0].gradients, &w[1].gradients, ORACLE_DX) == GRADIENTS;
+    ASSERT_EQ(x == DSV4_F32 || weights == DSV4_F32, same);
+    for (int i = 0; i < 2; i++) workbench_free(&w[i]);
     PASS();
 }
 
@@ -323,20 +269,18 @@ SUITE(sums) {
         dsv4_sums sums;
     } orders[] = {{"pairs", DSV4_SUMS_PAIRS}, {"tiles", DSV4_SUMS_TILES}};
     for (int i = 0; i < 2; i++) {
-        greatest_set_test_suffix(orders[i].name);
-        RUN_TESTp(projections_are_added_in_the_order_named, orders[i].sums);
-        greatest_set_test_suffix(orders[i].name);
-        RUN_TESTp(gradients_are_added_in_the_order_named, orders[i].sums);
-        greatest_set_test_suffix(orders[i].name);
-        RUN_TESTp(tiles_are_for_the_order_that_is_theirs, orders[i].sums);
+        RUN_NAMED(orders[i].name, projections_are_added_in_the_order_named, orders[i].sums);
+        RUN_NAMED(orders[i].name, gradients_are_added_in_the_order_named, orders[i].sums);
+        RUN_NAMED(orders[i].name, tiles_are_for_the_order_that_is_theirs, orders[i].sums);
     }
     RUN_TEST(cuts_at_multiples_of_32_give_the_same_sums_of_tiles);
     RUN_TEST(steps_are_counted_from_the_first_token);
     RUN_TEST(the_cpus_tiles_do_as_their_model_does);
     for (int x = DSV4_F32; x <= DSV4_BF16; x++)
         for (int w = DSV4_F32; w <= DSV4_BF16; w++) {
-            greatest_set_test_suffix(x == w ? dtype_name((dsv4_dtype)x) : x == DSV4_F32 ? "f32_x" : "bf16_x");
-            RUN_TESTp(fp32_operands_know_no_order, (dsv4_dtype)x, (dsv4_dtype)w);
+            const char *mixed = x == DSV4_F32 ? "f32_x" : "bf16_x";
+            RUN_NAMED(x == w ? dtype_name((dsv4_dtype)x) : mixed, fp32_operands_know_no_order, (dsv4_dtype)x,
+                      (dsv4_dtype)w);
         }
 }
 

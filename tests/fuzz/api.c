@@ -4,6 +4,7 @@
 
 #include "fuzz.h"
 #include "oracle_support.h"
+#include "workbench.h"
 
 enum { STREAMS = 2, ENGINES = 2, MOST_TOKENS = 60 };
 
@@ -15,12 +16,11 @@ typedef struct stream {
     dsv4_state *state, *spare;
 } stream;
 
+/* A workbench with the tokens of all sequences, and what they give at once. */
 typedef struct scene {
-    model model;
-    engine engines[ENGINES];
+    workbench w;
+    engine engines[ENGINES]; /* the workbench's is the first one */
     int64_t tokens, entries; /* of each sequence: whole windows */
-    sequence x;              /* [STREAMS * tokens, H] */
-    results expected;        /* of both sequences at once */
     stream streams[STREAMS];
 } scene;
 
@@ -57,15 +57,11 @@ static void run_backwards(void *context, int64_t count, dsv4_task *task, void *a
 }
 
 static engine choose_engine(const model *m, choices *c) {
-    int sets = 0;
-    while (dsv4_isa_name(sets)) {
-        sets++;
-    }
     dsv4_parallel parallel = {run_backwards, NULL, 1 + choose(c, 4)};
-    return engine_new(m, dsv4_isa_name(choose(c, sets - 1)), &parallel);
+    return engine_new(m, dsv4_isa_name(choose(c, isa_count() - 1)), &parallel);
 }
 
-static stream choose_stream(const scene *s, int index, choices *c) {
+static stream choose_stream(scene *s, int index, choices *c) {
     static const int64_t positions[] = {0, 1, 65535, 1048575, (int64_t)1 << 31, ((int64_t)1 << 61) + 3};
     stream t = {0};
     t.token = index * s->tokens;
@@ -73,21 +69,21 @@ static stream choose_stream(const scene *s, int index, choices *c) {
     t.position = positions[choose(c, 5)];
     t.depth = choose(c, 3) * choose(c, 12);
     t.spare_depth = choose(c, 24);
-    t.state = state_new(&s->engines[0], t.depth);
-    t.spare = state_new(&s->engines[0], t.spare_depth);
+    t.state = workbench_state(&s->w, t.depth);
+    t.spare = workbench_state(&s->w, t.spare_depth);
     return t;
 }
 
 /* One sequence alone, against the oracle. */
 static void judge(const scene *s, const stream *t) {
-    sequence alone = s->x;
-    size_t row = (size_t)s->model.config.hidden_dim * dsv4_dtype_size(alone.dtype);
+    sequence alone = s->w.s;
+    size_t row = (size_t)s->w.config.hidden_dim * dsv4_dtype_size(alone.dtype);
     alone.x = (unsigned char *)alone.x + (size_t)t->token * row;
     alone.tokens = s->tokens;
     alone.position = t->position;
-    results r = results_new(&s->model.config, DSV4_F32, s->tokens, s->entries);
-    REQUIRE(compress_whole(&s->engines[0], &alone, &r, NULL) == DSV4_OK);
-    stray verdict = oracle_judge_leaning(&s->model, &alone, &r, 4); /* there will be millions of sums */
+    results r = results_new(&s->w.config, DSV4_F32, s->tokens, s->entries);
+    REQUIRE(compress_whole(&s->w.e, &alone, &r, NULL) == DSV4_OK);
+    stray_number verdict = oracle_judge_leaning(&s->w.m, &alone, &r, 4); /* there will be millions of sums */
     if (verdict.stage != STAGE_COUNT) {
         fprintf(stderr, "%s %lld: %.9g, not from %.9g to %.9g\n", stage_name(verdict.stage), (long long)verdict.index,
                 verdict.got, verdict.least, verdict.greatest);
@@ -102,8 +98,8 @@ static void compress_both(const scene *s) {
         const stream *t = &s->streams[i];
         segments[i] = segment_new(t->token, s->tokens, t->position, t->entry, NULL);
     }
-    dsv4_batch batch = batch_new(&s->x, &s->expected, segments, STREAMS);
-    REQUIRE(dsv4_compress(s->engines[0].compressor, &batch, s->engines[0].workspace, NULL) == DSV4_OK);
+    dsv4_batch batch = batch_new(&s->w.s, &s->w.whole, segments, STREAMS);
+    REQUIRE(workbench_compress(&s->w, &batch) == DSV4_OK);
 }
 
 static scene choose_scene(choices *c) {
@@ -112,16 +108,21 @@ static scene choose_scene(choices *c) {
     uint64_t seed = (uint64_t)choose(c, 255);
     dsv4_dtype dtype = choose_dtype(c), out_dtype = choose_dtype(c);
     dsv4_config config = choose_config(c);
-    s.model = model_of(&config, choose_dtype(c), seed);
+    s.w.m = keep_model(&s.w, model_of(&config, choose_dtype(c), seed));
     for (int i = 0; i < ENGINES; i++) {
-        s.engines[i] = choose_engine(&s.model, c);
+        s.engines[i] = keep_engine(&s.w, choose_engine(&s.w.m, c));
     }
+    s.w.e = s.engines[0];
+    s.w.config = config;
+    s.w.out_dtype = out_dtype;
     s.entries = MOST_TOKENS / config.ratio;
     s.tokens = s.entries * config.ratio;
-    s.x.tokens = STREAMS * s.tokens;
-    s.x.dtype = dtype;
-    s.x.x = random_array(dtype, s.x.tokens * config.hidden_dim, seed + 1000, scales[choose(c, 3)]);
-    s.expected = results_new(&config, out_dtype, s.x.tokens, STREAMS * s.entries);
+    s.w.entries = STREAMS * s.entries;
+    s.w.s.tokens = STREAMS * s.tokens;
+    s.w.s.dtype = dtype;
+    const int64_t numbers = s.w.s.tokens * config.hidden_dim;
+    s.w.s.x = keep(&s.w, random_array(dtype, numbers, seed + 1000, scales[choose(c, 3)]));
+    s.w.whole = workbench_results(&s.w);
     for (int i = 0; i < STREAMS; i++) {
         s.streams[i] = choose_stream(&s, i, c);
     }
@@ -136,28 +137,28 @@ static scene choose_scene(choices *c) {
 static void expect_rows(const scene *s, const dsv4_segment *segment, int64_t entries, const results *wanted) {
     for (int i = 0; i < STAGE_COUNT; i++) {
         int by_token = i == STAGE_KV || i == STAGE_GATE;
-        int64_t rows = by_token ? s->expected.tokens : s->expected.entries;
-        size_t row = rows ? s->expected.bytes[i] / (size_t)rows : 0;
+        int64_t rows = by_token ? s->w.whole.tokens : s->w.whole.entries;
+        size_t row = rows ? s->w.whole.bytes[i] / (size_t)rows : 0;
         size_t from = row * (size_t)(by_token ? segment->token : segment->entry);
         size_t size = row * (size_t)(by_token ? segment->count : entries);
-        memcpy((unsigned char *)wanted->stage[i] + from, (unsigned char *)s->expected.stage[i] + from, size);
+        memcpy((unsigned char *)wanted->stage[i] + from, (unsigned char *)s->w.whole.stage[i] + from, size);
     }
 }
 
 /* The given streams go on in one call. A position that is off by one makes it fail, and then nothing may change. */
 static void advance(scene *s, const engine *e, stream *const *streams, int count, choices *c) {
     dsv4_segment segments[STREAMS];
-    int64_t ratio = s->model.config.ratio;
+    int64_t ratio = s->w.config.ratio;
     int fail = choose(c, 7) == 7 && streams[count - 1]->seen > 0;
-    results wanted = results_new(&s->model.config, s->expected.out_dtype, s->expected.tokens, s->expected.entries);
-    results got = results_new(&s->model.config, s->expected.out_dtype, s->expected.tokens, s->expected.entries);
+    results wanted = results_new(&s->w.config, s->w.out_dtype, s->w.s.tokens, s->w.entries);
+    results got = results_new(&s->w.config, s->w.out_dtype, s->w.s.tokens, s->w.entries);
     for (int i = 0; i < count; i++) {
         stream *t = streams[i];
         int64_t tokens = choose(c, choose(c, 1) ? 3 : MOST_TOKENS);
         tokens = tokens < s->tokens - t->seen ? tokens : s->tokens - t->seen;
         int64_t entries = (t->seen + tokens) / ratio - t->seen / ratio;
-        REQUIRE(dsv4_entry_count(&s->model.config, t->state, tokens) == entries);
-        *got.no_weights |= !has_weights(&s->model.config, t->state, tokens);
+        REQUIRE(dsv4_entry_count(&s->w.config, t->state, tokens) == entries);
+        *got.no_weights |= !has_weights(&s->w.config, t->state, tokens);
         segments[i] =
             segment_new(t->token + t->seen, tokens, t->position + t->seen, t->entry + t->seen / ratio, t->state);
         if (!fail) {
@@ -167,7 +168,7 @@ static void advance(scene *s, const engine *e, stream *const *streams, int count
         }
     }
     segments[count - 1].position += fail;
-    dsv4_batch batch = batch_new(&s->x, &got, segments, count);
+    dsv4_batch batch = batch_new(&s->w.s, &got, segments, count);
     if (*got.no_weights) batch.stages.weights = NULL;
     dsv4_status status = dsv4_compress(e->compressor, &batch, e->workspace, NULL);
     REQUIRE(status == (fail ? DSV4_ERROR_STATE : DSV4_OK));
@@ -237,15 +238,6 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
     while (c.at < c.end) {
         one_event(&s, &c);
     }
-    for (int i = 0; i < STREAMS; i++) {
-        dsv4_state_destroy(s.streams[i].state);
-        dsv4_state_destroy(s.streams[i].spare);
-    }
-    for (int i = 0; i < ENGINES; i++) {
-        engine_free(&s.engines[i]);
-    }
-    results_free(&s.expected);
-    sequence_free(&s.x);
-    model_free(&s.model);
+    workbench_free(&s.w);
     return 0;
 }

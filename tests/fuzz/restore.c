@@ -2,56 +2,29 @@
  * written, and a state that refuses is as it was. */
 
 #include "fuzz.h"
-#include "support.h"
+#include "workbench.h"
 
 enum { TOKENS = 40, DEPTH = 7 };
 
-typedef struct scene {
-    model model;
-    engine engine;
-    sequence x;
-    results out;
-} scene;
-
-static scene make_scene(void) {
-    scene s = {0};
-    dsv4_config config = {0};
-    config.hidden_dim = 5;
-    config.head_dim = 6;
-    config.ratio = 3;
-    config.overlap = 1;
-    config.rope_dim = 4;
-    s.model = model_of(&config, DSV4_F32, 1);
-    s.engine = engine_new(&s.model, NULL, NULL);
-    s.x = sequence_new(&config, DSV4_F32, TOKENS, 1);
-    s.out = results_new(&config, DSV4_F32, TOKENS, TOKENS);
-    return s;
+static workbench make_bench(void) {
+    const dsv4_config config = {.hidden_dim = 5, .head_dim = 6, .ratio = 3, .rope_dim = 4, .overlap = 1};
+    model m = model_of(&config, DSV4_F32, 1);
+    workbench w = workbench_with(m, sequence_new(&config, DSV4_F32, TOKENS, 1), DSV4_F32);
+    w.e = workbench_engine(&w, NULL, NULL);
+    w.whole = workbench_results(&w);
+    return w;
 }
 
-static dsv4_state *state_after(const scene *s, int64_t tokens) {
-    dsv4_state *state = state_new(&s->engine, DEPTH);
-    REQUIRE(compress_part(&s->engine, &s->x, &s->out, state, 0, tokens, NULL) == DSV4_OK);
+static dsv4_state *state_after(const workbench *w, int64_t tokens) {
+    dsv4_state *state = state_new(&w->e, DEPTH);
+    REQUIRE(compress_part(&w->e, &w->s, &w->whole, state, 0, tokens, NULL) == DSV4_OK);
     return state;
 }
 
-typedef struct blob {
-    unsigned char *bytes;
-    size_t size;
-} blob;
-
-static blob save(const dsv4_state *state) {
-    size_t size = dsv4_state_save_size(state);
-    blob b = {(unsigned char *)reserve(size), 0};
-    REQUIRE(dsv4_state_save(state, b.bytes, size, &b.size, NULL) == DSV4_OK);
-    return b;
-}
-
-static int same(const blob *a, const blob *b) { return a->size == b->size && memcmp(a->bytes, b->bytes, a->size) == 0; }
-
 /* Honest bytes, edited: some overwritten, the end cut off. */
-static blob tampered(const scene *s, choices *c) {
-    dsv4_state *state = state_after(s, choose(c, TOKENS));
-    blob b = save(state);
+static saved tampered(const workbench *w, choices *c) {
+    dsv4_state *state = state_after(w, choose(c, TOKENS));
+    saved b = saved_of(state);
     dsv4_state_destroy(state);
     while (c->at < c->end) {
         size_t at = ((size_t)choose(c, 255) << 8 | (size_t)choose(c, 255)) % (b.size + 1);
@@ -64,25 +37,25 @@ static blob tampered(const scene *s, choices *c) {
     return b;
 }
 
-static blob arbitrary(const choices *c) {
-    blob b = {NULL, (size_t)(c->end - c->at)};
+static saved arbitrary(const choices *c) {
+    saved b = {NULL, (size_t)(c->end - c->at)};
     b.bytes = (unsigned char *)reserve(b.size);
     memcpy(b.bytes, c->at, b.size);
     return b;
 }
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
-    static scene s;
+    static workbench w;
     choices c = {data, data + size};
-    if (!s.engine.compressor) {
-        s = make_scene();
+    if (!w.e.compressor) {
+        w = make_bench();
     }
-    dsv4_state *state = state_after(&s, choose(&c, TOKENS));
-    blob before = save(state), offered = choose(&c, 1) ? tampered(&s, &c) : arbitrary(&c);
+    dsv4_state *state = state_after(&w, choose(&c, TOKENS));
+    saved before = saved_of(state), offered = choose(&c, 1) ? tampered(&w, &c) : arbitrary(&c);
     dsv4_status status = dsv4_state_restore(state, offered.bytes, offered.size, NULL);
-    blob after = save(state);
+    saved after = saved_of(state);
     REQUIRE(status == DSV4_OK || status == DSV4_ERROR_DATA);
-    REQUIRE(same(&after, status == DSV4_OK ? &offered : &before));
+    REQUIRE(same_bytes(&after, status == DSV4_OK ? &offered : &before));
     dsv4_state_destroy(state);
     free(before.bytes);
     free(offered.bytes);

@@ -42,32 +42,12 @@ static int make(choices *c, packed *p) {
     return 1;
 }
 
-/* Subnormal scales and products are nobody's promise. */
-static int is_promised(double value) { return value == 0 || !(fabs(value) < 0x1p-126); }
-
-/* What channel i of a row holds; 0 where nothing is promised. */
-static int number_of(const packed *p, const unsigned char *row, const unsigned char *scales, int64_t i, float *number) {
-    const row_rule rule = rule_of(p->config.rows);
-    const int64_t coded = p->config.head_dim - (p->config.rows == DSV4_ROWS_FP8 ? p->config.rope_dim : 0);
-    const unsigned char *s = scales + i / rule.block * rule.scale_bytes, *half = row + coded + 2 * (i - coded);
-    if (i >= coded) {
-        *number = float_of_bits((uint32_t)half[0] << 16 | (uint32_t)half[1] << 24);
-        return 1;
-    }
-    double scale = rule.e4m3_scale ? signed_value(*s, e4m3_value) : *s == 255 ? NAN : ldexp(1, *s - 127);
-    if (rule.scale_bytes == 4)
-        scale = float_of_bits((uint32_t)s[0] | (uint32_t)s[1] << 8 | (uint32_t)s[2] << 16 | (uint32_t)s[3] << 24);
-    const int code = rule.wide ? row[i] : row[i / 2] >> (4 * (i % 2)) & 15;
-    const double product = signed_value(code, rule.wide ? e4m3_value : e2m1_value) * scale;
-    *number = p->config.rounding & DSV4_ROUND_ROW ? bf16_of((float)product) : (float)product;
-    return is_promised(scale) && is_promised(product);
-}
-
 static void check_row(const packed *p, dsv4_dtype dtype, int64_t r, const void *numbers) {
     for (int64_t i = 0; i < p->config.head_dim; i++) {
         const float got = (float)number(numbers, dtype, r * p->number_stride + i);
         float expected;
-        if (!number_of(p, p->rows + r * p->row_stride, p->scales + r * p->scale_stride, i, &expected)) continue;
+        if (!packed_number(&p->config, p->rows + r * p->row_stride, p->scales + r * p->scale_stride, i, &expected))
+            continue;
         if (dtype == DSV4_BF16) expected = bf16_of(expected);
         REQUIRE(isnan(expected) ? isnan(got) : bits_of_float(expected) == bits_of_float(got));
     }

@@ -1,9 +1,10 @@
-/* caller_arrays.h - every array that a caller hands to the compressor, forward and backward, as a list of places:
- * each can be put at another address, and the calls made again. */
+/* arrays.h - every array that a caller hands to the compressor, forward and backward, as a list of places: each can be
+ * put at another address, and the calls made again. To be included after _DEFAULT_SOURCE, as fences.h. */
 
 #ifndef TESTS_ARRAYS_H
 #define TESTS_ARRAYS_H
 
+#include "fences.h"
 #include "gradient_support.h"
 
 /* The call that reads or writes an array first. */
@@ -21,7 +22,7 @@ typedef struct place {
 enum { PLACES = DSV4_PARAM_COUNT + 4 + STAGE_COUNT + GRADIENTS };
 
 typedef struct caller_arrays {
-    backward_case l;       /* its x, parameters and dout are the inputs */
+    workbench w;           /* its x, parameters and dout are the inputs */
     results r, expected;   /* of the forward call */
     gradient_set g, whole; /* of the backward call */
     void *kv, *gate;       /* what the forward call gave, as inputs of later ones */
@@ -35,19 +36,17 @@ SUPPORT void caller_arrays_add(caller_arrays *o, const char *name, void **pointe
 }
 
 SUPPORT void caller_arrays_list(caller_arrays *o) {
-    static const char *const params[] = {"wkv", "wgate", "ape", "norm"};
-    const backward_case *l = &o->l;
-    const dsv4_const_matrix *const arrays[] = {&l->m.params.wkv, &l->m.params.wgate, &l->m.params.ape,
-                                               &l->m.params.norm};
+    workbench *w = &o->w;
     for (int i = 0; i < DSV4_PARAM_COUNT; i++) {
-        const size_t size = dsv4_dtype_size(arrays[i]->dtype);
-        caller_arrays_add(o, params[i], &o->l.m.data[i], (size_t)l->m.info[i].count * size, size, CALL_CREATE, 0);
+        const dsv4_param_info *info = &w->m.info[i];
+        const size_t size = dsv4_dtype_size(model_array(&w->m.params, i)->dtype);
+        caller_arrays_add(o, info->name, &w->m.data[i], (size_t)info->count * size, size, CALL_CREATE, 0);
     }
-    const size_t x = dsv4_dtype_size(l->s.dtype), dout = dsv4_dtype_size(l->dout_dtype);
-    caller_arrays_add(o, "x", &o->l.s.x, (size_t)(l->s.tokens * l->config.hidden_dim) * x, x, CALL_COMPRESS, 0);
+    const size_t x = dsv4_dtype_size(w->s.dtype), dout = dsv4_dtype_size(w->out_dtype);
+    caller_arrays_add(o, "x", &w->s.x, (size_t)(w->s.tokens * w->config.hidden_dim) * x, x, CALL_COMPRESS, 0);
     caller_arrays_add(o, "kv", &o->kv, o->r.bytes[STAGE_KV], 4, CALL_POOL, 0);
     caller_arrays_add(o, "gate", &o->gate, o->r.bytes[STAGE_GATE], 4, CALL_POOL, 0);
-    caller_arrays_add(o, "dout", &o->l.dout, (size_t)(l->entries * l->config.head_dim) * dout, dout, CALL_BACKWARD, 0);
+    caller_arrays_add(o, "dout", &w->dout, (size_t)(w->entries * w->config.head_dim) * dout, dout, CALL_BACKWARD, 0);
     for (int i = 0; i < STAGE_COUNT; i++) {
         const size_t size = i < STAGE_LATENT ? 4 : dsv4_dtype_size(o->r.out_dtype);
         caller_arrays_add(o, stage_name(i), &o->r.stage[i], o->r.bytes[i], size, CALL_COMPRESS, 1);
@@ -61,32 +60,29 @@ SUPPORT void caller_arrays_list(caller_arrays *o) {
 SUPPORT dsv4_status caller_arrays_create(caller_arrays *o, const char *isa, engine *e) {
     const dsv4_options options = {isa, 1, 1};
     const dsv4_allocator heap = nan_heap();
-    for (int i = 0; i < DSV4_PARAM_COUNT; i++) model_array(&o->l.m.params, i)->data = o->l.m.data[i];
-    dsv4_status status = dsv4_compressor_create(&o->l.config, &o->l.m.params, &options, &heap, &e->compressor, NULL);
+    for (int i = 0; i < DSV4_PARAM_COUNT; i++) model_array(&o->w.m.params, i)->data = o->w.m.data[i];
+    dsv4_status status = dsv4_compressor_create(&o->w.config, &o->w.m.params, &options, &heap, &e->compressor, NULL);
     if (status == DSV4_OK) status = dsv4_workspace_create(e->compressor, NULL, &heap, &e->workspace, NULL);
     return status;
 }
 
 SUPPORT dsv4_status caller_arrays_compress(const caller_arrays *o, const engine *e) {
-    return compress_whole(e, &o->l.s, &o->r, NULL);
+    return compress_whole(e, &o->w.s, &o->r, NULL);
 }
 
 /* Entries from projections. */
-SUPPORT dsv4_status caller_arrays_pool(const caller_arrays *o, const engine *e) {
-    dsv4_segment whole = segment_new(0, o->l.s.tokens, o->l.s.position, 0, NULL);
-    dsv4_batch b = batch_new(&o->l.s, &o->r, &whole, 1);
+SUPPORT dsv4_status caller_arrays_pool(caller_arrays *o, const engine *e) {
+    dsv4_batch b = workbench_batch(&o->w, &o->r);
     b.x.data = NULL;
     b.kv = o->kv;
     b.gate = o->r.bytes[STAGE_GATE] ? o->gate : NULL;
-    b.drop_tail = 1;
     return dsv4_compress(e->compressor, &b, e->workspace, NULL);
 }
 
 /* Gradients, the projections recomputed or, with `kept`, given. */
-SUPPORT dsv4_status caller_arrays_backward(const caller_arrays *o, const engine *e, int kept) {
-    dsv4_segment whole = segment_new(0, o->l.s.tokens, o->l.s.position, 0, NULL);
-    dsv4_batch b = backward_case_batch(&o->l, &whole, 1);
-    dsv4_gradients to = gradients_into(&o->g, o->l.dout, o->l.dout_dtype);
+SUPPORT dsv4_status caller_arrays_backward(caller_arrays *o, const engine *e, int kept) {
+    dsv4_batch b = backward_whole_batch(&o->w);
+    dsv4_gradients to = gradients_into(&o->g, o->w.dout, o->w.out_dtype);
     b.kv = kept ? o->kv : NULL;
     b.gate = kept && o->r.bytes[STAGE_GATE] ? o->gate : NULL;
     return dsv4_backward(e->compressor, &b, &to, e->workspace, NULL);
@@ -119,30 +115,37 @@ SUPPORT const char *caller_arrays_run(caller_arrays *o, const char *isa) {
     return wrong;
 }
 
+/* The same with every array in fenced memory. */
+SUPPORT const char *caller_arrays_run_fenced(caller_arrays *o, const char *isa) {
+    fenced fences[PLACES];
+    void *kept[PLACES] = {0};
+    for (int i = 0; i < o->count; i++) {
+        kept[i] = *o->places[i].pointer;
+        fences[i] = fenced_copy(kept[i], o->places[i].bytes);
+        *o->places[i].pointer = fences[i].data;
+    }
+    const char *wrong = caller_arrays_run(o, isa);
+    for (int i = 0; i < o->count; i++) {
+        *o->places[i].pointer = kept[i];
+        fenced_free(&fences[i]);
+    }
+    return wrong;
+}
+
 /* The arrays as malloc gives them, and what the calls come to there. */
 SUPPORT caller_arrays caller_arrays_new(const shape *of, int64_t tokens, dsv4_dtype gradient_dtype, uint64_t seed) {
     caller_arrays o = {0};
-    o.l = backward_case_of(of, tokens, seed);
-    o.expected = results_new(&o.l.config, of->out, tokens, o.l.entries);
-    o.r = results_new(&o.l.config, of->out, tokens, o.l.entries);
-    o.whole = gradient_set_new(&o.l.config, gradient_dtype, tokens);
-    o.g = gradient_set_new(&o.l.config, gradient_dtype, tokens);
-    if (compress_whole(&o.l.e, &o.l.s, &o.expected, NULL) != DSV4_OK ||
-        backward_whole(&o.l, &o.l.e, &o.whole) != DSV4_OK)
+    o.w = training_new(of, tokens, seed);
+    o.expected = workbench_results(&o.w);
+    o.r = workbench_results(&o.w);
+    o.whole = workbench_gradients(&o.w, gradient_dtype);
+    o.g = workbench_gradients(&o.w, gradient_dtype);
+    if (compress_whole(&o.w.e, &o.w.s, &o.expected, NULL) != DSV4_OK ||
+        backward_whole(&o.w, &o.w.e, &o.whole) != DSV4_OK)
         exit(1);
-    o.kv = memcpy(reserve(o.r.bytes[STAGE_KV]), o.expected.stage[STAGE_KV], o.r.bytes[STAGE_KV]);
-    o.gate = memcpy(reserve(o.r.bytes[STAGE_GATE]), o.expected.stage[STAGE_GATE], o.r.bytes[STAGE_GATE]);
+    o.kv = memcpy(workbench_memory(&o.w, o.r.bytes[STAGE_KV]), o.expected.stage[STAGE_KV], o.r.bytes[STAGE_KV]);
+    o.gate = memcpy(workbench_memory(&o.w, o.r.bytes[STAGE_GATE]), o.expected.stage[STAGE_GATE], o.r.bytes[STAGE_GATE]);
     return o;
-}
-
-SUPPORT void caller_arrays_free(caller_arrays *o) {
-    free(o->kv);
-    free(o->gate);
-    gradient_set_free(&o->whole);
-    gradient_set_free(&o->g);
-    results_free(&o->expected);
-    results_free(&o->r);
-    backward_case_free(&o->l);
 }
 
 #endif /* TESTS_ARRAYS_H */

@@ -4,16 +4,13 @@
 #define TESTS_GOLDEN_FILE_H
 
 #include "safetensors.h"
-#include "support.h"
+#include "workbench.h"
 
 typedef struct golden {
+    workbench w; /* its parameters and tokens, all rows of the batch, are the file's; no engine */
     st_file file;
-    dsv4_config config;
-    dsv4_params params;
-    const void *x;
-    dsv4_dtype x_dtype;
-    int64_t rows, tokens, entries; /* batch rows; tokens and entries of each */
-    int64_t start;
+    int64_t rows; /* of the batch */
+    dsv4_segment segments[8];
 } golden;
 
 SUPPORT double golden_setting(const golden *g, const char *key) {
@@ -47,6 +44,7 @@ SUPPORT dsv4_rows golden_rows(const golden *g) {
 }
 
 SUPPORT golden golden_open(const char *name) {
+    static const char *const param_names[] = {"wkv", "wgate", "ape", "norm"};
     golden g = {0};
     char path[256], message[256] = "";
     snprintf(path, sizeof path, "tests/golden/%s.safetensors", name);
@@ -55,23 +53,15 @@ SUPPORT golden golden_open(const char *name) {
         exit(1);
     }
     const st_tensor *x = st_find(&g.file, "x"), *wkv = st_find(&g.file, "wkv");
-    g.rows = x->shape[0];
-    g.tokens = x->shape[1];
-    g.x = x->data;
-    g.x_dtype = x->dtype == ST_BF16 ? DSV4_BF16 : DSV4_F32;
-    g.start = (int64_t)golden_setting(&g, "start");
-    g.params.wkv = golden_array(&g, "wkv");
-    g.params.wgate = golden_array(&g, "wgate");
-    g.params.ape = golden_array(&g, "ape");
-    g.params.norm = golden_array(&g, "norm");
-    dsv4_config *c = &g.config;
+    for (int i = 0; i < DSV4_PARAM_COUNT; i++) *model_array(&g.w.m.params, i) = golden_array(&g, param_names[i]);
+    dsv4_config *c = &g.w.config;
     c->hidden_dim = x->shape[2];
     c->overlap = golden_setting(&g, "coff") == 2;
     c->head_dim = wkv->shape[0] / (c->overlap ? 2 : 1);
     c->ratio = (int64_t)golden_setting(&g, "ratio");
     c->rope_dim = (int64_t)golden_setting(&g, "rope_dim");
-    c->no_ape = !g.params.ape.data;
-    c->no_gate = !g.params.wgate.data;
+    c->no_ape = !g.w.m.params.ape.data;
+    c->no_gate = !g.w.m.params.wgate.data;
     c->rounding = golden_rounding(&g);
     c->rows = golden_rows(&g);
     c->eps = (float)golden_setting(&g, "eps");
@@ -80,30 +70,28 @@ SUPPORT golden golden_open(const char *name) {
     c->yarn_orig_ctx = golden_setting(&g, "yarn_orig_ctx");
     c->yarn_beta_fast = golden_setting(&g, "yarn_beta_fast");
     c->yarn_beta_slow = golden_setting(&g, "yarn_beta_slow");
-    g.entries = g.tokens / c->ratio;
+    g.w.m.config = *c;
+    const int64_t tokens = x->shape[1], entries = tokens / c->ratio, start = (int64_t)golden_setting(&g, "start");
+    g.rows = x->shape[0];
+    g.w.out_dtype = x->dtype == ST_BF16 ? DSV4_BF16 : DSV4_F32;
+    g.w.entries = g.rows * entries;
+    g.w.s = (sequence){(void *)(uintptr_t)x->data, g.w.out_dtype, g.rows * tokens, start};
+    for (int64_t i = 0; i < g.rows; i++) g.segments[i] = segment_new(i * tokens, tokens, start, i * entries, NULL);
     return g;
 }
 
 SUPPORT void golden_close(golden *g) {
+    workbench_free(&g->w);
     st_close(&g->file);
     memset(g, 0, sizeof *g);
 }
 
-/* All batch rows in one call, a segment each, every stage kept; the caller frees the results. */
-SUPPORT dsv4_status golden_compress(const golden *g, const char *isa, results *r, dsv4_error *error) {
-    model m = {0};
-    m.config = g->config;
-    m.params = g->params;
-    engine e = engine_new(&m, isa, NULL);
-    dsv4_segment segments[8];
-    for (int64_t i = 0; i < g->rows; i++)
-        segments[i] = segment_new(i * g->tokens, g->tokens, g->start, i * g->entries, NULL);
-    sequence s = {(void *)(uintptr_t)g->x, g->x_dtype, g->rows * g->tokens, g->start};
-    *r = results_new(&g->config, g->x_dtype, s.tokens, g->rows * g->entries);
-    dsv4_batch b = batch_new(&s, r, segments, g->rows);
-    dsv4_status status = dsv4_compress(e.compressor, &b, e.workspace, error);
-    engine_free(&e);
-    return status;
+/* All batch rows in one call, a segment each, every stage kept. */
+SUPPORT dsv4_status golden_compress(golden *g, const char *isa, results *r, dsv4_error *error) {
+    engine e = workbench_engine(&g->w, isa, NULL);
+    *r = workbench_results(&g->w);
+    dsv4_batch b = batch_new(&g->w.s, r, g->segments, g->rows);
+    return dsv4_compress(e.compressor, &b, e.workspace, error);
 }
 
 /* Steps of bf16 between two bf16 numbers. */
@@ -146,7 +134,7 @@ SUPPORT golden_distance golden_compare(const golden *g, const results *r, int st
 SUPPORT int golden_agrees(const golden *g, int stage, const golden_distance *d) {
     static const uint32_t point[STAGE_COUNT] = {DSV4_ROUND_PROJECTION, DSV4_ROUND_PROJECTION, 0,
                                                 DSV4_ROUND_POOLED,     DSV4_ROUND_SCALED,     DSV4_ROUND_ROW};
-    if (d->narrow || (g->config.rounding & point[stage]))
+    if (d->narrow || (g->w.config.rounding & point[stage]))
         return d->most_steps <= 2 && (double)d->equal >= 0.985 * (double)d->compared;
     return d->furthest <= 2e-5 * fmax(1, d->largest);
 }
@@ -161,13 +149,12 @@ SUPPORT int golden_passes(const char *name, const char *isa, char *message, size
     for (int stage = 0; stage < STAGE_COUNT && passes; stage++) {
         if (stage == STAGE_WEIGHTS) continue;
         golden_distance d = golden_compare(&g, &r, stage);
-        int expected = stage != STAGE_GATE || !g.config.no_gate;
+        int expected = stage != STAGE_GATE || !g.w.config.no_gate;
         passes = expected ? d.compared == r.count[stage] && golden_agrees(&g, stage, &d) : d.compared == 0;
         if (!passes)
             snprintf(message, size, "%s, %s, %s: %d of %d equal, up to %d bf16 steps and %.3g apart", name, isa,
                      stage_name(stage), (int)d.equal, (int)d.compared, (int)d.most_steps, d.furthest);
     }
-    results_free(&r);
     golden_close(&g);
     return passes;
 }

@@ -5,7 +5,7 @@
 #ifndef TESTS_HASHES_H
 #define TESTS_HASHES_H
 
-#include "shapes.h"
+#include "workbench.h"
 
 enum { HASH_LINES = 700 };
 
@@ -25,14 +25,7 @@ SUPPORT void hash_need(int condition, const char *what) {
     exit(1);
 }
 
-/* ---- FNV-1a ------------------------------------------------------------------------------------------------ */
-
-static const uint64_t hash_start = ((uint64_t)0xCBF29CE4u << 32) | 0x84222325u;
-
-SUPPORT uint64_t hash_bytes(uint64_t hash, const unsigned char *bytes, size_t size) {
-    for (size_t i = 0; i < size; i++) hash = (hash ^ bytes[i]) * (((uint64_t)0x100 << 32) | 0x1B3u);
-    return hash;
-}
+/* ---- Numbers as bytes --------------------------------------------------------------------------------------- */
 
 SUPPORT uint64_t hash_number(uint64_t hash, uint32_t number, int size) {
     unsigned char bytes[4];
@@ -61,19 +54,18 @@ SUPPORT void hash_add(hash_list *list, const char *name, const char *part, uint6
 
 /* ---- Compressors ------------------------------------------------------------------------------------------- */
 
-/* A shape with parameters from dsv4_param_init, but for norm: multiples of 1/64 around 1. */
-SUPPORT model hash_model(const shape *of, uint32_t rounding) {
-    model m = {0};
-    m.config = shape_config(of);
+/* A configuration with parameters from dsv4_param_init, but for norm: multiples of 1/64 around 1. */
+SUPPORT model hash_model(const shape *of, uint32_t rounding, dsv4_rows rows) {
+    model m = {.config = of->config};
     m.config.rounding = rounding;
+    m.config.rows = rows;
     hash_need(dsv4_config_params(&m.config, m.info, NULL) == DSV4_OK, of->name);
     for (int i = 0; i < DSV4_PARAM_COUNT; i++) {
         if (m.info[i].count == 0) continue;
         m.data[i] = reserve((size_t)m.info[i].count * dsv4_dtype_size(of->param[i]));
         const dsv4_matrix to = matrix_of(m.data[i], of->param[i]);
         hash_need(dsv4_param_init(&m.config, (dsv4_param)i, 1234, to, NULL) == DSV4_OK, "init");
-        model_array(&m.params, i)->data = m.data[i];
-        model_array(&m.params, i)->dtype = of->param[i];
+        *model_array(&m.params, i) = (dsv4_const_matrix){m.data[i], of->param[i], 0};
     }
     dice d = {5};
     for (int64_t i = 0; i < m.info[DSV4_NORM].count; i++)
@@ -81,18 +73,22 @@ SUPPORT model hash_model(const shape *of, uint32_t rounding) {
     return m;
 }
 
+SUPPORT workbench hash_bench(const shape *of, const char *isa, uint32_t rounding, dsv4_rows rows, int64_t tokens,
+                             uint64_t seed) {
+    workbench w = workbench_with(hash_model(of, rounding, rows), shape_sequence(of, tokens, seed), of->out);
+    w.e = workbench_engine(&w, isa, NULL);
+    return w;
+}
+
 /* One call's stages; and the entries of the same tokens in cuts of three, which have to be the same. */
 SUPPORT void hash_shape(const shape *of, int64_t windows, uint32_t rounding, const char *isa, int stages,
                         hash_list *list) {
     static const int64_t cut[] = {3, 1, 230};
-    model m = hash_model(of, rounding);
-    sequence s = shape_sequence(of, windows * of->ratio, 99);
-    s.position = 1000003;
-    engine e = engine_new(&m, isa, NULL);
-    results whole = results_new(&m.config, of->out, s.tokens, windows);
-    results parts = results_new(&m.config, of->out, s.tokens, windows);
-    hash_need(compress_whole(&e, &s, &whole, NULL) == DSV4_OK, of->name);
-    hash_need(compress_cut(&e, &s, &parts, cut, 3, NULL) == DSV4_OK, of->name);
+    workbench w = hash_bench(of, isa, rounding, DSV4_ROWS_PLAIN, windows * of->config.ratio, 99);
+    results whole = workbench_results(&w), parts = workbench_results(&w);
+    w.s.position = 1000003;
+    hash_need(compress_whole(&w.e, &w.s, &whole, NULL) == DSV4_OK, of->name);
+    hash_need(compress_cut(&w.e, &w.s, &parts, cut, 3, NULL) == DSV4_OK, of->name);
     char name[64], point[DSV4_ROUNDING_TEXT_SIZE];
     hash_need(dsv4_rounding_name(rounding, point, sizeof point, NULL) == DSV4_OK, "rounding_name");
     snprintf(name, sizeof name, stages ? "%s" : "%s.%.24s", of->name, point);
@@ -101,32 +97,18 @@ SUPPORT void hash_shape(const shape *of, int64_t windows, uint32_t rounding, con
         if (whole.count[i] > 0) hash_add(list, name, stage_name(i), hash_array(whole.stage[i], dtype, whole.count[i]));
     }
     hash_add(list, name, "out.cut", hash_array(parts.stage[STAGE_OUT], of->out, parts.count[STAGE_OUT]));
-    results_free(&parts);
-    results_free(&whole);
-    engine_free(&e);
-    sequence_free(&s);
-    model_free(&m);
+    workbench_free(&w);
 }
 
 /* A stream's saved bytes, somewhere within a window. */
 SUPPORT void hash_saved(const shape *of, const char *isa, hash_list *list) {
-    model m = hash_model(of, of->rounding);
-    sequence s = shape_sequence(of, 4 * of->ratio + 1, 98);
-    engine e = engine_new(&m, isa, NULL);
-    results r = results_new(&m.config, of->out, s.tokens, s.tokens / of->ratio);
-    dsv4_state *state = state_new(&e, 3);
-    hash_need(compress_part(&e, &s, &r, state, 0, s.tokens, NULL) == DSV4_OK, of->name);
-    size_t size = dsv4_state_save_size(state);
-    unsigned char *bytes = reserve(size);
-    memset(bytes, 0, size);
-    hash_need(dsv4_state_save(state, bytes, size, NULL, NULL) == DSV4_OK, "save");
-    hash_add(list, of->name, "saved", hash_bytes(hash_start, bytes, size));
-    free(bytes);
-    dsv4_state_destroy(state);
-    results_free(&r);
-    engine_free(&e);
-    sequence_free(&s);
-    model_free(&m);
+    workbench w = hash_bench(of, isa, of->config.rounding, DSV4_ROWS_PLAIN, 4 * of->config.ratio + 1, 98);
+    results r = workbench_results(&w);
+    dsv4_state *state = workbench_state(&w, 3);
+    hash_need(compress_part(&w.e, &w.s, &r, state, 0, w.s.tokens, NULL) == DSV4_OK, of->name);
+    const saved bytes = workbench_saved(&w, state);
+    hash_add(list, of->name, "saved", hash_bytes(hash_start, bytes.bytes, bytes.size));
+    workbench_free(&w);
 }
 
 /* ---- Rows as caches hold them ------------------------------------------------------------------------------ */
@@ -135,37 +117,29 @@ SUPPORT void hash_saved(const shape *of, const char *isa, hash_list *list) {
 SUPPORT void hash_rows(dsv4_rows rows, uint32_t rounding, const char *isa, hash_list *list) {
     enum { ENTRIES = 30 };
     static const shape of = {
-        "rows",         48, 256, 4, 64, 1, 0, 0, 0, {DSV4_BF16, DSV4_BF16, DSV4_F32, DSV4_BF16}, DSV4_BF16, DSV4_F32,
-        DSV4_SUMS_PAIRS};
-    model m = hash_model(&of, rounding);
-    m.config.rows = rows;
-    sequence s = shape_sequence(&of, 4 * ENTRIES, 97);
-    engine e = engine_new(&m, isa, NULL);
+        .name = "rows",
+        .config = {.hidden_dim = 48, .head_dim = 256, .ratio = 4, .rope_dim = 64, .overlap = 1, .yarn_factor = 16},
+        .param = {DSV4_BF16, DSV4_BF16, DSV4_F32, DSV4_BF16},
+        .x = DSV4_BF16,
+        .out = DSV4_F32};
+    workbench w = hash_bench(&of, isa, rounding, rows, 4 * ENTRIES, 97);
     size_t row_bytes = 0, scale_bytes = 0;
-    hash_need(dsv4_row_sizes(&m.config, &row_bytes, &scale_bytes, NULL) == DSV4_OK, "row_sizes");
-    float *read = reserve(ENTRIES * 256 * sizeof *read);
-    unsigned char *packed = reserve(ENTRIES * row_bytes), *scales = reserve(ENTRIES * scale_bytes);
-    dsv4_batch b = {0};
-    b.x.data = s.x;
-    b.x.dtype = s.dtype;
-    b.tokens = s.tokens;
-    b.entries = ENTRIES;
+    hash_need(dsv4_row_sizes(&w.config, &row_bytes, &scale_bytes, NULL) == DSV4_OK, "row_sizes");
+    float *read = workbench_memory(&w, ENTRIES * 256 * sizeof *read);
+    unsigned char *packed = workbench_memory(&w, ENTRIES * row_bytes);
+    unsigned char *scales = workbench_memory(&w, ENTRIES * scale_bytes);
+    dsv4_batch b = batch_reading(&w.s, ENTRIES, NULL, 0);
     b.out = matrix_of(read, DSV4_F32);
-    hash_need(dsv4_compress(e.compressor, &b, e.workspace, NULL) == DSV4_OK, dsv4_rows_name(rows));
+    hash_need(workbench_compress(&w, &b) == DSV4_OK, dsv4_rows_name(rows));
     b.out = matrix_of(packed, DSV4_PACKED);
     b.scales = matrix_of(scales, DSV4_PACKED);
-    hash_need(dsv4_compress(e.compressor, &b, e.workspace, NULL) == DSV4_OK, dsv4_rows_name(rows));
+    hash_need(workbench_compress(&w, &b) == DSV4_OK, dsv4_rows_name(rows));
     char name[64];
     snprintf(name, sizeof name, "rows.%s%s", dsv4_rows_name(rows), rounding ? ".deepseek" : "");
     hash_add(list, name, "out", hash_array(read, DSV4_F32, ENTRIES * 256));
     hash_add(list, name, "packed", hash_bytes(hash_start, packed, ENTRIES * row_bytes));
     hash_add(list, name, "scales", hash_bytes(hash_start, scales, ENTRIES * scale_bytes));
-    free(read);
-    free(packed);
-    free(scales);
-    engine_free(&e);
-    sequence_free(&s);
-    model_free(&m);
+    workbench_free(&w);
 }
 
 /* ---- Numbers ----------------------------------------------------------------------------------------------- */
@@ -203,12 +177,13 @@ SUPPORT void hash_all(const char *isa, hash_list *list) {
     list->count = 0;
     hash_conversions(list);
     for (int i = 0; i < SHAPE_COUNT; i++) {
-        hash_shape(&shapes[i], 6, shapes[i].rounding, isa, 1, list);
+        hash_shape(&shapes[i], 6, shapes[i].config.rounding, isa, 1, list);
         hash_saved(&shapes[i], isa, list);
         for (int p = 0; p < ROUNDING_COUNT; p++) hash_shape(&shapes[i], 6, roundings[p].bits, isa, 0, list);
     }
     for (int i = 0; i < LONG_SHAPE_COUNT; i++)
-        hash_shape(&long_shapes[i], long_windows(&long_shapes[i]) / 3 + 1, long_shapes[i].rounding, isa, 1, list);
+        hash_shape(&long_shapes[i], shape_windows(&long_shapes[i], 0) / 3 + 1, long_shapes[i].config.rounding, isa, 1,
+                   list);
     for (int rows = DSV4_ROWS_FP8; rows < DSV4_ROWS_COUNT; rows++) {
         hash_rows((dsv4_rows)rows, DSV4_ROUNDING_NONE, isa, list);
         hash_rows((dsv4_rows)rows, DSV4_ROUNDING_DEEPSEEK, isa, list);

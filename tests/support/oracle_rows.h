@@ -48,6 +48,28 @@ SUPPORT row_rule rule_of(dsv4_rows rows) {
     return rules[rows];
 }
 
+/* Subnormal scales and products are nobody's promise. */
+SUPPORT int is_promised(double value) { return value == 0 || !(fabs(value) < 0x1p-126); }
+
+/* What channel i of a packed row holds, its code times its block's scale; 0 where nothing is promised. */
+SUPPORT int packed_number(const dsv4_config *c, const unsigned char *row, const unsigned char *scales, int64_t i,
+                          float *number) {
+    const row_rule rule = rule_of(c->rows);
+    const int64_t coded = c->head_dim - (c->rows == DSV4_ROWS_FP8 ? c->rope_dim : 0);
+    const unsigned char *s = scales + i / rule.block * rule.scale_bytes, *half = row + coded + 2 * (i - coded);
+    if (i >= coded) {
+        *number = float_of_bits((uint32_t)half[0] << 16 | (uint32_t)half[1] << 24);
+        return 1;
+    }
+    double scale = rule.e4m3_scale ? signed_value(*s, e4m3_value) : *s == 255 ? NAN : ldexp(1, *s - 127);
+    if (rule.scale_bytes == 4)
+        scale = float_of_bits((uint32_t)s[0] | (uint32_t)s[1] << 8 | (uint32_t)s[2] << 16 | (uint32_t)s[3] << 24);
+    const int code = rule.wide ? row[i] : row[i / 2] >> (4 * (i % 2)) & 15;
+    const double product = signed_value(code, rule.wide ? e4m3_value : e2m1_value) * scale;
+    *number = c->rounding & DSV4_ROUND_ROW ? bf16_of((float)product) : (float)product;
+    return is_promised(scale) && is_promised(product);
+}
+
 /* A row, by channel: what is read back, codes; and its scales. */
 typedef struct row_truth {
     int64_t dim, coded, blocks;

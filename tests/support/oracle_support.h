@@ -92,27 +92,27 @@ SUPPORT const double *oracle_stage(const oracle_stages *o, int stage) {
 }
 
 /* Where a result lies outside of what fp32 arithmetic may give; `stage` is STAGE_COUNT where none does. */
-typedef struct stray {
+typedef struct stray_number {
     int stage;
     int64_t index;
     double least, got, greatest;
-} stray;
+} stray_number;
 
 /* Holds every stage of `r` (of fp32 outputs, a whole sequence's) against the oracle, erring `lean` times as far as its
  * bounds. These hold for a few thousand sums; among millions, some of a hundred terms stray further. */
-SUPPORT stray oracle_judge_leaning(const model *m, const sequence *s, const results *r, int lean) {
+SUPPORT stray_number oracle_judge_leaning(const model *m, const sequence *s, const results *r, int lean) {
     oracle_config c = oracle_config_of(&m->config);
     oracle_params p = oracle_params_of(m);
     c.lean = -lean;
     oracle_stages low = oracle_follow(&c, &p, s, r);
     c.lean = lean;
     oracle_stages high = oracle_follow(&c, &p, s, r);
-    stray verdict = {STAGE_COUNT, 0, 0, 0, 0};
+    stray_number verdict = {STAGE_COUNT, 0, 0, 0, 0};
     for (int i = 0; i < STAGE_COUNT && verdict.stage == STAGE_COUNT; i++) {
         for (int64_t k = 0; k < r->count[i]; k++) {
             double least = oracle_stage(&low, i)[k], greatest = oracle_stage(&high, i)[k], got = result(r, i, k);
             if (least <= got && got <= greatest) continue;
-            verdict = (stray){i, k, least, got, greatest};
+            verdict = (stray_number){i, k, least, got, greatest};
             break;
         }
     }
@@ -122,7 +122,7 @@ SUPPORT stray oracle_judge_leaning(const model *m, const sequence *s, const resu
     return verdict;
 }
 
-SUPPORT stray oracle_judge(const model *m, const sequence *s, const results *r) {
+SUPPORT stray_number oracle_judge(const model *m, const sequence *s, const results *r) {
     return oracle_judge_leaning(m, s, r, 1);
 }
 

@@ -227,4 +227,21 @@ TESTS_PRINTF(1, 2) static const char *note(const char *format, ...) {
     return texts[turn];
 }
 
+TESTS_MAY_BE_UNUSED static void set_suffix(const char *suffix) {
+    static char kept[128];
+    snprintf(kept, sizeof kept, "%s", suffix);
+    greatest_set_test_suffix(kept);
+}
+
+/* A test with arguments whose name goes on with `suffix`, which may be a note. */
+#define RUN_NAMED(suffix, ...)  \
+    do {                        \
+        set_suffix(suffix);     \
+        RUN_TESTp(__VA_ARGS__); \
+    } while (0)
+
+/* A test for each row of a table of things that have a name: FOR_EVERY(table, count, test, &table[i]) */
+#define FOR_EVERY(table, count, ...) \
+    for (int i = 0; i < (int)(count); i++) RUN_NAMED((table)[i].name, __VA_ARGS__)
+
 #endif /* TESTS_RUNNER_H */

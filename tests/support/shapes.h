@@ -8,10 +8,9 @@
 
 typedef struct shape {
     const char *name;
-    int hidden_dim, head_dim, ratio, rope_dim, overlap, no_ape, no_gate;
-    uint32_t rounding;
+    dsv4_config config;
     dsv4_dtype param[DSV4_PARAM_COUNT], x, out;
-    dsv4_sums sums;
+    int64_t tokens; /* of the sequences it is for; 0: a few windows are enough */
 } shape;
 
 #define F DSV4_F32
@@ -19,131 +18,96 @@ typedef struct shape {
 #define P DSV4_SUMS_PAIRS
 #define T DSV4_SUMS_TILES
 /* clang-format off */
+#define CONFIG(h, d, m, r, look_back, ape, gate, points, order) {                                   \
+    .hidden_dim = h, .head_dim = d, .ratio = m, .rope_dim = r, .overlap = look_back, .no_ape = ape, \
+    .no_gate = gate, .rounding = DSV4_##points, .sums = order, .yarn_factor = look_back ? 16 : 0}
 static const shape shapes[] = {
-    /* name                H   D   m  R  overlap, no_ape, no_gate  rounding                  wkv gate ape norm  x
-     * out sums */
-    {"csa_bf16",           64, 40, 4, 16, 1, 0, 0, DSV4_ROUNDING_DEEPSEEK,     {B, B, F, B}, B, B, P},
-    {"csa_f32",            48, 24, 4, 8,  1, 0, 0, DSV4_ROUNDING_NONE,         {F, F, F, F}, F, F, P},
-    {"csa_odd",            37, 23, 4, 6,  1, 0, 0, DSV4_ROUNDING_MAXTEXT,      {B, F, B, F}, F, B, P},
-    {"csa_two_blocks",     515, 17, 4, 2, 1, 0, 0, DSV4_ROUNDING_NONE,         {B, B, B, B}, B, F, P},
-    {"overlap_ratio_1",    33, 12, 1, 4,  1, 0, 0, DSV4_ROUNDING_TRANSFORMERS, {F, B, F, B}, B, B, P},
-    {"overlap_ratio_3",    16, 35, 3, 34, 1, 1, 0, DSV4_ROUNDING_NONE,         {B, B, F, F}, F, F, P},
-    {"overlap_ratio_9",    20, 5,  9, 4,  1, 0, 0, DSV4_ROUNDING_DEEPSEEK,     {F, F, B, B}, B, F, P},
-    {"hca_bf16",           64, 33, 16, 32, 0, 0, 0, DSV4_ROUNDING_TRANSFORMERS, {B, B, F, B}, B, B, P},
-    {"hca_f32",            300, 16, 8, 0, 0, 0, 0, DSV4_ROUNDING_NONE,         {F, F, F, F}, F, F, P},
-    {"hca_mixed",          29, 31, 5, 10, 0, 0, 0, DSV4_ROUND_WEIGHT,          {F, B, B, F}, F, B, P},
-    {"v41_ratio_2",        40, 32, 2, 16, 0, 1, 0, DSV4_ROUNDING_DEEPSEEK,     {B, B, B, B}, B, B, P},
-    {"v41_ratio_1",        40, 32, 1, 16, 0, 1, 1, DSV4_ROUNDING_DEEPSEEK,     {B, B, B, B}, B, B, P},
-    {"ratio_1_gated",      19, 7,  1, 2,  0, 0, 0, DSV4_ROUNDING_MAXTEXT,      {F, F, F, F}, F, F, P},
-    {"one_number",         1,  1,  2, 0,  1, 0, 0, DSV4_ROUNDING_NONE,         {F, F, F, F}, F, F, P},
-    {"csa_tiles",          64, 40, 4, 16, 1, 0, 0, DSV4_ROUNDING_DEEPSEEK,     {B, B, F, B}, B, B, T},
-    {"hca_tiles",          77, 33, 7, 32, 0, 0, 0, DSV4_ROUNDING_NONE,         {B, B, F, F}, B, F, T},
-    {"tiles_two_blocks",   517, 17, 3, 2, 1, 0, 0, DSV4_ROUNDING_MAXTEXT,      {F, B, B, B}, B, B, T},
-    {"tiles_ratio_1",      33, 49, 1, 16, 0, 1, 1, DSV4_ROUNDING_DEEPSEEK,     {B, B, B, B}, B, B, T},
-    {"tiles_mixed",        45, 20, 5, 4,  1, 0, 0, DSV4_ROUNDING_TRANSFORMERS, {B, F, F, F}, B, F, T},
-    {"tiles_f32",          48, 24, 4, 8,  1, 0, 0, DSV4_ROUNDING_NONE,         {F, F, F, F}, F, F, T},
+    /* name                        H     D     m     R  overlap, no_ape, no_gate, rounding, sums  wkv gate ape norm
+     * x out tokens */
+    {"csa_bf16",           CONFIG(  64,   40,    4,   16, 1, 0, 0, ROUNDING_DEEPSEEK, P),     {B, B, F, B}, B, B, 0},
+    {"csa_f32",            CONFIG(  48,   24,    4,    8, 1, 0, 0, ROUNDING_NONE, P),         {F, F, F, F}, F, F, 0},
+    {"csa_odd",            CONFIG(  37,   23,    4,    6, 1, 0, 0, ROUNDING_MAXTEXT, P),      {B, F, B, F}, F, B, 0},
+    {"csa_two_blocks",     CONFIG( 515,   17,    4,    2, 1, 0, 0, ROUNDING_NONE, P),         {B, B, B, B}, B, F, 0},
+    {"overlap_ratio_1",    CONFIG(  33,   12,    1,    4, 1, 0, 0, ROUNDING_TRANSFORMERS, P), {F, B, F, B}, B, B, 0},
+    {"overlap_ratio_3",    CONFIG(  16,   35,    3,   34, 1, 1, 0, ROUNDING_NONE, P),         {B, B, F, F}, F, F, 0},
+    {"overlap_ratio_9",    CONFIG(  20,    5,    9,    4, 1, 0, 0, ROUNDING_DEEPSEEK, P),     {F, F, B, B}, B, F, 0},
+    {"hca_bf16",           CONFIG(  64,   33,   16,   32, 0, 0, 0, ROUNDING_TRANSFORMERS, P), {B, B, F, B}, B, B, 0},
+    {"hca_f32",            CONFIG( 300,   16,    8,    0, 0, 0, 0, ROUNDING_NONE, P),         {F, F, F, F}, F, F, 0},
+    {"hca_mixed",          CONFIG(  29,   31,    5,   10, 0, 0, 0, ROUND_WEIGHT, P),          {F, B, B, F}, F, B, 0},
+    {"v41_ratio_2",        CONFIG(  40,   32,    2,   16, 0, 1, 0, ROUNDING_DEEPSEEK, P),     {B, B, B, B}, B, B, 0},
+    {"v41_ratio_1",        CONFIG(  40,   32,    1,   16, 0, 1, 1, ROUNDING_DEEPSEEK, P),     {B, B, B, B}, B, B, 0},
+    {"ratio_1_gated",      CONFIG(  19,    7,    1,    2, 0, 0, 0, ROUNDING_MAXTEXT, P),      {F, F, F, F}, F, F, 0},
+    {"one_number",         CONFIG(   1,    1,    2,    0, 1, 0, 0, ROUNDING_NONE, P),         {F, F, F, F}, F, F, 0},
+    {"csa_tiles",          CONFIG(  64,   40,    4,   16, 1, 0, 0, ROUNDING_DEEPSEEK, T),     {B, B, F, B}, B, B, 0},
+    {"hca_tiles",          CONFIG(  77,   33,    7,   32, 0, 0, 0, ROUNDING_NONE, T),         {B, B, F, F}, B, F, 0},
+    {"tiles_two_blocks",   CONFIG( 517,   17,    3,    2, 1, 0, 0, ROUNDING_MAXTEXT, T),      {F, B, B, B}, B, B, 0},
+    {"tiles_ratio_1",      CONFIG(  33,   49,    1,   16, 0, 1, 1, ROUNDING_DEEPSEEK, T),     {B, B, B, B}, B, B, 0},
+    {"tiles_mixed",        CONFIG(  45,   20,    5,    4, 1, 0, 0, ROUNDING_TRANSFORMERS, T), {B, F, F, F}, B, F, 0},
+    {"tiles_f32",          CONFIG(  48,   24,    4,    8, 1, 0, 0, ROUNDING_NONE, T),         {F, F, F, F}, F, F, 0},
 };
 
 /* For sequences of many hundred tokens: more than what is worked on at a time, windows longer than that among them. */
 static const shape long_shapes[] = {
-    {"csa_long",           258, 130, 4, 64, 1, 0, 0, DSV4_ROUNDING_DEEPSEEK,   {B, B, F, B}, B, B, P},
-    {"csa_long_f32",       130, 65, 4, 16, 1, 0, 0, DSV4_ROUNDING_NONE,        {F, F, F, F}, F, F, P},
-    {"hca_ratio_128",      64, 70, 128, 8, 0, 0, 0, DSV4_ROUNDING_MAXTEXT,     {B, B, F, B}, B, B, P},
-    {"overlap_ratio_300",  31, 34, 300, 8, 1, 0, 0, DSV4_ROUNDING_NONE,        {F, B, F, B}, F, F, P},
-    {"ratio_1_long",       40, 33, 1, 16, 0, 1, 1, DSV4_ROUNDING_DEEPSEEK,     {B, B, B, B}, B, B, P},
-    {"csa_tiles_long",     290, 130, 4, 64, 1, 0, 0, DSV4_ROUNDING_DEEPSEEK,   {B, B, F, B}, B, B, T},
-    {"hca_tiles_long",     63, 35, 128, 8, 0, 0, 0, DSV4_ROUNDING_NONE,        {B, B, F, B}, B, F, T},
-    {"ratio_1_tiles_long", 2100, 9, 1, 4, 0, 1, 1, DSV4_ROUNDING_DEEPSEEK,     {B, B, B, B}, B, B, T},
+    {"csa_long",           CONFIG( 258,  130,    4,   64, 1, 0, 0, ROUNDING_DEEPSEEK, P),     {B, B, F, B}, B, B, 900},
+    {"csa_long_f32",       CONFIG( 130,   65,    4,   16, 1, 0, 0, ROUNDING_NONE, P),         {F, F, F, F}, F, F, 900},
+    {"hca_ratio_128",      CONFIG(  64,   70,  128,    8, 0, 0, 0, ROUNDING_MAXTEXT, P),      {B, B, F, B}, B, B, 900},
+    {"overlap_ratio_300",  CONFIG(  31,   34,  300,    8, 1, 0, 0, ROUNDING_NONE, P),         {F, B, F, B}, F, F, 900},
+    {"ratio_1_long",       CONFIG(  40,   33,    1,   16, 0, 1, 1, ROUNDING_DEEPSEEK, P),     {B, B, B, B}, B, B, 900},
+    {"csa_tiles_long",     CONFIG( 290,  130,    4,   64, 1, 0, 0, ROUNDING_DEEPSEEK, T),     {B, B, F, B}, B, B, 900},
+    {"hca_tiles_long",     CONFIG(  63,   35,  128,    8, 0, 0, 0, ROUNDING_NONE, T),         {B, B, F, B}, B, F, 900},
+    {"ratio_1_tiles_long", CONFIG(2100,    9,    1,    4, 0, 1, 1, ROUNDING_DEEPSEEK, T),     {B, B, B, B}, B, B, 900},
 };
 
 /* The oddest sizes. */
 static const shape odd_shapes[] = {
-    {"ratio_4096",         1, 1, 4096, 0, 0, 0, 0, DSV4_ROUNDING_NONE,         {F, F, F, F}, F, F, P},
-    {"overlap_4096",       2, 3, 4096, 2, 1, 0, 0, DSV4_ROUNDING_MAXTEXT,      {B, F, F, F}, F, B, P},
-    {"head_dim_1",         5, 1, 4, 0,    1, 0, 0, DSV4_ROUNDING_NONE,         {F, F, F, F}, B, F, P},
-    {"hidden_dim_1",       1, 40, 1, 2,   1, 0, 0, DSV4_ROUNDING_NONE,         {B, B, B, B}, B, B, P},
-    {"wide",               3, 1030, 2, 1030, 1, 0, 0, DSV4_ROUNDING_DEEPSEEK,  {B, B, F, B}, B, B, T},
-    {"tall",               9001, 2, 3, 2, 0, 0, 0, DSV4_ROUNDING_NONE,         {F, F, F, F}, F, F, P},
+    {"ratio_4096",         CONFIG(   1,    1, 4096,    0, 0, 0, 0, ROUNDING_NONE, P),         {F, F, F, F}, F, F, 0},
+    {"overlap_4096",       CONFIG(   2,    3, 4096,    2, 1, 0, 0, ROUNDING_MAXTEXT, P),      {B, F, F, F}, F, B, 0},
+    {"head_dim_1",         CONFIG(   5,    1,    4,    0, 1, 0, 0, ROUNDING_NONE, P),         {F, F, F, F}, B, F, 0},
+    {"hidden_dim_1",       CONFIG(   1,   40,    1,    2, 1, 0, 0, ROUNDING_NONE, P),         {B, B, B, B}, B, B, 0},
+    {"wide",               CONFIG(   3, 1030,    2, 1030, 1, 0, 0, ROUNDING_DEEPSEEK, T),     {B, B, F, B}, B, B, 0},
+    {"tall",               CONFIG(9001,    2,    3,    2, 0, 0, 0, ROUNDING_NONE, P),         {F, F, F, F}, F, F, 0},
 };
 /* clang-format on */
 #undef F
 #undef B
 #undef P
 #undef T
-enum { ODD_SHAPE_COUNT = sizeof odd_shapes / sizeof *odd_shapes };
-enum { SHAPE_COUNT = sizeof shapes / sizeof *shapes, LONG_SHAPE_COUNT = sizeof long_shapes / sizeof *long_shapes };
+#undef CONFIG
+enum {
+    SHAPE_COUNT = sizeof shapes / sizeof *shapes,
+    LONG_SHAPE_COUNT = sizeof long_shapes / sizeof *long_shapes,
+    ODD_SHAPE_COUNT = sizeof odd_shapes / sizeof *odd_shapes
+};
 
 /* No multiple of any vector: `tail` more than one of 16 channels' and terms. */
-SUPPORT shape tail_shape(int tail, int ratio, int rope_dim, dsv4_dtype x, dsv4_dtype out) {
-    const dsv4_sums sums = tail % 2 ? DSV4_SUMS_TILES : DSV4_SUMS_PAIRS;
-    shape of = {"", 16 + tail, 17 + tail, ratio, rope_dim, tail % 2, 0, 0, 0, {DSV4_F32}, x, out, sums};
+SUPPORT shape tail_shape(int tail, int64_t ratio, int64_t rope_dim, dsv4_dtype x, dsv4_dtype out) {
+    shape of = {.name = "", .x = x, .out = out};
+    of.config.hidden_dim = 16 + tail;
+    of.config.head_dim = 17 + tail;
+    of.config.ratio = ratio;
+    of.config.rope_dim = rope_dim;
+    of.config.overlap = tail % 2;
+    of.config.yarn_factor = tail % 2 ? 16 : 0;
+    of.config.sums = tail % 2 ? DSV4_SUMS_TILES : DSV4_SUMS_PAIRS;
     return of;
 }
 
-/* Windows of a long shape's sequence. */
-SUPPORT int64_t long_windows(const shape *of) { return 900 / of->ratio; }
+/* Windows of a sequence for it: as many as a long one has, or `few`. */
+SUPPORT int64_t shape_windows(const shape *of, int64_t few) { return of->tokens ? of->tokens / of->config.ratio : few; }
 
-SUPPORT dsv4_config shape_config(const shape *s) {
-    dsv4_config c = {0};
-    c.hidden_dim = s->hidden_dim;
-    c.head_dim = s->head_dim;
-    c.ratio = s->ratio;
-    c.rope_dim = s->rope_dim;
-    c.overlap = s->overlap;
-    c.no_ape = s->no_ape;
-    c.no_gate = s->no_gate;
-    c.rounding = s->rounding;
-    c.sums = s->sums;
-    c.yarn_factor = s->overlap ? 16 : 0;
-    return c;
+SUPPORT model shape_model(const shape *of, uint64_t seed) { return model_new(&of->config, of->param, seed); }
+
+SUPPORT sequence shape_sequence(const shape *of, int64_t tokens, uint64_t seed) {
+    return sequence_new(&of->config, of->x, tokens, seed);
 }
 
-SUPPORT model shape_model(const shape *s, uint64_t seed) {
-    dsv4_config c = shape_config(s);
-    return model_new(&c, s->param, seed);
-}
-
-SUPPORT sequence shape_sequence(const shape *s, int64_t tokens, uint64_t seed) {
-    dsv4_config c = shape_config(s);
-    return sequence_new(&c, s->x, tokens, seed);
-}
-
-/* A shape at work: a compressor of it, and a sequence with the results of its one call. */
-typedef struct workbench {
-    dsv4_config config;
-    dsv4_dtype out_dtype;
-    model m;
-    engine e;
-    sequence s;
-    results whole;
-} workbench;
-
-SUPPORT results workbench_results(const workbench *w) {
-    return results_new(&w->config, w->out_dtype, w->s.tokens, w->s.tokens / w->config.ratio);
-}
-
-SUPPORT workbench workbench_new(const shape *of, int64_t windows, uint64_t seed) {
-    workbench w = {0};
-    w.config = shape_config(of);
-    w.out_dtype = of->out;
-    w.m = shape_model(of, seed);
-    w.e = engine_new(&w.m, NULL, NULL);
-    w.s = shape_sequence(of, windows * w.config.ratio, seed + 1);
-    w.s.position = 1000;
-    w.whole = workbench_results(&w);
-    dsv4_error error = {0};
-    if (compress_whole(&w.e, &w.s, &w.whole, &error) != DSV4_OK) {
-        fprintf(stderr, "tests: %s: %s\n", of->name, error.text);
-        exit(1);
-    }
-    return w;
-}
-
-SUPPORT void workbench_free(workbench *w) {
-    results_free(&w->whole);
-    sequence_free(&w->s);
-    engine_free(&w->e);
-    model_free(&w->m);
-}
+/* Tests of every shape `of`, by its name: FOR_EVERY_SHAPE(test, of, other arguments) */
+#define FOR_SHAPES(table, count, ...) \
+    for (const shape *of = table; of < table + count; of++) RUN_NAMED(of->name, __VA_ARGS__)
+#define FOR_EVERY_SHAPE(...)      FOR_SHAPES(shapes, SHAPE_COUNT, __VA_ARGS__)
+#define FOR_EVERY_LONG_SHAPE(...) FOR_SHAPES(long_shapes, LONG_SHAPE_COUNT, __VA_ARGS__)
+#define FOR_SHORT_AND_LONG_SHAPES(...) \
+    FOR_EVERY_SHAPE(__VA_ARGS__);      \
+    FOR_EVERY_LONG_SHAPE(__VA_ARGS__)
 
 #endif /* TESTS_SHAPES_H */

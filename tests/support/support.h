@@ -60,6 +60,15 @@ SUPPORT int64_t dice_below(dice *d, int64_t n) { return (int64_t)(dice_next(d) %
 /* [-1, 1), a multiple of 2^-23 */
 SUPPORT float dice_real(dice *d) { return (float)((int64_t)(dice_next(d) >> 40) - 8388608) / 8388608.0f; }
 
+/* ---- Hashes (FNV-1a) --------------------------------------------------------------------------------------- */
+
+SUPPORT const uint64_t hash_start = ((uint64_t)0xCBF29CE4u << 32) | 0x84222325u;
+
+SUPPORT uint64_t hash_bytes(uint64_t hash, const unsigned char *bytes, size_t size) {
+    for (size_t i = 0; i < size; i++) hash = (hash ^ bytes[i]) * (((uint64_t)0x100 << 32) | 0x1B3u);
+    return hash;
+}
+
 /* ---- Arrays of either type --------------------------------------------------------------------------------- */
 
 SUPPORT void *reserve(size_t bytes) {
@@ -103,6 +112,20 @@ SUPPORT void *random_array(dsv4_dtype dtype, int64_t count, uint64_t seed, float
     for (int64_t i = 0; i < count; i++) set_number(data, dtype, i, scale * dice_real(&d));
     return data;
 }
+
+SUPPORT int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+/* Equal bits, or both NaN: payloads are nobody's promise. */
+SUPPORT int same_number(double a, double b) { return (isnan(a) && isnan(b)) || (a == b && !signbit(a) == !signbit(b)); }
+
+/* Numbers that are none, the largest, and the smallest. */
+SUPPORT const struct {
+    const char *name;
+    uint32_t bits;
+} specials[] = {
+    {"nan", 0x7FC00000},     {"negative_nan", 0xFFC10000}, {"infinity", 0x7F800000},  {"minus_infinity", 0xFF800000},
+    {"largest", 0x7F7F0000}, {"lowest", 0xFF7F0000},       {"subnormal", 0x00010000}, {"minus_zero", 0x80000000}};
+enum { SPECIAL_LARGEST = 4, SPECIAL_SUBNORMAL = 6, SPECIAL_COUNT = sizeof specials / sizeof *specials };
 
 /* Rows without gaps. */
 SUPPORT dsv4_matrix matrix_of(void *data, dsv4_dtype dtype) {
@@ -183,6 +206,20 @@ SUPPORT const char *best_isa(dsv4_sums sums) {
     return dsv4_isa_name(i);
 }
 
+/* How many kernel sets this CPU has. */
+SUPPORT int isa_count(void) {
+    int count = 1; /* scalar at least */
+    while (dsv4_isa_name(count)) count++;
+    return count;
+}
+
+/* The next kernel set of this CPU; NULL after the last. */
+SUPPORT const char *isa_after(const char *isa) {
+    int i = 0;
+    while (strcmp(dsv4_isa_name(i), isa) != 0) i++;
+    return dsv4_isa_name(i + 1);
+}
+
 /* A compressor and one workspace. */
 typedef struct engine {
     dsv4_compressor *compressor;
@@ -229,6 +266,35 @@ SUPPORT dsv4_state *state_new(const engine *e, int64_t depth) {
         exit(1);
     }
     return state;
+}
+
+/* What save writes: two states with equal bytes are the same stream. */
+typedef struct saved {
+    unsigned char *bytes; /* to be freed */
+    size_t size;
+} saved;
+
+SUPPORT saved saved_of(const dsv4_state *state) {
+    saved s = {NULL, dsv4_state_save_size(state)};
+    size_t written = 0;
+    s.bytes = reserve(s.size);
+    memset(s.bytes, 0, s.size);
+    if (dsv4_state_save(state, s.bytes, s.size, &written, NULL) != DSV4_OK || written != s.size) {
+        fputs("tests: a state was not saved in the size it named\n", stderr);
+        exit(1);
+    }
+    return s;
+}
+
+SUPPORT int same_bytes(const saved *a, const saved *b) {
+    return a->size == b->size && memcmp(a->bytes, b->bytes, a->size) == 0;
+}
+
+SUPPORT int is_still(const dsv4_state *state, const saved *before) {
+    saved now = saved_of(state);
+    int same = same_bytes(&now, before);
+    free(now.bytes);
+    return same;
 }
 
 /* ---- Results ----------------------------------------------------------------------------------------------- */
@@ -321,17 +387,18 @@ SUPPORT void sequence_free(sequence *s) {
     memset(s, 0, sizeof *s);
 }
 
-/* A batch that reads `s` and writes every stage of `r`; the segments are the caller's. */
-SUPPORT dsv4_batch batch_new(const sequence *s, const results *r, const dsv4_segment *segments, int64_t count) {
-    dsv4_batch b = {0};
-    b.x.data = s->x;
-    b.x.dtype = s->dtype;
-    b.tokens = s->tokens;
-    b.out.data = r->stage[STAGE_OUT];
-    b.out.dtype = r->out_dtype;
-    b.entries = r->entries;
+/* A batch that reads `s` and is to write nothing yet; the segments are the caller's. */
+SUPPORT dsv4_batch batch_reading(const sequence *s, int64_t entries, const dsv4_segment *segments, int64_t count) {
+    dsv4_batch b = {.x = {s->x, s->dtype, 0}, .tokens = s->tokens, .entries = entries};
     b.segments = segments;
     b.segment_count = count;
+    return b;
+}
+
+/* ... that writes every stage of `r`. */
+SUPPORT dsv4_batch batch_new(const sequence *s, const results *r, const dsv4_segment *segments, int64_t count) {
+    dsv4_batch b = batch_reading(s, r->entries, segments, count);
+    b.out = matrix_of(r->stage[STAGE_OUT], r->out_dtype);
     b.stages.kv = r->stage[STAGE_KV];
     b.stages.gate = r->count[STAGE_GATE] ? r->stage[STAGE_GATE] : NULL;
     b.stages.weights = r->stage[STAGE_WEIGHTS];
@@ -341,13 +408,7 @@ SUPPORT dsv4_batch batch_new(const sequence *s, const results *r, const dsv4_seg
 }
 
 SUPPORT dsv4_segment segment_new(int64_t token, int64_t count, int64_t position, int64_t entry, dsv4_state *state) {
-    dsv4_segment s = {0};
-    s.token = token;
-    s.count = count;
-    s.position = position;
-    s.entry = entry;
-    s.state = state;
-    return s;
+    return (dsv4_segment){.token = token, .count = count, .position = position, .entry = entry, .state = state};
 }
 
 /* The whole sequence in one call, its tail dropped; every stage. */
@@ -389,8 +450,7 @@ SUPPORT dsv4_status compress_cut_at(const engine *e, const sequence *s, const re
     dsv4_status status = DSV4_OK;
     int64_t from = 0;
     for (int i = 0; from < s->tokens && status == DSV4_OK; i++) {
-        int64_t to = from + lengths[i % length_count];
-        if (to > s->tokens) to = s->tokens;
+        int64_t to = least(from + lengths[i % length_count], s->tokens);
         status = compress_part(e, s, r, state, from, to, error);
         from = to;
     }

@@ -4518,7 +4518,7 @@ typedef struct dsv4__stretch {
     int64_t emitted;  /* entries of the segments before */
     int64_t t, count; /* tokens [t, t + count) of the sequence */
     int64_t row;      /* of the first: in the block or chunk, or in the arrays that have kv and gate ready */
-    int64_t slot;     /* of window t / ratio among the pooled rows of the block or chunk */
+    int64_t slot;     /* window w's pooled row is row slot + w of the block or chunk */
 } dsv4__stretch;
 
 /* What a chunk has of a segment. Its windows are those that pool any of its tokens. */
@@ -4737,25 +4737,11 @@ static int64_t dsv4__seen(const dsv4__stretch *stretch) { return dsv4_state_toke
 
 static int64_t dsv4__end_of(const dsv4__stretch *stretch) { return stretch->t + stretch->count; }
 
+static int64_t dsv4__row_of(const dsv4__stretch *stretch, int64_t t) { return stretch->row + t - stretch->t; }
+
 /* The row of its first token in x. */
 static int64_t dsv4__token_of(const dsv4__stretch *stretch) {
     return stretch->segment->token + stretch->t - dsv4__seen(stretch);
-}
-
-/* How many windows close within it, from t / ratio on. */
-static int64_t dsv4__closing(const dsv4__call *call, const dsv4__stretch *stretch) {
-    const int64_t ratio = call->c->config.ratio;
-    return dsv4__end_of(stretch) / ratio - stretch->t / ratio;
-}
-
-/* The window whose pooled row is in a slot of its own. */
-static int64_t dsv4__window_in(const dsv4__call *call, const dsv4__stretch *stretch, int64_t slot) {
-    return stretch->t / call->c->config.ratio + slot - stretch->slot;
-}
-
-/* The position of window w's entry. */
-static int64_t dsv4__position_of(const dsv4__call *call, const dsv4__stretch *stretch, int64_t w) {
-    return stretch->segment->position - dsv4__seen(stretch) + w * call->c->config.ratio;
 }
 
 /* The row of window w's entry: in out, scales, dout and the stages; negative: it is not stored. */
@@ -4775,49 +4761,36 @@ static int dsv4__continues(const dsv4__call *call, const dsv4__stretch *stretch)
     return dsv4__end_of(stretch) < dsv4__seen(stretch) + dsv4__tokens_used(call, stretch->segment);
 }
 
-/* What is left of the current segment, the first of its rows and slots. */
-static dsv4__stretch dsv4__rest(const dsv4__call *call, int64_t row, int64_t slot) {
-    dsv4__stretch rest;
-    rest.segment = &call->batch.segments[call->segment];
-    rest.emitted = call->emitted;
-    rest.t = dsv4__seen(&rest) + call->done;
-    rest.count = dsv4__tokens_used(call, rest.segment) - call->done;
-    rest.row = row;
-    rest.slot = slot;
-    return rest;
+/* Finds what is left of the current segment or, where that is nothing, the next one; 0 when nothing is left at all. */
+static int dsv4__rest(dsv4__call *call, dsv4__stretch *rest) {
+    for (; call->segment < call->batch.segment_count; call->segment++, call->done = 0) {
+        const dsv4_segment *segment = &call->batch.segments[call->segment];
+        rest->segment = segment;
+        rest->emitted = call->emitted;
+        rest->t = dsv4__seen(rest) + call->done;
+        rest->count = dsv4__tokens_used(call, segment) - call->done;
+        if (rest->count > 0) return 1;
+        call->emitted += dsv4_entry_count(&call->c->config, segment->state, segment->count);
+    }
+    return 0;
 }
 
-static void dsv4__next_segment(dsv4__call *call) {
-    const dsv4_segment *segment = &call->batch.segments[call->segment++];
-    call->emitted += dsv4_entry_count(&call->c->config, segment->state, segment->count);
-    call->done = 0;
-}
-
-/* ---- Blocks ------------------------------------------------------------------------------------------------- */
-
-/* Adds as many of these tokens to the block as fit, without closing more windows than there are slots. */
-static void dsv4__take_piece(dsv4__call *call, dsv4__stretch piece) {
-    const int64_t ratio = call->c->config.ratio;
-    piece.count = dsv4__min(piece.count, call->ws->block_rows - call->rows);
-    piece.count = dsv4__min(piece.count, (call->ws->slots - call->entries + 1) * ratio - 1 - piece.t % ratio);
-    if (call->batch.kv != NULL) piece.row = dsv4__token_of(&piece);
-    call->ws->pieces[call->pieces++] = piece;
-    call->rows += piece.count;
-    call->entries += dsv4__closing(call, &piece);
-    call->done += piece.count;
-    DSV4_ASSERT(call->entries <= call->ws->slots);
-}
-
-/* Lays out the next block; 0 when nothing is left. */
+/* Lays out the next block: as many tokens as fit, without closing more windows than there are slots; 0 when nothing is
+ * left. */
 static int dsv4__next_block(dsv4__call *call) {
+    const int64_t ratio = call->c->config.ratio, most = call->ws->block_rows, slots = call->ws->slots;
+    dsv4__stretch piece;
     call->rows = call->pieces = call->entries = 0;
-    while (call->segment < call->batch.segment_count && call->rows < call->ws->block_rows &&
-           call->entries < call->ws->slots) {
-        const dsv4__stretch rest = dsv4__rest(call, call->rows, call->entries);
-        if (rest.count > 0)
-            dsv4__take_piece(call, rest);
-        else
-            dsv4__next_segment(call);
+    while (call->rows < most && call->entries < slots && dsv4__rest(call, &piece)) {
+        piece.count = dsv4__min(piece.count, most - call->rows);
+        piece.count = dsv4__min(piece.count, (slots - call->entries + 1) * ratio - 1 - piece.t % ratio);
+        piece.row = call->batch.kv != NULL ? dsv4__token_of(&piece) : call->rows;
+        piece.slot = call->entries - piece.t / ratio;
+        call->ws->pieces[call->pieces++] = piece;
+        call->rows += piece.count;
+        call->entries = piece.slot + dsv4__end_of(&piece) / ratio;
+        call->done += piece.count;
+        DSV4_ASSERT(call->entries <= slots);
     }
     return call->rows > 0;
 }
@@ -4849,8 +4822,7 @@ static int dsv4__wants_weights(const dsv4__back *back) {
     return back->g.dwkv.data != NULL || back->g.dwgate.data != NULL;
 }
 
-/* Rows of 0 that a part's tokens have before the first in the chunk, and all of their rows: whole pairs, or whole
- * steps. */
+/* Rows of 0 that a part has in the chunk before its tokens', and all of its rows: whole pairs, or whole steps. */
 static int64_t dsv4__lead(const dsv4__back *back, const dsv4__stretch *tokens) {
     return back->steps ? tokens->t % DSV4__STEP : 0;
 }
@@ -4860,54 +4832,41 @@ static int64_t dsv4__padded_rows(const dsv4__back *back, const dsv4__stretch *to
     return dsv4__ceil_div(dsv4__lead(back, tokens) + tokens->count, DSV4__STEP) * DSV4__STEP;
 }
 
-/* The end of a part's windows, which begin with t / ratio. */
-static int64_t dsv4__windows_end(const dsv4__back *back, const dsv4__part *part) {
-    return dsv4__end_of(&part->context) / back->call.c->config.ratio;
-}
-
-static int64_t dsv4__part_windows(const dsv4__back *back, const dsv4__part *part) {
-    return dsv4__windows_end(back, part) - part->tokens.t / back->call.c->config.ratio;
-}
-
-/* The part that these tokens begin with. */
-static dsv4__part dsv4__part_of(const dsv4__back *back, dsv4__stretch rest) {
+/* The part that the rest of a segment begins with. */
+static dsv4__part dsv4__part_of(const dsv4__back *back, const dsv4__stretch *rest) {
     const int64_t ratio = back->call.c->config.ratio, lag = back->call.c->series - 1;
-    const int64_t closed = dsv4__end_of(&rest) / ratio;
     dsv4__part part;
-    rest.count = dsv4__min(rest.count, DSV4__KBLOCK - rest.t % DSV4__KBLOCK);
-    rest.row += dsv4__lead(back, &rest);
-    part.tokens = part.context = rest;
-    const int64_t end = dsv4__min((dsv4__end_of(&rest) - 1) / ratio + lag + 1, closed) * ratio;
-    part.context.t = dsv4__max(dsv4__seen(&rest), (rest.t / ratio - lag) * ratio);
+    part.tokens = *rest;
+    part.tokens.count = dsv4__min(rest->count, DSV4__KBLOCK - rest->t % DSV4__KBLOCK);
+    part.tokens.row = back->rows + dsv4__lead(back, rest);
+    part.tokens.slot = back->windows - rest->t / ratio;
+    part.context = part.tokens;
+    const int64_t last = (dsv4__end_of(&part.tokens) - 1) / ratio + lag;
+    const int64_t end = dsv4__min(last + 1, dsv4__end_of(rest) / ratio) * ratio;
+    part.context.t = dsv4__max(dsv4__seen(rest), (rest->t / ratio - lag) * ratio);
     part.context.count = dsv4__max(end - part.context.t, 0);
     part.context.row = back->recompute ? back->context : dsv4__token_of(&part.context);
     return part;
 }
 
-/* Whether the chunk has room for one more part, as it always has for its first. */
-static int dsv4__part_fits(const dsv4__back *back, const dsv4__part *part) {
-    return back->parts == 0 || (back->rows + dsv4__padded_rows(back, &part->tokens) <= DSV4__KBLOCK &&
-                                back->context + part->context.count <= back->train->context_rows &&
-                                back->windows + dsv4__part_windows(back, part) <= back->train->windows);
-}
-
 /* Lays out the next chunk; 0 when nothing is left. */
 static int dsv4__next_chunk(dsv4__back *back) {
-    dsv4__call *call = &back->call;
+    const dsv4__training *train = back->train;
+    dsv4__stretch rest;
     back->parts = back->rows = back->context = back->windows = 0;
-    while (call->segment < call->batch.segment_count && back->parts < DSV4__CHUNK_PARTS) {
-        const dsv4__stretch rest = dsv4__rest(call, back->rows, back->windows);
-        if (rest.count > 0) {
-            const dsv4__part part = dsv4__part_of(back, rest);
-            if (!dsv4__part_fits(back, &part)) break;
-            back->train->parts[back->parts++] = part;
-            back->rows += dsv4__padded_rows(back, &part.tokens);
-            back->context += part.context.count;
-            back->windows += dsv4__part_windows(back, &part);
-            call->done += part.tokens.count;
-            if (dsv4__wants_tokens(&back->g)) continue; /* else a segment's first part is all that `previous` needs */
-        }
-        dsv4__next_segment(call);
+    while (back->parts < DSV4__CHUNK_PARTS && dsv4__rest(&back->call, &rest)) {
+        const dsv4__part part = dsv4__part_of(back, &rest);
+        const int64_t rows = back->rows + dsv4__padded_rows(back, &part.tokens);
+        const int64_t context = back->context + part.context.count;
+        const int64_t windows = part.tokens.slot + dsv4__end_of(&part.context) / back->call.c->config.ratio;
+        if (back->parts > 0 && (rows > DSV4__KBLOCK || context > train->context_rows || windows > train->windows))
+            break;
+        train->parts[back->parts++] = part;
+        back->rows = rows;
+        back->context = context;
+        back->windows = windows;
+        /* Without sums over tokens a segment's first part is all that `previous` needs. */
+        back->call.done += dsv4__wants_tokens(&back->g) ? part.tokens.count : rest.count;
     }
     return back->parts > 0;
 }
@@ -5369,7 +5328,7 @@ static void dsv4__add_run(const dsv4__call *call, const dsv4__stretch *stretch, 
     run->ape = dsv4__ape_from(call, source, series, t);
     run->ape_stride = c->columns;
     if (t >= stretch->t) {
-        const int64_t offset = (stretch->row + t - stretch->t) * source->stride + series * source->series;
+        const int64_t offset = dsv4__row_of(stretch, t) * source->stride + series * source->series;
         run->kv = source->kv + offset;
         run->gate = source->gate == NULL ? NULL : source->gate + offset;
         run->stride = source->stride;
@@ -5441,7 +5400,7 @@ static dsv4__rows_ahead dsv4__next_window_rows(const dsv4__call *call, const dsv
     ahead.series_stride = source->series * number;
     ahead.bytes = source->channels * number;
     const int64_t windows = ahead.rows < 16 ? 2 : 1; /* few rows do not last until memory has answered */
-    const int64_t offset = (piece->row + (w + windows) * ahead.rows - piece->t) * ahead.stride;
+    const int64_t offset = dsv4__row_of(piece, (w + windows) * ahead.rows) * ahead.stride;
     ahead.kv = (uintptr_t)source->kv + (uintptr_t)offset;
     ahead.gate = (uintptr_t)source->gate + (uintptr_t)offset;
     return ahead;
@@ -5493,12 +5452,12 @@ static void dsv4__pool_block(const dsv4__call *call, const dsv4__source *source,
         const int goes_on = dsv4__folds(piece) && weights == NULL; /* weights need all rows */
         const int64_t folded = goes_on ? piece->segment->state->floor : 0;
         const int64_t end = dsv4__end_of(piece) / ratio;
-        for (int64_t w = piece->t / ratio, slot = piece->slot; w < end; w++, slot++) {
+        for (int64_t w = piece->t / ratio; w < end; w++) {
             const float *fold = goes_on ? dsv4__fold_at(piece->segment->state, w - folded / ratio, folded) : NULL;
             job.from = fold == NULL ? NULL : fold + source->channel;
             window = dsv4__window_rows(call, piece, source, w, folded);
             job.ahead = dsv4__next_window_rows(call, piece, source, w);
-            job.pooled = call->ws->pooled + slot * dim + source->channel;
+            job.pooled = call->ws->pooled + (piece->slot + w) * dim + source->channel;
             const int64_t entry = weights == NULL ? -1 : dsv4__entry_row(call, piece, w);
             job.weights = entry < 0 ? NULL : weights + entry * c->series * ratio * dim + source->channel;
             if (by_rows)
@@ -5527,7 +5486,7 @@ static void dsv4__put_rows(const dsv4__call *call, const dsv4__stretch *piece, c
     for (int64_t s = 0; s < c->series; s++)
         for (int64_t t = dsv4__max(piece->t, end - holder->capacity[s]); t < end; t++) {
             float *row = dsv4__state_row(holder, s, t) + source->channel, *gate = row + c->config.head_dim;
-            dsv4__copy_row(source, piece->row + t - piece->t, s, row, gate);
+            dsv4__copy_row(source, dsv4__row_of(piece, t), s, row, gate);
             if (!dsv4__folds(piece)) continue;
             if (c->ape != NULL) c->kernels->add(gate, dsv4__ape_from(call, source, s, t), NULL, source->channels);
             if (c->config.rounding & DSV4_ROUND_SCORE) c->kernels->round_array(gate, source->channels);
@@ -5687,10 +5646,10 @@ static void dsv4__repool_task(void *argument, int64_t thread) {
     job.window = &window;
     for (int64_t p = 0; p < back->parts; p++) {
         const dsv4__part *part = &back->train->parts[p];
-        const int64_t end = dsv4__windows_end(back, part);
-        for (int64_t w = part->tokens.t / ratio, slot = part->tokens.slot; w < end; w++, slot++) {
+        const int64_t end = dsv4__end_of(&part->context) / ratio;
+        for (int64_t w = part->tokens.t / ratio; w < end; w++) {
             window = dsv4__window_rows(&back->call, &part->context, &source, w, 0);
-            job.pooled = back->train->normed + slot * dim + source.channel;
+            job.pooled = back->train->normed + (part->tokens.slot + w) * dim + source.channel;
             back->call.c->kernels->pool(&job);
         }
     }
@@ -5698,9 +5657,10 @@ static void dsv4__repool_task(void *argument, int64_t thread) {
 
 /* ---- Back: dkv, dgate and dape ------------------------------------------------------------------------------ */
 
-/* What the caller says of the gradients around a segment, or NULL. */
-static const dsv4_segment_gradient *dsv4__gradient_of(const dsv4__back *back, const dsv4__stretch *tokens) {
-    return back->g.segments == NULL ? NULL : back->g.segments + (tokens->segment - back->call.batch.segments);
+/* The gradients of the states around a segment; NULL: there is none. */
+static dsv4_segment_gradient dsv4__gradients_around(const dsv4__back *back, const dsv4_segment *segment) {
+    const dsv4_segment_gradient none = {NULL, NULL};
+    return back->g.segments == NULL ? none : back->g.segments[segment - back->call.batch.segments];
 }
 
 /* Tells a run of `count` rows from token t on where its gradients go: to the chunk's rows, to the state before the
@@ -5709,8 +5669,7 @@ static int64_t dsv4__run_target(const dsv4__back *back, const dsv4__stretch *tok
                                 int64_t series, int64_t t, int64_t count, dsv4__run *run) {
     const int64_t dim = back->call.c->config.head_dim, stride = back->train->d_stride;
     const int64_t offset = series * dim + source->channel, end = dsv4__end_of(tokens);
-    const dsv4_segment_gradient *gradient = dsv4__gradient_of(back, tokens);
-    dsv4_state *previous = gradient != NULL ? gradient->previous : NULL;
+    dsv4_state *previous = dsv4__gradients_around(back, tokens->segment).previous;
     run->dkv = run->dgate = NULL;
     if (t < dsv4__seen(tokens)) {
         if (previous == NULL) return count;
@@ -5722,8 +5681,8 @@ static int64_t dsv4__run_target(const dsv4__back *back, const dsv4__stretch *tok
     } else if (t < tokens->t) {
         count = dsv4__min(count, tokens->t - t);
     } else if (t < end) {
-        run->dkv = back->train->dkv + (tokens->row + t - tokens->t) * stride + offset;
-        run->dgate = back->train->dgate + (tokens->row + t - tokens->t) * stride + offset;
+        run->dkv = back->train->dkv + dsv4__row_of(tokens, t) * stride + offset;
+        run->dgate = back->train->dgate + dsv4__row_of(tokens, t) * stride + offset;
         run->d_stride = stride;
         count = dsv4__min(count, end - t);
     }
@@ -5768,22 +5727,21 @@ static void dsv4__copy_or_clear(float *to, const float *from, size_t bytes) {
  * says, or 0; so do the rows around it that fill pairs or steps up. */
 static void dsv4__open_rows(const dsv4__back *back, const dsv4__part *part, const dsv4__source *source) {
     const dsv4_compressor *c = back->call.c;
+    const int64_t dim = c->config.head_dim, ratio = c->config.ratio;
     const dsv4__stretch *tokens = &part->tokens;
-    const dsv4_segment_gradient *gradient = dsv4__gradient_of(back, tokens);
-    const dsv4_state *next = gradient != NULL ? gradient->next : NULL;
+    const dsv4_state *next = dsv4__gradients_around(back, tokens->segment).next;
     const size_t bytes = (size_t)source->channels * sizeof(float);
     const int64_t lead = tokens->t - dsv4__lead(back, tokens), end = lead + dsv4__padded_rows(back, tokens);
     for (int64_t s = 0; s < c->series; s++) {
-        const int64_t lag = c->series - 1 - s, first = (dsv4__windows_end(back, part) - lag) * c->config.ratio;
+        const int64_t lag = c->series - 1 - s, first = (dsv4__end_of(&part->context) / ratio - lag) * ratio;
         const int64_t open = dsv4__min(dsv4__max(first, tokens->t), dsv4__end_of(tokens));
         for (int64_t t = lead < tokens->t ? lead : open; t < end; t = t + 1 == tokens->t ? open : t + 1) {
-            const int64_t to =
-                (tokens->row + t - tokens->t) * back->train->d_stride + s * c->config.head_dim + source->channel;
+            const int64_t to = dsv4__row_of(tokens, t) * back->train->d_stride + s * dim + source->channel;
             const int known =
                 next != NULL && t >= tokens->t && t < dsv4__end_of(tokens); /* never without a gate: ratio is 1 then */
             const float *from = known ? dsv4__state_row(next, s, t) + source->channel : NULL;
             dsv4__copy_or_clear(back->train->dkv + to, from, bytes);
-            dsv4__copy_or_clear(back->train->dgate + to, known ? from + c->config.head_dim : NULL, bytes);
+            dsv4__copy_or_clear(back->train->dgate + to, known ? from + dim : NULL, bytes);
         }
     }
 }
@@ -5810,12 +5768,12 @@ static void dsv4__sum_ape(const dsv4__back *back, const dsv4__stretch *tokens, c
 /* Adds the entries that close within a part to dnorm, as one block. */
 static void dsv4__sum_norm(const dsv4__back *back, const dsv4__stretch *tokens, const dsv4__source *source) {
     const dsv4_compressor *c = back->call.c;
-    const int64_t closing = dsv4__closing(&back->call, tokens);
+    const int64_t ratio = c->config.ratio, end = dsv4__end_of(tokens) / ratio;
     float *block = back->train->dnorm_block + source->channel;
     memset(block, 0, (size_t)source->channels * sizeof(float));
-    for (int64_t i = 0; i < closing; i++) {
-        const int64_t slot = (tokens->slot + i) * c->config.head_dim + source->channel;
-        c->kernels->add(block, back->train->dscaled + slot, back->train->normed + slot, source->channels);
+    for (int64_t w = tokens->t / ratio; w < end; w++) {
+        const int64_t at = (tokens->slot + w) * c->config.head_dim + source->channel;
+        c->kernels->add(block, back->train->dscaled + at, back->train->normed + at, source->channels);
     }
     c->kernels->add(back->train->dnorm + source->channel, block, NULL, source->channels);
 }
@@ -5824,16 +5782,17 @@ static void dsv4__sum_norm(const dsv4__back *back, const dsv4__stretch *tokens, 
 static void dsv4__windows_back_task(void *argument, int64_t thread) {
     const dsv4__back *back = (const dsv4__back *)argument;
     const dsv4_compressor *c = back->call.c;
+    const int64_t dim = c->config.head_dim, ratio = c->config.ratio;
     const dsv4__source source = dsv4__thread_source(&back->call, thread);
     dsv4__pool_job job = dsv4__pool_settings(&back->call, &source, thread);
     dsv4__window window;
     job.window = &window;
     for (int64_t p = 0; p < back->parts && source.channels > 0; p++) {
         const dsv4__part *part = &back->train->parts[p];
-        const int64_t end = dsv4__windows_end(back, part);
-        for (int64_t w = part->tokens.t / c->config.ratio, slot = part->tokens.slot; w < end; w++, slot++) {
+        const int64_t end = dsv4__end_of(&part->context) / ratio;
+        for (int64_t w = part->tokens.t / ratio; w < end; w++) {
             window = dsv4__window_back(back, part, &source, w);
-            job.dpooled = back->train->dpooled + slot * c->config.head_dim + source.channel;
+            job.dpooled = back->train->dpooled + (part->tokens.slot + w) * dim + source.channel;
             c->kernels->pool_back(&job);
         }
         dsv4__open_rows(back, part, &source);
@@ -5842,7 +5801,7 @@ static void dsv4__windows_back_task(void *argument, int64_t thread) {
     }
     for (int64_t row = 0; row < back->rows && back->round; row++)
         for (int64_t s = 0; s < c->series; s++) {
-            const int64_t at = row * back->train->d_stride + s * c->config.head_dim + source.channel;
+            const int64_t at = row * back->train->d_stride + s * dim + source.channel;
             c->kernels->round_array(back->train->dkv + at, source.channels);
             if (!c->config.no_gate) c->kernels->round_array(back->train->dgate + at, source.channels);
         }
@@ -5852,71 +5811,71 @@ static void dsv4__windows_back_task(void *argument, int64_t thread) {
  * 3q. Entries: norm, RoPE and row format; their way back to dpooled and dnorm
  * ------------------------------------------------------------------------------------------------------------ */
 
-/* One entry, from its pooled row to out. */
-static void dsv4__finish_entry(const dsv4__call *call, const dsv4__stretch *piece, int64_t slot,
-                               const dsv4__scratch *scratch) {
+/* What an entry's way there and back need alike. */
+static dsv4__finish_job dsv4__entry_job(const dsv4__call *call, const dsv4__stretch *stretch, int64_t w,
+                                        const dsv4__scratch *scratch) {
     const dsv4_config *config = &call->c->config;
-    const dsv4_batch *batch = &call->batch;
-    const int64_t w = dsv4__window_in(call, piece, slot), entry = dsv4__entry_row(call, piece, w);
+    const int64_t position = stretch->segment->position + w * config->ratio - dsv4__seen(stretch);
     dsv4__finish_job job;
-    if (entry < 0) return;
     memset(&job, 0, sizeof job);
-    dsv4__rope_row(config, call->c->inv_freq, dsv4__position_of(call, piece, w), scratch->cos_row, scratch->sin_row);
+    dsv4__rope_row(config, call->c->inv_freq, position, scratch->cos_row, scratch->sin_row);
     job.config = config;
     job.norm = call->c->norm;
     job.cos_row = scratch->cos_row;
     job.sin_row = scratch->sin_row;
-    job.pooled = call->ws->pooled + slot * config->head_dim;
-    job.row = scratch->row;
     job.swapped = scratch->swapped;
+    return job;
+}
+
+/* The entry of window w, from its pooled row to out. */
+static void dsv4__finish_entry(const dsv4__call *call, const dsv4__stretch *piece, int64_t w,
+                               const dsv4__scratch *scratch) {
+    const int64_t dim = call->c->config.head_dim, entry = dsv4__entry_row(call, piece, w);
+    const dsv4_batch *batch = &call->batch;
+    if (entry < 0) return;
+    dsv4__finish_job job = dsv4__entry_job(call, piece, w, scratch);
+    job.pooled = call->ws->pooled + (piece->slot + w) * dim;
+    job.row = scratch->row;
     job.out_dtype = batch->out.dtype;
     job.out = dsv4__in_mutable(batch->out, entry, 0);
     if (job.out_dtype == DSV4_PACKED && batch->scales.data != NULL)
         job.scales = (unsigned char *)dsv4__in_mutable(batch->scales, entry, 0);
     job.latent_dtype = job.out_dtype == DSV4_F32 ? DSV4_F32 : DSV4_BF16;
     job.latent = batch->stages.latent;
-    if (job.latent != NULL) job.latent = dsv4__at_mutable(job.latent, job.latent_dtype, entry * config->head_dim);
+    if (job.latent != NULL) job.latent = dsv4__at_mutable(job.latent, job.latent_dtype, entry * dim);
     call->c->kernels->finish(&job);
     if (batch->stages.pooled != NULL)
-        memcpy(batch->stages.pooled + entry * config->head_dim, job.pooled, (size_t)config->head_dim * sizeof(float));
+        memcpy(batch->stages.pooled + entry * dim, job.pooled, (size_t)dim * sizeof(float));
 }
 
 /* Task: finishes this thread's share of the block's entries. */
 static void dsv4__finish_task(void *argument, int64_t thread) {
     const dsv4__call *call = (const dsv4__call *)argument;
-    const int64_t threads = call->ws->threads;
+    const int64_t threads = call->ws->threads, ratio = call->c->config.ratio;
     const int64_t first = dsv4__share(call->entries, thread, threads),
                   end = dsv4__share(call->entries, thread + 1, threads);
     const dsv4__scratch scratch = dsv4__scratch_of(call->ws, thread);
     for (int64_t i = 0; i < call->pieces; i++) {
         const dsv4__stretch *piece = &call->ws->pieces[i];
-        const int64_t last = dsv4__min(end, piece->slot + dsv4__closing(call, piece));
-        for (int64_t slot = dsv4__max(first, piece->slot); slot < last; slot++)
-            dsv4__finish_entry(call, piece, slot, &scratch);
+        const int64_t last = dsv4__min(end - piece->slot, dsv4__end_of(piece) / ratio);
+        for (int64_t w = dsv4__max(first - piece->slot, piece->t / ratio); w < last; w++)
+            dsv4__finish_entry(call, piece, w, &scratch);
     }
 }
 
 /* ---- Back --------------------------------------------------------------------------------------------------- */
 
-/* One entry: dout to dpooled, leaving the scaled row's gradient and the normalised row for dnorm. */
-static void dsv4__entry_back(const dsv4__back *back, const dsv4__stretch *tokens, int64_t slot,
+/* The entry of window w: dout to dpooled, leaving the scaled row's gradient and the normalised row for dnorm. */
+static void dsv4__entry_back(const dsv4__back *back, const dsv4__stretch *tokens, int64_t w,
                              const dsv4__scratch *scratch) {
     const dsv4_compressor *c = back->call.c;
-    const int64_t dim = c->config.head_dim, w = dsv4__window_in(&back->call, tokens, slot);
+    const int64_t dim = c->config.head_dim, at = (tokens->slot + w) * dim;
     const int64_t entry = dsv4__entry_row(&back->call, tokens, w);
-    dsv4__finish_job job;
-    memset(&job, 0, sizeof job);
-    dsv4__rope_row(&c->config, c->inv_freq, dsv4__position_of(&back->call, tokens, w), scratch->cos_row,
-                   scratch->sin_row);
+    dsv4__finish_job job = dsv4__entry_job(&back->call, tokens, w, scratch);
     for (int64_t i = 0; i < c->config.rope_dim; i++) scratch->sin_row[i] = -scratch->sin_row[i];
-    job.config = &c->config;
-    job.norm = c->norm;
-    job.cos_row = scratch->cos_row;
-    job.sin_row = scratch->sin_row;
-    job.swapped = scratch->swapped;
-    job.pooled = back->train->normed + slot * dim;
-    job.row = back->train->dscaled + slot * dim;
-    job.dpooled = back->train->dpooled + slot * dim;
+    job.pooled = back->train->normed + at;
+    job.row = back->train->dscaled + at;
+    job.dpooled = back->train->dpooled + at;
     if (entry < 0)
         memset(job.row, 0, (size_t)dim * sizeof(float)); /* not stored, so nothing hangs on it */
     else if (back->g.dout.dtype == DSV4_BF16)
@@ -5929,15 +5888,15 @@ static void dsv4__entry_back(const dsv4__back *back, const dsv4__stretch *tokens
 /* Task: this thread's share of the chunk's windows. */
 static void dsv4__entries_back_task(void *argument, int64_t thread) {
     const dsv4__back *back = (const dsv4__back *)argument;
-    const int64_t threads = back->call.ws->threads;
+    const int64_t threads = back->call.ws->threads, ratio = back->call.c->config.ratio;
     const int64_t first = dsv4__share(back->windows, thread, threads),
                   end = dsv4__share(back->windows, thread + 1, threads);
     const dsv4__scratch scratch = dsv4__scratch_of(back->call.ws, thread);
     for (int64_t p = 0; p < back->parts; p++) {
         const dsv4__part *part = &back->train->parts[p];
-        const int64_t last = dsv4__min(end, part->tokens.slot + dsv4__part_windows(back, part));
-        for (int64_t slot = dsv4__max(first, part->tokens.slot); slot < last; slot++)
-            dsv4__entry_back(back, &part->tokens, slot, &scratch);
+        const int64_t last = dsv4__min(end - part->tokens.slot, dsv4__end_of(&part->context) / ratio);
+        for (int64_t w = dsv4__max(first - part->tokens.slot, part->tokens.t / ratio); w < last; w++)
+            dsv4__entry_back(back, &part->tokens, w, &scratch);
     }
 }
 

@@ -654,11 +654,12 @@ DSV4_CHECKED DSV4_API dsv4_status dsv4_backward(const dsv4_compressor *compresso
  *
  * WORDS
  *     segment   the caller's tokens of one sequence            series   Ca and Cb of overlapping windows, or one
- *     piece     its part in a block                            group    32 channels of every series
- *     part      its part in a chunk of the backward pass       panel    32 columns of a packed right operand
- *     run       rows of a window that lie evenly in memory     job      what a kernel is given
- *     fold      what three numbers a channel hold of a window  set      the kernels of one instruction set
- *     ring      rows that a state may have to take back        stamp    this file read once for a set
+ *     stretch   some of these, side by side                    group    32 channels of every series
+ *     piece     a stretch in a block                           panel    32 columns of a packed right operand
+ *     part      a stretch in a chunk of the backward pass      job      what a kernel is given
+ *     run       rows of a window that lie evenly in memory     set      the kernels of one instruction set
+ *     fold      what three numbers a channel hold of a window  stamp    this file read once for a set
+ *     ring      rows that a state may have to take back        slot     a pooled row of a block or chunk
  *
  * TO ADD
  *     a kernel set       a block in 3g, a stamp behind 3i, a row in 3j; then check-cross or a CPU that runs it
@@ -4512,19 +4513,21 @@ enum {
     DSV4__DX_PANELS = 8     /* panels of dx that a thread works on at a time */
 };
 
-/* Some tokens of one segment, side by side. "Stretches" below has what follows from this. */
+/* Some tokens of one segment, side by side. What follows from this is computed: see "Stretches" below. Windows have
+ * their number in the sequence; those of a piece, which close in it, are [t / ratio, end / ratio). */
 typedef struct dsv4__stretch {
     const dsv4_segment *segment;
-    int64_t emitted;  /* entries of the segments before */
+    int64_t emitted;  /* entries of the segments before, which may be too many to count them again */
     int64_t t, count; /* tokens [t, t + count) of the sequence */
-    int64_t row;      /* of the first: in the block or chunk, or in the arrays that have kv and gate ready */
-    int64_t slot;     /* window w's pooled row is row slot + w of the block or chunk */
+    int64_t row;      /* of the first: in the block or chunk, or in arrays of kv and gate that are there already */
+    int64_t slot;     /* slot + w is the row of window w among the pooled ones of the block or chunk */
 } dsv4__stretch;
 
-/* What a chunk has of a segment. Its windows are those that pool any of its tokens. */
+/* What a chunk has of a segment. Its windows, those that pool any of these tokens and close in the segment, are
+ * [t / ratio of tokens, end / ratio of context). */
 typedef struct dsv4__part {
-    dsv4__stretch tokens;  /* in one block of 256 of their sequence; more rows of the chunk fill pairs or steps up */
-    dsv4__stretch context; /* the segment's tokens whose rows the windows pool, where their kv and gate are */
+    dsv4__stretch tokens;  /* whose gradients are computed; further rows of the chunk fill pairs or steps up */
+    dsv4__stretch context; /* whose kv and gate the windows pool, besides those that the segment's state keeps */
 } dsv4__part;
 
 /* A part that is still to be added to the weights' gradients: a block of their sums. */
@@ -5293,7 +5296,7 @@ static dsv4__source dsv4__thread_source(const dsv4__call *call, int64_t thread) 
     return source;
 }
 
-/* Whether a piece's state folds what it has seen: its rows, where it has any, then hold scores. */
+/* Whether a stretch has a state that folds what it has seen: its rows, where it has any, then hold scores. */
 static int dsv4__folds(const dsv4__stretch *stretch) {
     return stretch->segment->state != NULL && stretch->segment->state->windows > 0;
 }
@@ -5304,7 +5307,7 @@ static int dsv4__carries(const dsv4__call *call, const dsv4__stretch *stretch) {
     return stretch->segment->state == NULL || (dsv4__folds(stretch) && call->batch.stages.weights != NULL);
 }
 
-/* Where the rows before a piece wait. Of those before a context, windows need the state's alone. */
+/* Where the rows before a stretch wait. A part's windows need none before its context but those of the state. */
 static const dsv4_state *dsv4__holder(const dsv4__call *call, const dsv4__stretch *stretch) {
     const int carried = stretch->t > dsv4__seen(stretch) && dsv4__carries(call, stretch);
     return carried ? call->ws->carry : stretch->segment->state;
@@ -5317,7 +5320,7 @@ static const float *dsv4__ape_from(const dsv4__call *call, const dsv4__source *s
     return c->ape + t % c->config.ratio * c->columns + series * c->config.head_dim + source->channel;
 }
 
-/* Appends `count` rows from token t on: of the piece itself, or of the ring where they wait. */
+/* Appends `count` rows from token t on: of the stretch itself, or of the ring where they wait. */
 static void dsv4__add_run(const dsv4__call *call, const dsv4__stretch *stretch, const dsv4__source *source,
                           int64_t series, int64_t t, int64_t count, dsv4__window *window) {
     const dsv4_compressor *c = call->c;
@@ -5342,7 +5345,7 @@ static void dsv4__add_run(const dsv4__call *call, const dsv4__stretch *stretch, 
     }
 }
 
-/* Appends the rows [t, end) of a series: from the ring, twice where it wraps, then from the piece. */
+/* Appends the rows [t, end) of a series: from the ring, twice where it wraps, then from the stretch. */
 static void dsv4__add_series(const dsv4__call *call, const dsv4__stretch *stretch, const dsv4__source *source,
                              int64_t series, int64_t t, int64_t end, dsv4__window *window) {
     while (t < end) {

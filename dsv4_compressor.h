@@ -4764,7 +4764,8 @@ static int dsv4__continues(const dsv4__call *call, const dsv4__stretch *stretch)
     return dsv4__end_of(stretch) < dsv4__seen(stretch) + dsv4__tokens_used(call, stretch->segment);
 }
 
-/* Finds what is left of the current segment or, where that is nothing, the next one; 0 when nothing is left at all. */
+/* Finds what is left of the current segment, or of the next that has anything left; 0: none has. Row and slot are the
+ * caller's to say. */
 static int dsv4__rest(dsv4__call *call, dsv4__stretch *rest) {
     for (; call->segment < call->batch.segment_count; call->segment++, call->done = 0) {
         const dsv4_segment *segment = &call->batch.segments[call->segment];

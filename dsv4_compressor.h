@@ -4747,6 +4747,11 @@ static int64_t dsv4__token_of(const dsv4__stretch *stretch) {
     return stretch->segment->token + stretch->t - dsv4__seen(stretch);
 }
 
+/* The position of window w's entry. */
+static int64_t dsv4__position_of(const dsv4__call *call, const dsv4__stretch *stretch, int64_t w) {
+    return stretch->segment->position + w * call->c->config.ratio - dsv4__seen(stretch);
+}
+
 /* The row of window w's entry: in out, scales, dout and the stages; negative: it is not stored. */
 static int64_t dsv4__entry_row(const dsv4__call *call, const dsv4__stretch *stretch, int64_t w) {
     const int64_t *rows = call->batch.entry_rows, entry = w - dsv4__seen(stretch) / call->c->config.ratio;
@@ -4764,8 +4769,7 @@ static int dsv4__continues(const dsv4__call *call, const dsv4__stretch *stretch)
     return dsv4__end_of(stretch) < dsv4__seen(stretch) + dsv4__tokens_used(call, stretch->segment);
 }
 
-/* Finds what is left of the current segment, or of the next that has anything left; 0: none has. Row and slot are the
- * caller's to say. */
+/* Finds which tokens are left of the current segment, or of the next that has any; 0 when none are. */
 static int dsv4__rest(dsv4__call *call, dsv4__stretch *rest) {
     for (; call->segment < call->batch.segment_count; call->segment++, call->done = 0) {
         const dsv4_segment *segment = &call->batch.segments[call->segment];
@@ -4779,8 +4783,7 @@ static int dsv4__rest(dsv4__call *call, dsv4__stretch *rest) {
     return 0;
 }
 
-/* Lays out the next block: as many tokens as fit, without closing more windows than there are slots; 0 when nothing is
- * left. */
+/* Lays out the next block, in which no more windows close than there are slots; 0 when nothing is left. */
 static int dsv4__next_block(dsv4__call *call) {
     const int64_t ratio = call->c->config.ratio, most = call->ws->block_rows, slots = call->ws->slots;
     dsv4__stretch piece;
@@ -4845,7 +4848,7 @@ static dsv4__part dsv4__part_of(const dsv4__back *back, const dsv4__stretch *res
     part.tokens.row = back->rows + dsv4__lead(back, rest);
     part.tokens.slot = back->windows - rest->t / ratio;
     part.context = part.tokens;
-    const int64_t last = (dsv4__end_of(&part.tokens) - 1) / ratio + lag;
+    const int64_t last = (dsv4__end_of(&part.tokens) - 1) / ratio + lag; /* window that pools any, if it closes */
     const int64_t end = dsv4__min(last + 1, dsv4__end_of(rest) / ratio) * ratio;
     part.context.t = dsv4__max(dsv4__seen(rest), (rest->t / ratio - lag) * ratio);
     part.context.count = dsv4__max(end - part.context.t, 0);
@@ -5297,15 +5300,14 @@ static dsv4__source dsv4__thread_source(const dsv4__call *call, int64_t thread) 
     return source;
 }
 
-/* Whether a stretch has a state that folds what it has seen: its rows, where it has any, then hold scores. */
-static int dsv4__folds(const dsv4__stretch *stretch) {
-    return stretch->segment->state != NULL && stretch->segment->state->windows > 0;
-}
+/* Whether a state is there and folds what it has seen: its rows, where it has any, then hold scores. */
+static int dsv4__folds(const dsv4_state *state) { return state != NULL && state->windows > 0; }
 
 /* Whether rows of a piece that continues have to wait in the workspace: those of a segment without a state, and, where
  * weights are asked for, of one whose state folds. */
 static int dsv4__carries(const dsv4__call *call, const dsv4__stretch *stretch) {
-    return stretch->segment->state == NULL || (dsv4__folds(stretch) && call->batch.stages.weights != NULL);
+    return stretch->segment->state == NULL ||
+           (dsv4__folds(stretch->segment->state) && call->batch.stages.weights != NULL);
 }
 
 /* Where the rows before a stretch wait. A part's windows need none before its context but those of the state. */
@@ -5342,7 +5344,7 @@ static void dsv4__add_run(const dsv4__call *call, const dsv4__stretch *stretch, 
         run->kv = row;
         run->gate = row + c->config.head_dim; /* windows without a gate have one row, which does not wait */
         run->stride = holder->row;
-        if (dsv4__folds(stretch)) run->ape = NULL;
+        if (dsv4__folds(stretch->segment->state)) run->ape = NULL;
     }
 }
 
@@ -5453,11 +5455,11 @@ static void dsv4__pool_block(const dsv4__call *call, const dsv4__source *source,
     job.weights_stride = dim;
     for (int64_t i = 0; i < call->pieces; i++) {
         const dsv4__stretch *piece = &call->ws->pieces[i];
-        const int goes_on = dsv4__folds(piece) && weights == NULL; /* weights need all rows */
-        const int64_t folded = goes_on ? piece->segment->state->floor : 0;
-        const int64_t end = dsv4__end_of(piece) / ratio;
+        const dsv4_state *state = piece->segment->state;
+        const int goes_on = dsv4__folds(state) && weights == NULL; /* weights need all rows */
+        const int64_t folded = goes_on ? state->floor : 0, end = dsv4__end_of(piece) / ratio;
         for (int64_t w = piece->t / ratio; w < end; w++) {
-            const float *fold = goes_on ? dsv4__fold_at(piece->segment->state, w - folded / ratio, folded) : NULL;
+            const float *fold = goes_on ? dsv4__fold_at(state, w - folded / ratio, folded) : NULL;
             job.from = fold == NULL ? NULL : fold + source->channel;
             window = dsv4__window_rows(call, piece, source, w, folded);
             job.ahead = dsv4__next_window_rows(call, piece, source, w);
@@ -5491,7 +5493,7 @@ static void dsv4__put_rows(const dsv4__call *call, const dsv4__stretch *piece, c
         for (int64_t t = dsv4__max(piece->t, end - holder->capacity[s]); t < end; t++) {
             float *row = dsv4__state_row(holder, s, t) + source->channel, *gate = row + c->config.head_dim;
             dsv4__copy_row(source, dsv4__row_of(piece, t), s, row, gate);
-            if (!dsv4__folds(piece)) continue;
+            if (!dsv4__folds(piece->segment->state)) continue;
             if (c->ape != NULL) c->kernels->add(gate, dsv4__ape_from(call, source, s, t), NULL, source->channels);
             if (c->config.rounding & DSV4_ROUND_SCORE) c->kernels->round_array(gate, source->channels);
         }
@@ -5521,8 +5523,7 @@ static void dsv4__fold_piece(const dsv4__call *call, const dsv4__stretch *piece,
     const dsv4_compressor *c = call->c;
     const dsv4_state *state = piece->segment->state;
     const int64_t ratio = c->config.ratio, lag = c->series - 1;
-    const int64_t floor = dsv4__floor_after(piece);
-    const int64_t start = dsv4__max(state->floor, (floor / ratio - lag) * ratio);
+    const int64_t floor = dsv4__floor_after(piece), start = dsv4__max(state->floor, (floor / ratio - lag) * ratio);
     dsv4__token_rows rows;
     memset(&rows, 0, sizeof rows);
     rows.channel = source->channel;
@@ -5553,7 +5554,7 @@ static void dsv4__keep_rows(const dsv4__call *call, const dsv4__source *source) 
             dsv4__put_rows(call, piece, source, call->ws->carry);
         }
         if (state == NULL) continue;
-        if (dsv4__folds(piece)) dsv4__fold_piece(call, piece, source);
+        if (dsv4__folds(state)) dsv4__fold_piece(call, piece, source);
         dsv4__put_rows(call, piece, source, state);
     }
 }
@@ -5815,31 +5816,23 @@ static void dsv4__windows_back_task(void *argument, int64_t thread) {
  * 3q. Entries: norm, RoPE and row format; their way back to dpooled and dnorm
  * ------------------------------------------------------------------------------------------------------------ */
 
-/* What an entry's way there and back need alike. */
-static dsv4__finish_job dsv4__entry_job(const dsv4__call *call, const dsv4__stretch *stretch, int64_t w,
-                                        const dsv4__scratch *scratch) {
+/* The entry of window w, from its pooled row to out. */
+static void dsv4__finish_entry(const dsv4__call *call, const dsv4__stretch *piece, int64_t w,
+                               const dsv4__scratch *scratch) {
     const dsv4_config *config = &call->c->config;
-    const int64_t position = stretch->segment->position + w * config->ratio - dsv4__seen(stretch);
+    const dsv4_batch *batch = &call->batch;
+    const int64_t dim = config->head_dim, entry = dsv4__entry_row(call, piece, w);
     dsv4__finish_job job;
+    if (entry < 0) return;
     memset(&job, 0, sizeof job);
-    dsv4__rope_row(config, call->c->inv_freq, position, scratch->cos_row, scratch->sin_row);
+    dsv4__rope_row(config, call->c->inv_freq, dsv4__position_of(call, piece, w), scratch->cos_row, scratch->sin_row);
     job.config = config;
     job.norm = call->c->norm;
     job.cos_row = scratch->cos_row;
     job.sin_row = scratch->sin_row;
-    job.swapped = scratch->swapped;
-    return job;
-}
-
-/* The entry of window w, from its pooled row to out. */
-static void dsv4__finish_entry(const dsv4__call *call, const dsv4__stretch *piece, int64_t w,
-                               const dsv4__scratch *scratch) {
-    const int64_t dim = call->c->config.head_dim, entry = dsv4__entry_row(call, piece, w);
-    const dsv4_batch *batch = &call->batch;
-    if (entry < 0) return;
-    dsv4__finish_job job = dsv4__entry_job(call, piece, w, scratch);
     job.pooled = call->ws->pooled + (piece->slot + w) * dim;
     job.row = scratch->row;
+    job.swapped = scratch->swapped;
     job.out_dtype = batch->out.dtype;
     job.out = dsv4__in_mutable(batch->out, entry, 0);
     if (job.out_dtype == DSV4_PACKED && batch->scales.data != NULL)
@@ -5875,8 +5868,16 @@ static void dsv4__entry_back(const dsv4__back *back, const dsv4__stretch *tokens
     const dsv4_compressor *c = back->call.c;
     const int64_t dim = c->config.head_dim, at = (tokens->slot + w) * dim;
     const int64_t entry = dsv4__entry_row(&back->call, tokens, w);
-    dsv4__finish_job job = dsv4__entry_job(&back->call, tokens, w, scratch);
+    dsv4__finish_job job;
+    memset(&job, 0, sizeof job);
+    dsv4__rope_row(&c->config, c->inv_freq, dsv4__position_of(&back->call, tokens, w), scratch->cos_row,
+                   scratch->sin_row);
     for (int64_t i = 0; i < c->config.rope_dim; i++) scratch->sin_row[i] = -scratch->sin_row[i];
+    job.config = &c->config;
+    job.norm = c->norm;
+    job.cos_row = scratch->cos_row;
+    job.sin_row = scratch->sin_row;
+    job.swapped = scratch->swapped;
     job.pooled = back->train->normed + at;
     job.row = back->train->dscaled + at;
     job.dpooled = back->train->dpooled + at;

@@ -654,11 +654,12 @@ DSV4_CHECKED DSV4_API dsv4_status dsv4_backward(const dsv4_compressor *compresso
  *
  * WORDS
  *     segment   the caller's tokens of one sequence            series   Ca and Cb of overlapping windows, or one
- *     piece     its part in a block                            group    32 channels of every series
- *     part      its part in a chunk of the backward pass       panel    32 columns of a packed right operand
- *     run       rows of a window that lie evenly in memory     job      what a kernel is given
- *     fold      what three numbers a channel hold of a window  set      the kernels of one instruction set
- *     ring      rows that a state may have to take back        stamp    this file read once for a set
+ *     stretch   some of these, side by side                    group    32 channels of every series
+ *     piece     a stretch in a block                           panel    32 columns of a packed right operand
+ *     part      a stretch in a chunk of the backward pass      job      what a kernel is given
+ *     run       rows of a window that lie evenly in memory     set      the kernels of one instruction set
+ *     fold      what three numbers a channel hold of a window  stamp    this file read once for a set
+ *     ring      rows that a state may have to take back        slot     a pooled row of a block or chunk
  *
  * TO ADD
  *     a kernel set       a block in 3g, a stamp behind 3i, a row in 3j; then check-cross or a CPU that runs it
@@ -4535,32 +4536,21 @@ enum {
     DSV4__DX_PANELS = 8     /* panels of dx that a thread works on at a time */
 };
 
-/* The part of a segment that lies in the current block. */
-typedef struct dsv4__piece {
+/* Some tokens of one segment, side by side. What follows from this is computed: see "Stretches" below. Windows have
+ * their number in the sequence; those of a piece, which close in it, are [t / ratio, end / ratio). */
+typedef struct dsv4__stretch {
     const dsv4_segment *segment;
-    dsv4_state *state;       /* the segment's own, or NULL */
-    int continues;           /* in the next block */
-    int64_t first;           /* index in the sequence of the segment's first token */
-    int64_t folded;          /* tokens that the state has folded */
-    int64_t token;           /* first row in x */
-    int64_t t;               /* its index in the sequence */
-    int64_t row, count;      /* rows of the block */
-    int64_t source_row;      /* where its projections begin in the arrays that pooling reads */
-    int64_t stage_row;       /* and in those that stages kv and gate write */
-    int64_t window, windows; /* first window that closes, and how many do */
-    int64_t slot;            /* of the first one among the block's entries */
-    int64_t entry;           /* row of out of the first one */
-    int64_t number;          /* of the first one among the entries of the call */
-    int64_t position;        /* of the first one */
-} dsv4__piece;
+    int64_t emitted;  /* entries of the segments before, which may be too many to count them again */
+    int64_t t, count; /* tokens [t, t + count) of the sequence */
+    int64_t row;      /* of the first: in the block or chunk, or in arrays of kv and gate that are there already */
+    int64_t slot;     /* slot + w is the row of window w among the pooled ones of the block or chunk */
+} dsv4__stretch;
 
-/* The tokens of one segment in one block of 256 of its sequence, on the way back. */
+/* What a chunk has of a segment. Its windows, those that pool any of these tokens and close in the segment, are
+ * [t / ratio of tokens, end / ratio of context). */
 typedef struct dsv4__part {
-    dsv4__piece rows; /* the rows that its windows pool, as a piece: where they lie among recomputed or given ones */
-    const dsv4_segment *segment;
-    const dsv4_segment_gradient *gradient; /* of the segment, or NULL */
-    int64_t seen, closed;                  /* tokens before the segment; windows of the sequence closed by its end */
-    int64_t t, count, row; /* tokens [t, t + count); row of the chunk for the first; more rows fill pairs or steps up */
+    dsv4__stretch tokens;  /* whose gradients are computed; further rows of the chunk fill pairs or steps up */
+    dsv4__stretch context; /* whose kv and gate the windows pool, besides those that the segment's state keeps */
 } dsv4__part;
 
 /* A part that is still to be added to the weights' gradients: a block of their sums. */
@@ -4597,7 +4587,7 @@ struct dsv4_workspace {
     int64_t x_bytes;
     int64_t scratch_numbers; /* of one thread */
     dsv4_state *carry;       /* rows of the stateless segment that continues in the next block */
-    dsv4__piece *pieces;     /* [block_rows] */
+    dsv4__stretch *pieces;   /* [block_rows] */
     float *pooled;           /* [slots, head_dim] */
     unsigned char *x;        /* packed x for some blocks of terms */
     float *sums;             /* [groups, block_rows, panels, 32] projections */
@@ -4675,7 +4665,7 @@ static dsv4__size dsv4__workspace_lay(dsv4_workspace *ws, void *block) {
     (void)dsv4__lay(&cursor, 1, 1, sizeof *ws);
     cursor.size.overflow |= carried.overflow;
     ws->carry = (dsv4_state *)dsv4__lay(&cursor, 1, (int64_t)carried.bytes, 1);
-    ws->pieces = (dsv4__piece *)dsv4__lay(&cursor, ws->block_rows, 1, sizeof(dsv4__piece));
+    ws->pieces = (dsv4__stretch *)dsv4__lay(&cursor, ws->block_rows, 1, sizeof(dsv4__stretch));
     ws->pooled = dsv4__lay_floats(&cursor, ws->slots, c->config.head_dim);
     ws->x = (unsigned char *)dsv4__lay(&cursor, 1, ws->x_bytes, 1);
     ws->sums = dsv4__lay_floats(&cursor, ws->block_rows, c->groups * c->series * c->matrices * DSV4__PANEL);
@@ -4752,9 +4742,9 @@ typedef struct dsv4__call {
     int dot;                       /* and is packed so, for the bf16 dot product */
     int tiles;                     /* on tiles */
     int64_t rows, pieces, entries; /* of the current block */
-    int64_t emitted;               /* entries of the blocks before; on the way back, of the segments before */
     int64_t term, term_end;        /* terms of x that are packed */
-    int64_t segment, done;         /* where the next block begins: segment, tokens of it already taken */
+    int64_t segment, done;         /* where the next block or chunk begins: segment, tokens of it already taken */
+    int64_t emitted;               /* entries of the segments before that one */
 } dsv4__call;
 
 /* Runs one task for each thread; on the calling thread where `work` (numbers touched) is not worth waking others. */
@@ -4766,60 +4756,71 @@ static void dsv4__for_threads(const dsv4__call *call, dsv4_task *task, void *arg
         for (int64_t thread = 0; thread < ws->threads; thread++) task(argument, thread);
 }
 
+/* ---- Stretches ---------------------------------------------------------------------------------------------- */
+
+/* Tokens of the sequence before the segment: states advance when a call is done. */
+static int64_t dsv4__seen(const dsv4__stretch *stretch) { return dsv4_state_tokens(stretch->segment->state); }
+
+static int64_t dsv4__end_of(const dsv4__stretch *stretch) { return stretch->t + stretch->count; }
+
+static int64_t dsv4__row_of(const dsv4__stretch *stretch, int64_t t) { return stretch->row + t - stretch->t; }
+
+/* The row of its first token in x. */
+static int64_t dsv4__token_of(const dsv4__stretch *stretch) {
+    return stretch->segment->token + stretch->t - dsv4__seen(stretch);
+}
+
+/* The position of window w's entry. */
+static int64_t dsv4__position_of(const dsv4__call *call, const dsv4__stretch *stretch, int64_t w) {
+    return stretch->segment->position + w * call->c->config.ratio - dsv4__seen(stretch);
+}
+
+/* The row of window w's entry: in out, scales, dout and the stages; negative: it is not stored. */
+static int64_t dsv4__entry_row(const dsv4__call *call, const dsv4__stretch *stretch, int64_t w) {
+    const int64_t *rows = call->batch.entry_rows, entry = w - dsv4__seen(stretch) / call->c->config.ratio;
+    return rows != NULL ? rows[stretch->emitted + entry] : stretch->segment->entry + entry;
+}
+
 /* Tokens of a segment that are worked on. */
-static int64_t dsv4__tokens_used(const dsv4_batch *batch, const dsv4_segment *segment, int64_t ratio) {
-    const int64_t tail = segment->state == NULL && batch->drop_tail ? segment->count % ratio : 0;
-    return segment->count - tail;
+static int64_t dsv4__tokens_used(const dsv4__call *call, const dsv4_segment *segment) {
+    const int dropped = segment->state == NULL && call->batch.drop_tail;
+    return segment->count - (dropped ? segment->count % call->c->config.ratio : 0);
 }
 
-/* Adds to the block as many tokens of the current segment as fit, without closing more windows than there are slots. */
-static void dsv4__take_piece(dsv4__call *call) {
-    const dsv4_segment *segment = &call->batch.segments[call->segment];
-    const int64_t ratio = call->c->config.ratio, seen = dsv4_state_tokens(segment->state);
-    const int64_t left = dsv4__tokens_used(&call->batch, segment, ratio) - call->done;
-    dsv4__piece *piece = &call->ws->pieces[call->pieces++];
-    piece->segment = segment;
-    piece->token = segment->token + call->done;
-    piece->t = seen + call->done;
-    piece->row = call->rows;
-    piece->source_row = call->batch.kv != NULL ? piece->token : piece->row;
-    piece->stage_row = piece->token;
-    piece->count = dsv4__min(left, call->ws->block_rows - call->rows);
-    piece->count = dsv4__min(piece->count, (call->ws->slots - call->entries + 1) * ratio - 1 - piece->t % ratio);
-    piece->state = segment->state;
-    piece->continues = piece->count < left;
-    piece->first = seen;
-    piece->folded = piece->state != NULL ? piece->state->floor : 0;
-    piece->window = piece->t / ratio;
-    piece->windows = (piece->t + piece->count) / ratio - piece->window;
-    piece->slot = call->entries;
-    piece->entry = segment->entry + piece->window - seen / ratio;
-    piece->number = call->emitted + piece->slot;
-    piece->position = segment->position - seen + piece->window * ratio;
-    call->rows += piece->count;
-    call->entries += piece->windows;
-    DSV4_ASSERT(call->entries <= call->ws->slots);
-    call->done = piece->count < left ? call->done + piece->count : 0;
-    if (call->done == 0) call->segment++;
+/* Whether its segment goes on behind it. */
+static int dsv4__continues(const dsv4__call *call, const dsv4__stretch *stretch) {
+    return dsv4__end_of(stretch) < dsv4__seen(stretch) + dsv4__tokens_used(call, stretch->segment);
 }
 
-/* The row of a piece's entry: in out, scales, dout and the stages; negative: it is not stored. */
-static int64_t dsv4__entry_row(const dsv4__call *call, const dsv4__piece *piece, int64_t index) {
-    const int64_t *rows = call->batch.entry_rows;
-    return rows != NULL ? rows[piece->number + index] : piece->entry + index;
-}
-
-/* Lays out the next block; 0 when nothing is left. */
-static int dsv4__next_block(dsv4__call *call) {
-    call->emitted += call->entries;
-    call->rows = call->pieces = call->entries = 0;
-    while (call->segment < call->batch.segment_count && call->rows < call->ws->block_rows &&
-           call->entries < call->ws->slots) {
+/* Finds which tokens are left of the current segment, or of the next that has any; 0 when none are. */
+static int dsv4__rest(dsv4__call *call, dsv4__stretch *rest) {
+    for (; call->segment < call->batch.segment_count; call->segment++, call->done = 0) {
         const dsv4_segment *segment = &call->batch.segments[call->segment];
-        if (dsv4__tokens_used(&call->batch, segment, call->c->config.ratio) > 0)
-            dsv4__take_piece(call);
-        else
-            call->segment++;
+        rest->segment = segment;
+        rest->emitted = call->emitted;
+        rest->t = dsv4__seen(rest) + call->done;
+        rest->count = dsv4__tokens_used(call, segment) - call->done;
+        if (rest->count > 0) return 1;
+        call->emitted += dsv4_entry_count(&call->c->config, segment->state, segment->count);
+    }
+    return 0;
+}
+
+/* Lays out the next block, in which no more windows close than there are slots; 0 when nothing is left. */
+static int dsv4__next_block(dsv4__call *call) {
+    const int64_t ratio = call->c->config.ratio, most = call->ws->block_rows, slots = call->ws->slots;
+    dsv4__stretch piece;
+    call->rows = call->pieces = call->entries = 0;
+    while (call->rows < most && call->entries < slots && dsv4__rest(call, &piece)) {
+        piece.count = dsv4__min(piece.count, most - call->rows);
+        piece.count = dsv4__min(piece.count, (slots - call->entries + 1) * ratio - 1 - piece.t % ratio);
+        piece.row = call->batch.kv != NULL ? dsv4__token_of(&piece) : call->rows;
+        piece.slot = call->entries - piece.t / ratio;
+        call->ws->pieces[call->pieces++] = piece;
+        call->rows += piece.count;
+        call->entries = piece.slot + dsv4__end_of(&piece) / ratio;
+        call->done += piece.count;
+        DSV4_ASSERT(call->entries <= slots);
     }
     return call->rows > 0;
 }
@@ -4837,7 +4838,7 @@ typedef struct dsv4__back {
     int started;         /* some part has been added to the weights' gradients */
     int64_t parts, rows; /* of the chunk; rows padded to pairs */
     int64_t context, windows;
-    int64_t segment, done;
+    int64_t recomputed;    /* rows of the context, by the blocks before */
     int64_t slabs, blocks; /* laid by for the weights' gradients */
 } dsv4__back;
 
@@ -4851,67 +4852,51 @@ static int dsv4__wants_weights(const dsv4__back *back) {
     return back->g.dwkv.data != NULL || back->g.dwgate.data != NULL;
 }
 
-/* Rows of 0 that a part from token t on has before its first row, and all of its rows: whole pairs, or whole steps. */
-static int64_t dsv4__part_lead(const dsv4__back *back, int64_t t) { return back->steps ? t % DSV4__STEP : 0; }
-
-static int64_t dsv4__part_rows(const dsv4__back *back, const dsv4__part *part) {
-    if (!back->steps) return dsv4__padded(part->count);
-    return dsv4__ceil_div(dsv4__part_lead(back, part->t) + part->count, DSV4__STEP) * DSV4__STEP;
+/* Rows of 0 that a part has in the chunk before its tokens', and all of its rows: whole pairs, or whole steps. */
+static int64_t dsv4__lead(const dsv4__back *back, const dsv4__stretch *tokens) {
+    return back->steps ? tokens->t % DSV4__STEP : 0;
 }
 
-/* Describes the part of the current segment that comes next. */
-static dsv4__part dsv4__part_ahead(const dsv4__back *back) {
-    const dsv4_batch *batch = &back->call.batch;
-    const dsv4_segment *segment = &batch->segments[back->segment];
+static int64_t dsv4__padded_rows(const dsv4__back *back, const dsv4__stretch *tokens) {
+    if (!back->steps) return dsv4__padded(tokens->count);
+    return dsv4__ceil_div(dsv4__lead(back, tokens) + tokens->count, DSV4__STEP) * DSV4__STEP;
+}
+
+/* The part that the rest of a segment begins with. */
+static dsv4__part dsv4__part_of(const dsv4__back *back, const dsv4__stretch *rest) {
     const int64_t ratio = back->call.c->config.ratio, lag = back->call.c->series - 1;
-    const int64_t used = dsv4__tokens_used(batch, segment, ratio);
     dsv4__part part;
-    memset(&part, 0, sizeof part);
-    part.segment = segment;
-    part.gradient = back->g.segments != NULL ? &back->g.segments[back->segment] : NULL;
-    part.seen = dsv4_state_tokens(segment->state);
-    part.closed = (part.seen + used) / ratio;
-    part.t = part.seen + back->done;
-    part.count = dsv4__min(used - back->done, DSV4__KBLOCK - part.t % DSV4__KBLOCK);
-    part.row = back->rows + dsv4__part_lead(back, part.t);
-    part.rows.segment = segment;
-    part.rows.state = segment->state;
-    part.rows.window = part.t / ratio;
-    const int64_t last = dsv4__min((part.t + part.count - 1) / ratio + lag + 1, part.closed);
-    part.rows.windows = dsv4__max(last - part.rows.window, 0);
-    part.rows.t = part.rows.first = dsv4__max(part.seen, (part.rows.window - lag) * ratio);
-    part.rows.count = part.rows.windows > 0 ? dsv4__max(last * ratio - part.rows.t, 0) : 0;
-    part.rows.token = segment->token + part.rows.t - part.seen;
-    part.rows.source_row = back->recompute ? back->context : part.rows.token;
-    part.rows.slot = back->windows;
-    part.rows.entry = segment->entry + part.rows.window - part.seen / ratio;
-    part.rows.number = back->call.emitted + part.rows.window - part.seen / ratio;
-    part.rows.position = segment->position - part.seen + part.rows.window * ratio;
+    part.tokens = *rest;
+    part.tokens.count = dsv4__min(rest->count, DSV4__KBLOCK - rest->t % DSV4__KBLOCK);
+    part.tokens.row = back->rows + dsv4__lead(back, rest);
+    part.tokens.slot = back->windows - rest->t / ratio;
+    part.context = part.tokens;
+    const int64_t last = (dsv4__end_of(&part.tokens) - 1) / ratio + lag; /* window that pools any, if it closes */
+    const int64_t end = dsv4__min(last + 1, dsv4__end_of(rest) / ratio) * ratio;
+    part.context.t = dsv4__max(dsv4__seen(rest), (rest->t / ratio - lag) * ratio);
+    part.context.count = dsv4__max(end - part.context.t, 0);
+    part.context.row = back->recompute ? back->context : dsv4__token_of(&part.context);
     return part;
 }
 
 /* Lays out the next chunk; 0 when nothing is left. */
 static int dsv4__next_chunk(dsv4__back *back) {
     const dsv4__training *train = back->train;
+    dsv4__stretch rest;
     back->parts = back->rows = back->context = back->windows = 0;
-    while (back->segment < back->call.batch.segment_count && back->parts < DSV4__CHUNK_PARTS) {
-        const dsv4_segment *segment = &back->call.batch.segments[back->segment];
-        if (back->done < dsv4__tokens_used(&back->call.batch, segment, back->call.c->config.ratio)) {
-            const dsv4__part part = dsv4__part_ahead(back);
-            if (back->parts > 0 && (back->rows + dsv4__part_rows(back, &part) > DSV4__KBLOCK ||
-                                    back->context + part.rows.count > train->context_rows ||
-                                    back->windows + part.rows.windows > train->windows))
-                break;
-            train->parts[back->parts++] = part;
-            back->rows += dsv4__part_rows(back, &part);
-            back->context += part.rows.count;
-            back->windows += part.rows.windows;
-            back->done += part.count;
-            if (dsv4__wants_tokens(&back->g)) continue; /* else a segment's first part is all that `previous` needs */
-        }
-        back->call.emitted += dsv4_entry_count(&back->call.c->config, segment->state, segment->count);
-        back->segment++;
-        back->done = 0;
+    while (back->parts < DSV4__CHUNK_PARTS && dsv4__rest(&back->call, &rest)) {
+        const dsv4__part part = dsv4__part_of(back, &rest);
+        const int64_t rows = back->rows + dsv4__padded_rows(back, &part.tokens);
+        const int64_t context = back->context + part.context.count;
+        const int64_t windows = part.tokens.slot + dsv4__end_of(&part.context) / back->call.c->config.ratio;
+        if (back->parts > 0 && (rows > DSV4__KBLOCK || context > train->context_rows || windows > train->windows))
+            break;
+        train->parts[back->parts++] = part;
+        back->rows = rows;
+        back->context = context;
+        back->windows = windows;
+        /* Without sums over tokens a segment's first part is all that `previous` needs. */
+        back->call.done += dsv4__wants_tokens(&back->g) ? part.tokens.count : rest.count;
     }
     return back->parts > 0;
 }
@@ -4943,11 +4928,10 @@ static void dsv4__pack_task(void *argument, int64_t thread) {
     const uintptr_t number = dsv4_dtype_size(batch->x.dtype), stride = number * (uintptr_t)batch->x.stride;
     const uintptr_t bytes = number * (uintptr_t)packer.terms;
     for (int64_t i = 0; i < call->pieces; i++) {
-        const dsv4__piece *piece = &call->ws->pieces[i];
-        const int64_t last = dsv4__min(end, piece->row + piece->count);
+        const dsv4__stretch *piece = &call->ws->pieces[i];
+        const int64_t token = dsv4__token_of(piece), last = dsv4__min(end, piece->row + piece->count);
         for (int64_t row = dsv4__max(first, piece->row); row < last; row++) {
-            const int64_t token = piece->token + row - piece->row;
-            const void *from = dsv4__in(batch->x, token, call->term);
+            const void *from = dsv4__in(batch->x, token + row - piece->row, call->term);
             dsv4__fetch((uintptr_t)from + 2 * stride, bytes);
             dsv4__pack_row(&packer, from, row);
         }
@@ -5097,10 +5081,10 @@ static void dsv4__put_dx(const dsv4__back *back, const float *sums, int64_t firs
     const int64_t h = first * DSV4__PANEL;
     const int64_t n = dsv4__min(end * DSV4__PANEL, back->call.c->config.hidden_dim) - h;
     for (int64_t p = 0; p < back->parts; p++) {
-        const dsv4__part *part = &back->train->parts[p];
-        const int64_t token = part->segment->token + part->t - part->seen;
-        for (int64_t i = 0; i < part->count; i++) {
-            const float *from = sums + (part->row + i) * DSV4__DX_PANELS * DSV4__PANEL;
+        const dsv4__stretch *tokens = &back->train->parts[p].tokens;
+        const int64_t token = dsv4__token_of(tokens);
+        for (int64_t i = 0; i < tokens->count; i++) {
+            const float *from = sums + (tokens->row + i) * DSV4__DX_PANELS * DSV4__PANEL;
             void *to = dsv4__in_mutable(dx, token + i, h);
             if (dx.dtype == DSV4_BF16)
                 back->call.c->kernels->narrow((dsv4_bf16 *)to, from, n);
@@ -5140,18 +5124,17 @@ static void dsv4__pack_x_panel(const dsv4__back *back, int64_t i) {
     const dsv4_batch *batch = &back->call.batch;
     const dsv4_dtype dtype = back->call.dot ? DSV4_BF16 : DSV4_F32;
     for (int64_t p = 0; p < back->parts; p++) {
-        const dsv4__part *part = &back->train->parts[p];
-        const int64_t token = part->segment->token + part->t - part->seen;
+        const dsv4__stretch *tokens = &back->train->parts[p].tokens;
         dsv4__terms source;
         source.kernels = back->call.c->kernels;
-        source.first = dsv4__in(batch->x, token, i * DSV4__PANEL);
+        source.first = dsv4__in(batch->x, dsv4__token_of(tokens), i * DSV4__PANEL);
         source.dtype = batch->x.dtype;
         source.stride = batch->x.stride;
-        source.terms = part->count;
+        source.terms = tokens->count;
         source.columns = dsv4__min(back->call.c->config.hidden_dim - i * DSV4__PANEL, DSV4__PANEL);
-        source.lead = dsv4__part_lead(back, part->t);
-        source.padded = dsv4__part_rows(back, part);
-        dsv4__pack_terms(&source, dtype, dsv4__x_panel(back, back->slabs, i, part->row - source.lead));
+        source.lead = dsv4__lead(back, tokens);
+        source.padded = dsv4__padded_rows(back, tokens);
+        dsv4__pack_terms(&source, dtype, dsv4__x_panel(back, back->slabs, i, tokens->row - source.lead));
     }
 }
 
@@ -5260,11 +5243,11 @@ static void dsv4__add_weights(dsv4__back *back) {
 /* The chunk's tokens are laid by as one slab. */
 static void dsv4__queue_for_weights(dsv4__back *back) {
     for (int64_t p = 0; p < back->parts; p++) {
-        const dsv4__part *part = &back->train->parts[p];
+        const dsv4__stretch *tokens = &back->train->parts[p].tokens;
         dsv4__token_block *block = &back->train->blocks[back->blocks++];
         block->slab = back->slabs;
-        block->row = part->row - dsv4__part_lead(back, part->t);
-        block->count = dsv4__part_rows(back, part);
+        block->row = tokens->row - dsv4__lead(back, tokens);
+        block->count = dsv4__padded_rows(back, tokens);
     }
     back->slabs++;
     if (back->slabs == DSV4__SLABS) dsv4__add_weights(back);
@@ -5340,25 +5323,25 @@ static dsv4__source dsv4__thread_source(const dsv4__call *call, int64_t thread) 
     return source;
 }
 
-/* Whether a piece's state folds what it has seen: its rows, where it has any, then hold scores. */
-static int dsv4__folds(const dsv4__piece *piece) { return piece->state != NULL && piece->state->windows > 0; }
+/* Whether a state is there and folds what it has seen: its rows, where it has any, then hold scores. */
+static int dsv4__folds(const dsv4_state *state) { return state != NULL && state->windows > 0; }
 
-/* The first token whose projections the source has: given ones of the whole segment, or those of the piece. */
-static int64_t dsv4__at_hand(const dsv4__call *call, const dsv4__piece *piece) {
-    return call->batch.kv != NULL ? piece->first : piece->t;
+/* The first token whose projections the source has: given ones of the whole segment, or those of the stretch. */
+static int64_t dsv4__at_hand(const dsv4__call *call, const dsv4__stretch *stretch) {
+    return call->batch.kv != NULL ? dsv4__seen(stretch) : stretch->t;
 }
 
 /* Whether rows of a piece that continues have to wait in the workspace: those of a segment without a state, unless they
  * were given, and, where weights are asked for, of one whose state folds. */
-static int dsv4__carries(const dsv4__call *call, const dsv4__piece *piece) {
-    if (piece->state == NULL) return call->batch.kv == NULL;
-    return dsv4__folds(piece) && call->batch.stages.weights != NULL;
+static int dsv4__carries(const dsv4__call *call, const dsv4__stretch *stretch) {
+    if (stretch->segment->state == NULL) return call->batch.kv == NULL;
+    return dsv4__folds(stretch->segment->state) && call->batch.stages.weights != NULL;
 }
 
-/* Where the rows before those at hand wait. */
-static const dsv4_state *dsv4__holder(const dsv4__call *call, const dsv4__piece *piece) {
-    const int carried = piece->t > piece->first && dsv4__carries(call, piece);
-    return carried ? call->ws->carry : piece->state;
+/* Where the rows before those at hand wait. A part's windows need none before its context but those of the state. */
+static const dsv4_state *dsv4__holder(const dsv4__call *call, const dsv4__stretch *stretch) {
+    const int carried = stretch->t > dsv4__seen(stretch) && dsv4__carries(call, stretch);
+    return carried ? call->ws->carry : stretch->segment->state;
 }
 
 /* Row 0's ape of a series, for rows from token t on. */
@@ -5369,8 +5352,8 @@ static const float *dsv4__ape_from(const dsv4__call *call, const dsv4__source *s
 }
 
 /* Appends `count` rows from token t on: at hand, or of the ring where they wait. */
-static void dsv4__add_run(const dsv4__call *call, const dsv4__piece *piece, const dsv4__source *source, int64_t series,
-                          int64_t t, int64_t count, dsv4__window *window) {
+static void dsv4__add_run(const dsv4__call *call, const dsv4__stretch *stretch, const dsv4__source *source,
+                          int64_t series, int64_t t, int64_t count, dsv4__window *window) {
     const dsv4_compressor *c = call->c;
     dsv4__run *run = &window->runs[window->run_count++];
     DSV4_ASSERT(window->run_count <= DSV4__MAX_RUNS);
@@ -5378,49 +5361,49 @@ static void dsv4__add_run(const dsv4__call *call, const dsv4__piece *piece, cons
     run->count = count;
     run->ape = dsv4__ape_from(call, source, series, t);
     run->ape_stride = c->columns;
-    if (t >= dsv4__at_hand(call, piece)) {
-        const int64_t offset = (piece->source_row + t - piece->t) * source->stride + series * source->series;
+    if (t >= dsv4__at_hand(call, stretch)) {
+        const int64_t offset = dsv4__row_of(stretch, t) * source->stride + series * source->series;
         run->kv = source->kv + offset;
         run->gate = source->gate == NULL ? NULL : source->gate + offset;
         run->stride = source->stride;
     } else {
-        const dsv4_state *holder = dsv4__holder(call, piece);
+        const dsv4_state *holder = dsv4__holder(call, stretch);
         const float *row = dsv4__state_row(holder, series, t) + source->channel;
         run->kv = row;
         run->gate = row + c->config.head_dim; /* windows without a gate have one row, which does not wait */
         run->stride = holder->row;
-        if (dsv4__folds(piece)) run->ape = NULL;
+        if (dsv4__folds(stretch->segment->state)) run->ape = NULL;
     }
 }
 
 /* Appends the rows [t, end) of a series: from the ring, twice where it wraps, then those at hand. */
-static void dsv4__add_series(const dsv4__call *call, const dsv4__piece *piece, const dsv4__source *source,
+static void dsv4__add_series(const dsv4__call *call, const dsv4__stretch *stretch, const dsv4__source *source,
                              int64_t series, int64_t t, int64_t end, dsv4__window *window) {
-    const int64_t at_hand = dsv4__at_hand(call, piece);
+    const int64_t at_hand = dsv4__at_hand(call, stretch);
     while (t < end) {
         int64_t count = end - t;
         if (t < at_hand) {
-            const int64_t capacity = dsv4__holder(call, piece)->capacity[series];
+            const int64_t capacity = dsv4__holder(call, stretch)->capacity[series];
             count = dsv4__min(dsv4__min(end, at_hand) - t, capacity - t % capacity);
         }
-        dsv4__add_run(call, piece, source, series, t, count, window);
+        dsv4__add_run(call, stretch, source, series, t, count, window);
         t += count;
     }
 }
 
-/* The rows that window w of a piece pools, in order, but for those of tokens before `from`. */
-static dsv4__window dsv4__window_rows(const dsv4__call *call, const dsv4__piece *piece, const dsv4__source *source,
+/* The rows that window w of a stretch pools, in order, but for those of tokens before `from`. */
+static dsv4__window dsv4__window_rows(const dsv4__call *call, const dsv4__stretch *stretch, const dsv4__source *source,
                                       int64_t w, int64_t from) {
     const int64_t ratio = call->c->config.ratio, lag = call->c->series - 1;
     dsv4__window window;
     window.run_count = 0;
     if (lag == 1 && w > 0)
-        dsv4__add_series(call, piece, source, 0, dsv4__max((w - 1) * ratio, from), w * ratio, &window);
+        dsv4__add_series(call, stretch, source, 0, dsv4__max((w - 1) * ratio, from), w * ratio, &window);
     if (lag == 1 && w == 0 && from == 0) {
         memset(&window.runs[0], 0, sizeof window.runs[0]);
         window.runs[window.run_count++].count = ratio;
     }
-    dsv4__add_series(call, piece, source, lag, dsv4__max(w * ratio, from), (w + 1) * ratio, &window);
+    dsv4__add_series(call, stretch, source, lag, dsv4__max(w * ratio, from), (w + 1) * ratio, &window);
     return window;
 }
 
@@ -5463,27 +5446,26 @@ static void dsv4__pool_by_rows(const dsv4__call *call, dsv4__pool_job job, float
 /* Pools the windows of the block that close, over the source's channels. */
 static void dsv4__pool_block(const dsv4__call *call, const dsv4__source *source, int64_t thread) {
     const dsv4_compressor *c = call->c;
-    const int64_t dim = c->config.head_dim, rows = c->series * c->config.ratio;
+    const int64_t dim = c->config.head_dim, ratio = c->config.ratio;
     dsv4__pool_job job = dsv4__pool_settings(call, source, thread);
     dsv4__window window;
-    const int by_rows = call->batch.kv != NULL && call->batch.stages.weights == NULL && !c->keeps_rows &&
-                        c->config.ratio >= 4 * DSV4__ROWS_AT_ONCE;
+    float *const weights = call->batch.stages.weights;
+    const int by_rows = call->batch.kv != NULL && weights == NULL && !c->keeps_rows && ratio >= 4 * DSV4__ROWS_AT_ONCE;
     job.window = &window;
     job.weights_stride = dim;
     job.rows_ahead = call->batch.kv != NULL ? DSV4__ROWS_AHEAD : 0;
     for (int64_t i = 0; i < call->pieces; i++) {
-        const dsv4__piece *piece = &call->ws->pieces[i];
-        const int goes_on = dsv4__folds(piece) && call->batch.stages.weights == NULL; /* weights need all rows */
-        for (int64_t j = 0; j < piece->windows; j++) {
-            const int64_t w = piece->window + j;
-            const float *fold =
-                goes_on ? dsv4__fold_at(piece->state, w - piece->folded / c->config.ratio, piece->folded) : NULL;
+        const dsv4__stretch *piece = &call->ws->pieces[i];
+        const dsv4_state *state = piece->segment->state;
+        const int goes_on = dsv4__folds(state) && weights == NULL; /* weights need all rows */
+        const int64_t folded = goes_on ? state->floor : 0, end = dsv4__end_of(piece) / ratio;
+        for (int64_t w = piece->t / ratio; w < end; w++) {
+            const float *fold = goes_on ? dsv4__fold_at(state, w - folded / ratio, folded) : NULL;
             job.from = fold == NULL ? NULL : fold + source->channel;
-            window = dsv4__window_rows(call, piece, source, w, goes_on ? piece->folded : 0);
-            job.pooled = call->ws->pooled + (piece->slot + j) * dim + source->channel;
-            const int64_t entry = dsv4__entry_row(call, piece, j);
-            job.weights = entry < 0 ? NULL : call->batch.stages.weights;
-            if (job.weights != NULL) job.weights += entry * rows * dim + source->channel;
+            window = dsv4__window_rows(call, piece, source, w, folded);
+            job.pooled = call->ws->pooled + (piece->slot + w) * dim + source->channel;
+            const int64_t entry = weights == NULL ? -1 : dsv4__entry_row(call, piece, w);
+            job.weights = entry < 0 ? NULL : weights + entry * c->series * ratio * dim + source->channel;
             if (by_rows)
                 dsv4__pool_by_rows(call, job, dsv4__scratch_of(call->ws, thread).wide);
             else
@@ -5503,47 +5485,52 @@ static void dsv4__copy_row(const dsv4__source *source, int64_t row, int64_t seri
 }
 
 /* Puts the last rows of a piece into a ring, as scores where its state folds. */
-static void dsv4__put_rows(const dsv4__call *call, const dsv4__piece *piece, const dsv4__source *source,
+static void dsv4__put_rows(const dsv4__call *call, const dsv4__stretch *piece, const dsv4__source *source,
                            const dsv4_state *holder) {
     const dsv4_compressor *c = call->c;
-    const int64_t end = piece->t + piece->count;
+    const int64_t end = dsv4__end_of(piece);
     for (int64_t s = 0; s < c->series; s++)
         for (int64_t t = dsv4__max(piece->t, end - holder->capacity[s]); t < end; t++) {
             float *row = dsv4__state_row(holder, s, t) + source->channel, *gate = row + c->config.head_dim;
-            dsv4__copy_row(source, piece->source_row + t - piece->t, s, row, gate);
-            if (!dsv4__folds(piece)) continue;
+            dsv4__copy_row(source, dsv4__row_of(piece, t), s, row, gate);
+            if (!dsv4__folds(piece->segment->state)) continue;
             if (c->ape != NULL) c->kernels->add(gate, dsv4__ape_from(call, source, s, t), NULL, source->channels);
             if (c->config.rounding & DSV4_ROUND_SCORE) c->kernels->round_array(gate, source->channels);
         }
 }
 
-/* Lets the rows of the state that the first open window needs wait with those of the piece. */
-static void dsv4__carry_state_rows(const dsv4__call *call, const dsv4__piece *piece, const dsv4__source *source) {
+/* Lets the rows of the state that the first open window needs wait with those of its segment's first piece. */
+static void dsv4__carry_state_rows(const dsv4__call *call, const dsv4__stretch *piece, const dsv4__source *source) {
     const dsv4_state *carry = call->ws->carry;
     for (int64_t s = 0; s < call->c->series; s++)
-        for (int64_t t = dsv4__state_first(carry, s, piece->first); t < piece->first; t++) {
-            const float *from = dsv4__state_row(piece->state, s, t) + source->channel;
+        for (int64_t t = dsv4__state_first(carry, s, piece->t); t < piece->t; t++) {
+            const float *from = dsv4__state_row(piece->segment->state, s, t) + source->channel;
             float *to = dsv4__state_row(carry, s, t) + source->channel;
             memcpy(to, from, (size_t)source->channels * sizeof *to);
             memcpy(to + carry->head_dim, from + carry->head_dim, (size_t)source->channels * sizeof *to);
         }
 }
 
+/* Where the state of a piece stands behind it. */
+static int64_t dsv4__floor_after(const dsv4__stretch *piece) {
+    const dsv4_state *state = piece->segment->state;
+    return dsv4__max(state->floor, dsv4__end_of(piece) - state->depth);
+}
+
 /* Folds what falls out of a roll-back's reach: from where the state stands, or, where all windows open there close,
  * from the first row of those that are open in the end. */
-static void dsv4__fold_piece(const dsv4__call *call, const dsv4__piece *piece, const dsv4__source *source) {
+static void dsv4__fold_piece(const dsv4__call *call, const dsv4__stretch *piece, const dsv4__source *source) {
     const dsv4_compressor *c = call->c;
-    const dsv4_state *state = piece->state;
+    const dsv4_state *state = piece->segment->state;
     const int64_t ratio = c->config.ratio, lag = c->series - 1;
-    const int64_t floor = dsv4__max(piece->folded, piece->t + piece->count - state->depth);
-    const int64_t start = dsv4__max(piece->folded, (floor / ratio - lag) * ratio);
+    const int64_t floor = dsv4__floor_after(piece), start = dsv4__max(state->floor, (floor / ratio - lag) * ratio);
     dsv4__token_rows rows;
     memset(&rows, 0, sizeof rows);
     rows.channel = source->channel;
     rows.channels = source->channels;
     rows.rounding = c->config.rounding & DSV4_ROUND_SCORE;
     for (int64_t t = start; t < floor; t++) {
-        rows.fresh = lag == 1 && start > piece->folded && t < start + ratio;
+        rows.fresh = lag == 1 && start > state->floor && t < start + ratio;
         for (int64_t s = 0; s < c->series; s++) {
             dsv4__window one;
             one.run_count = 0;
@@ -5560,30 +5547,35 @@ static void dsv4__fold_piece(const dsv4__call *call, const dsv4__piece *piece, c
  * this block begins with. */
 static void dsv4__keep_rows(const dsv4__call *call, const dsv4__source *source) {
     for (int64_t i = 0; i < call->pieces; i++) {
-        const dsv4__piece *piece = &call->ws->pieces[i];
-        if (piece->continues && dsv4__carries(call, piece)) {
-            if (piece->state != NULL && piece->t == piece->first) dsv4__carry_state_rows(call, piece, source);
+        const dsv4__stretch *piece = &call->ws->pieces[i];
+        const dsv4_state *state = piece->segment->state;
+        if (dsv4__carries(call, piece) && dsv4__continues(call, piece)) {
+            if (state != NULL && piece->t == dsv4__seen(piece)) dsv4__carry_state_rows(call, piece, source);
             dsv4__put_rows(call, piece, source, call->ws->carry);
         }
-        if (piece->state == NULL) continue;
-        if (dsv4__folds(piece)) dsv4__fold_piece(call, piece, source);
-        dsv4__put_rows(call, piece, source, piece->state);
+        if (state == NULL) continue;
+        if (dsv4__folds(state)) dsv4__fold_piece(call, piece, source);
+        dsv4__put_rows(call, piece, source, state);
     }
 }
 
-/* The stages kv and gate. */
-static void dsv4__write_projections(const dsv4__call *call, const dsv4__source *source) {
+/* Copies `count` of the source's rows to the stages kv and gate. */
+static void dsv4__write_rows(const dsv4__call *call, const dsv4__source *source, int64_t row, int64_t to,
+                             int64_t count) {
     const dsv4_stages *stages = &call->batch.stages;
-    if (stages->kv == NULL && stages->gate == NULL) return;
+    for (int64_t i = 0; i < count; i++)
+        for (int64_t s = 0; s < call->c->series; s++) {
+            const int64_t at = (to + i) * call->c->columns + s * call->c->config.head_dim + source->channel;
+            dsv4__copy_row(source, row + i, s, stages->kv == NULL ? NULL : stages->kv + at,
+                           stages->gate == NULL ? NULL : stages->gate + at);
+        }
+}
+
+static void dsv4__write_projections(const dsv4__call *call, const dsv4__source *source) {
+    if (call->batch.stages.kv == NULL && call->batch.stages.gate == NULL) return;
     for (int64_t i = 0; i < call->pieces; i++) {
-        const dsv4__piece *piece = &call->ws->pieces[i];
-        for (int64_t j = 0; j < piece->count; j++)
-            for (int64_t s = 0; s < call->c->series; s++) {
-                const int64_t to =
-                    (piece->stage_row + j) * call->c->columns + s * call->c->config.head_dim + source->channel;
-                dsv4__copy_row(source, piece->source_row + j, s, stages->kv == NULL ? NULL : stages->kv + to,
-                               stages->gate == NULL ? NULL : stages->gate + to);
-            }
+        const dsv4__stretch *piece = &call->ws->pieces[i];
+        dsv4__write_rows(call, source, piece->row, dsv4__token_of(piece), piece->count);
     }
 }
 
@@ -5613,40 +5605,39 @@ static void dsv4__pool_task(void *argument, int64_t thread) {
 
 /* Task: copies the projections of a block onto this thread's groups to the arrays of recomputed rows. */
 static void dsv4__recompute_task(void *argument, int64_t thread) {
-    const dsv4__call *call = (const dsv4__call *)argument;
+    const dsv4__back *back = (const dsv4__back *)argument;
+    const dsv4__call *call = &back->call;
     const int64_t groups = call->c->groups, threads = call->ws->threads;
     for (int64_t group = dsv4__share(groups, thread, threads); group < dsv4__share(groups, thread + 1, threads);
          group++) {
         const dsv4__source source = dsv4__sums_source(call, group);
-        dsv4__write_projections(call, &source);
+        dsv4__write_rows(call, &source, 0, back->recomputed, call->rows);
     }
 }
 
-/* Projects the rows of all parts, block by block. */
+/* Lays out the next block of the context's rows. */
+static void dsv4__context_block(dsv4__back *back) {
+    dsv4__call *call = &back->call;
+    call->rows = dsv4__min(back->context - back->recomputed, call->ws->block_rows);
+    call->pieces = 0;
+    for (int64_t p = 0; p < back->parts; p++) {
+        dsv4__stretch piece = back->train->parts[p].context;
+        const int64_t row = dsv4__max(piece.row, back->recomputed);
+        const int64_t end = dsv4__min(piece.row + piece.count, back->recomputed + call->rows);
+        piece.t += row - piece.row;
+        piece.row = row - back->recomputed;
+        piece.count = end - row;
+        if (piece.count > 0) call->ws->pieces[call->pieces++] = piece;
+    }
+}
+
+/* Projects the context of all parts, block by block. */
 static void dsv4__recompute(dsv4__back *back) {
     dsv4__call *call = &back->call;
-    int64_t p = 0, done = 0;
-    while (p < back->parts) {
-        call->rows = call->pieces = 0;
-        while (p < back->parts && call->rows < call->ws->block_rows) {
-            const dsv4__piece *rows = &back->train->parts[p].rows;
-            dsv4__piece *piece = &call->ws->pieces[call->pieces];
-            *piece = *rows;
-            piece->row = piece->source_row = call->rows;
-            piece->count = dsv4__min(rows->count - done, call->ws->block_rows - call->rows);
-            piece->t += done;
-            piece->token += done;
-            piece->stage_row = rows->source_row + done;
-            call->pieces += piece->count > 0;
-            call->rows += piece->count;
-            done += piece->count;
-            if (done < rows->count) break;
-            done = 0;
-            p++;
-        }
-        if (call->rows == 0) break;
+    for (back->recomputed = 0; back->recomputed < back->context; back->recomputed += call->rows) {
+        dsv4__context_block(back);
         dsv4__project_block(call);
-        dsv4__for_threads(call, dsv4__recompute_task, call, call->rows * call->c->columns);
+        dsv4__for_threads(call, dsv4__recompute_task, back, call->rows * call->c->columns);
     }
 }
 
@@ -5654,15 +5645,16 @@ static void dsv4__recompute(dsv4__back *back) {
 static void dsv4__repool_task(void *argument, int64_t thread) {
     const dsv4__back *back = (const dsv4__back *)argument;
     const dsv4__source source = dsv4__thread_source(&back->call, thread);
-    const int64_t dim = back->call.c->config.head_dim;
+    const int64_t dim = back->call.c->config.head_dim, ratio = back->call.c->config.ratio;
     dsv4__pool_job job = dsv4__pool_settings(&back->call, &source, thread);
     dsv4__window window;
     job.window = &window;
     for (int64_t p = 0; p < back->parts; p++) {
-        const dsv4__piece *rows = &back->train->parts[p].rows;
-        for (int64_t i = 0; i < rows->windows; i++) {
-            window = dsv4__window_rows(&back->call, rows, &source, rows->window + i, 0);
-            job.pooled = back->train->normed + (rows->slot + i) * dim + source.channel;
+        const dsv4__part *part = &back->train->parts[p];
+        const int64_t end = dsv4__end_of(&part->context) / ratio;
+        for (int64_t w = part->tokens.t / ratio; w < end; w++) {
+            window = dsv4__window_rows(&back->call, &part->context, &source, w, 0);
+            job.pooled = back->train->normed + (part->tokens.slot + w) * dim + source.channel;
             back->call.c->kernels->pool(&job);
         }
     }
@@ -5670,26 +5662,32 @@ static void dsv4__repool_task(void *argument, int64_t thread) {
 
 /* ---- Back: dkv, dgate and dape ------------------------------------------------------------------------------ */
 
+/* The gradients of the states around a segment; NULL: there is none. */
+static dsv4_segment_gradient dsv4__gradients_around(const dsv4__back *back, const dsv4_segment *segment) {
+    const dsv4_segment_gradient none = {NULL, NULL};
+    return back->g.segments == NULL ? none : back->g.segments[segment - back->call.batch.segments];
+}
+
 /* Tells a run of `count` rows from token t on where its gradients go: to the chunk's rows, to the state before the
  * segment, or nowhere; and returns after how many rows that changes. */
-static int64_t dsv4__run_target(const dsv4__back *back, const dsv4__part *part, const dsv4__source *source,
+static int64_t dsv4__run_target(const dsv4__back *back, const dsv4__stretch *tokens, const dsv4__source *source,
                                 int64_t series, int64_t t, int64_t count, dsv4__run *run) {
     const int64_t dim = back->call.c->config.head_dim, stride = back->train->d_stride;
-    const int64_t offset = series * dim + source->channel, end = part->t + part->count;
-    dsv4_state *previous = part->gradient != NULL ? part->gradient->previous : NULL;
+    const int64_t offset = series * dim + source->channel, end = dsv4__end_of(tokens);
+    dsv4_state *previous = dsv4__gradients_around(back, tokens->segment).previous;
     run->dkv = run->dgate = NULL;
-    if (t < part->seen) {
+    if (t < dsv4__seen(tokens)) {
         if (previous == NULL) return count;
         const int64_t capacity = previous->capacity[series];
         run->dkv = dsv4__state_row(previous, series, t) + source->channel;
         run->dgate = run->dkv + dim;
         run->d_stride = previous->row;
         count = dsv4__min(count, capacity - t % capacity);
-    } else if (t < part->t) {
-        count = dsv4__min(count, part->t - t);
+    } else if (t < tokens->t) {
+        count = dsv4__min(count, tokens->t - t);
     } else if (t < end) {
-        run->dkv = back->train->dkv + (part->row + t - part->t) * stride + offset;
-        run->dgate = back->train->dgate + (part->row + t - part->t) * stride + offset;
+        run->dkv = back->train->dkv + dsv4__row_of(tokens, t) * stride + offset;
+        run->dgate = back->train->dgate + dsv4__row_of(tokens, t) * stride + offset;
         run->d_stride = stride;
         count = dsv4__min(count, end - t);
     }
@@ -5701,7 +5699,7 @@ static int64_t dsv4__run_target(const dsv4__back *back, const dsv4__part *part, 
 static dsv4__window dsv4__window_back(const dsv4__back *back, const dsv4__part *part, const dsv4__source *source,
                                       int64_t w) {
     const int64_t ratio = back->call.c->config.ratio, lag = back->call.c->series - 1;
-    const dsv4__window whole = dsv4__window_rows(&back->call, &part->rows, source, w, 0);
+    const dsv4__window whole = dsv4__window_rows(&back->call, &part->context, source, w, 0);
     dsv4__window cut;
     int64_t t = (w - lag) * ratio;
     cut.run_count = 0;
@@ -5714,7 +5712,8 @@ static dsv4__window dsv4__window_back(const dsv4__back *back, const dsv4__part *
                 run->kv += done * run->stride;
                 if (run->gate != NULL) run->gate += done * run->stride;
                 if (run->ape != NULL) run->ape += done * run->ape_stride;
-                run->count = dsv4__run_target(back, part, source, lag > 0 && t >= w * ratio, t, run->count - done, run);
+                run->count =
+                    dsv4__run_target(back, &part->tokens, source, lag > 0 && t >= w * ratio, t, run->count - done, run);
             }
             done += run->count;
             t += run->count;
@@ -5729,56 +5728,57 @@ static void dsv4__copy_or_clear(float *to, const float *from, size_t bytes) {
         memset(to, 0, bytes);
 }
 
-/* Rows of the part whose window closes after the segment get what the following part says, or 0; so do the rows around
- * it that fill pairs or steps up. */
+/* Rows of the part whose window closes after the segment, and so is none of the part's, get what the following part
+ * says, or 0; so do the rows around it that fill pairs or steps up. */
 static void dsv4__open_rows(const dsv4__back *back, const dsv4__part *part, const dsv4__source *source) {
     const dsv4_compressor *c = back->call.c;
-    const dsv4_state *next = part->gradient != NULL ? part->gradient->next : NULL;
+    const int64_t dim = c->config.head_dim, ratio = c->config.ratio;
+    const dsv4__stretch *tokens = &part->tokens;
+    const dsv4_state *next = dsv4__gradients_around(back, tokens->segment).next;
     const size_t bytes = (size_t)source->channels * sizeof(float);
+    const int64_t lead = tokens->t - dsv4__lead(back, tokens), end = lead + dsv4__padded_rows(back, tokens);
     for (int64_t s = 0; s < c->series; s++) {
-        const int64_t lag = c->series - 1 - s, first = (part->closed - lag) * c->config.ratio;
-        const int64_t open = dsv4__min(dsv4__max(first, part->t), part->t + part->count);
-        const int64_t lead = part->t - dsv4__part_lead(back, part->t), end = lead + dsv4__part_rows(back, part);
-        for (int64_t t = lead < part->t ? lead : open; t < end; t = t + 1 == part->t ? open : t + 1) {
-            const int64_t to =
-                (part->row + t - part->t) * back->train->d_stride + s * c->config.head_dim + source->channel;
+        const int64_t lag = c->series - 1 - s, first = (dsv4__end_of(&part->context) / ratio - lag) * ratio;
+        const int64_t open = dsv4__min(dsv4__max(first, tokens->t), dsv4__end_of(tokens));
+        for (int64_t t = lead < tokens->t ? lead : open; t < end; t = t + 1 == tokens->t ? open : t + 1) {
+            const int64_t to = dsv4__row_of(tokens, t) * back->train->d_stride + s * dim + source->channel;
             const int known =
-                next != NULL && t >= part->t && t < part->t + part->count; /* never without a gate: ratio is 1 then */
+                next != NULL && t >= tokens->t && t < dsv4__end_of(tokens); /* never without a gate: ratio is 1 then */
             const float *from = known ? dsv4__state_row(next, s, t) + source->channel : NULL;
             dsv4__copy_or_clear(back->train->dkv + to, from, bytes);
-            dsv4__copy_or_clear(back->train->dgate + to, known ? from + c->config.head_dim : NULL, bytes);
+            dsv4__copy_or_clear(back->train->dgate + to, known ? from + dim : NULL, bytes);
         }
     }
 }
 
 /* Adds a part's rows of dgate to dape, as one block, over the source's channels. */
-static void dsv4__sum_ape(const dsv4__back *back, const dsv4__part *part, const dsv4__source *source) {
+static void dsv4__sum_ape(const dsv4__back *back, const dsv4__stretch *tokens, const dsv4__source *source) {
     const dsv4_compressor *c = back->call.c;
     const int64_t ratio = c->config.ratio, dim = c->config.head_dim;
     for (int64_t s = 0; s < c->series; s++) {
         const int64_t offset = s * dim + source->channel;
-        for (int64_t i = 0; i < part->count; i++) {
-            float *block = back->train->dape_block + (part->t + i) % ratio * c->columns + offset;
+        for (int64_t i = 0; i < tokens->count; i++) {
+            float *block = back->train->dape_block + (tokens->t + i) % ratio * c->columns + offset;
             if (i < ratio) memset(block, 0, (size_t)source->channels * sizeof(float));
-            c->kernels->add(block, back->train->dgate + (part->row + i) * back->train->d_stride + offset, NULL,
+            c->kernels->add(block, back->train->dgate + (tokens->row + i) * back->train->d_stride + offset, NULL,
                             source->channels);
         }
-        for (int64_t i = 0; i < dsv4__min(part->count, ratio); i++) {
-            const int64_t row = (part->t + i) % ratio * c->columns + offset;
+        for (int64_t i = 0; i < dsv4__min(tokens->count, ratio); i++) {
+            const int64_t row = (tokens->t + i) % ratio * c->columns + offset;
             c->kernels->add(back->train->dape + row, back->train->dape_block + row, NULL, source->channels);
         }
     }
 }
 
 /* Adds the entries that close within a part to dnorm, as one block. */
-static void dsv4__sum_norm(const dsv4__back *back, const dsv4__part *part, const dsv4__source *source) {
+static void dsv4__sum_norm(const dsv4__back *back, const dsv4__stretch *tokens, const dsv4__source *source) {
     const dsv4_compressor *c = back->call.c;
-    const int64_t closing = (part->t + part->count) / c->config.ratio - part->rows.window;
+    const int64_t ratio = c->config.ratio, end = dsv4__end_of(tokens) / ratio;
     float *block = back->train->dnorm_block + source->channel;
     memset(block, 0, (size_t)source->channels * sizeof(float));
-    for (int64_t i = 0; i < closing; i++) {
-        const int64_t slot = (part->rows.slot + i) * c->config.head_dim + source->channel;
-        c->kernels->add(block, back->train->dscaled + slot, back->train->normed + slot, source->channels);
+    for (int64_t w = tokens->t / ratio; w < end; w++) {
+        const int64_t at = (tokens->slot + w) * c->config.head_dim + source->channel;
+        c->kernels->add(block, back->train->dscaled + at, back->train->normed + at, source->channels);
     }
     c->kernels->add(back->train->dnorm + source->channel, block, NULL, source->channels);
 }
@@ -5787,24 +5787,26 @@ static void dsv4__sum_norm(const dsv4__back *back, const dsv4__part *part, const
 static void dsv4__windows_back_task(void *argument, int64_t thread) {
     const dsv4__back *back = (const dsv4__back *)argument;
     const dsv4_compressor *c = back->call.c;
+    const int64_t dim = c->config.head_dim, ratio = c->config.ratio;
     const dsv4__source source = dsv4__thread_source(&back->call, thread);
     dsv4__pool_job job = dsv4__pool_settings(&back->call, &source, thread);
     dsv4__window window;
     job.window = &window;
     for (int64_t p = 0; p < back->parts && source.channels > 0; p++) {
         const dsv4__part *part = &back->train->parts[p];
-        for (int64_t i = 0; i < part->rows.windows; i++) {
-            window = dsv4__window_back(back, part, &source, part->rows.window + i);
-            job.dpooled = back->train->dpooled + (part->rows.slot + i) * c->config.head_dim + source.channel;
+        const int64_t end = dsv4__end_of(&part->context) / ratio;
+        for (int64_t w = part->tokens.t / ratio; w < end; w++) {
+            window = dsv4__window_back(back, part, &source, w);
+            job.dpooled = back->train->dpooled + (part->tokens.slot + w) * dim + source.channel;
             c->kernels->pool_back(&job);
         }
         dsv4__open_rows(back, part, &source);
-        if (back->g.dape.data != NULL && !c->config.no_gate) dsv4__sum_ape(back, part, &source); /* else 0 */
-        if (back->g.dnorm.data != NULL) dsv4__sum_norm(back, part, &source);
+        if (back->g.dape.data != NULL && !c->config.no_gate) dsv4__sum_ape(back, &part->tokens, &source); /* else 0 */
+        if (back->g.dnorm.data != NULL) dsv4__sum_norm(back, &part->tokens, &source);
     }
     for (int64_t row = 0; row < back->rows && back->round; row++)
         for (int64_t s = 0; s < c->series; s++) {
-            const int64_t at = row * back->train->d_stride + s * c->config.head_dim + source.channel;
+            const int64_t at = row * back->train->d_stride + s * dim + source.channel;
             c->kernels->round_array(back->train->dkv + at, source.channels);
             if (!c->config.no_gate) c->kernels->round_array(back->train->dgate + at, source.channels);
         }
@@ -5814,22 +5816,21 @@ static void dsv4__windows_back_task(void *argument, int64_t thread) {
  * 3q. Entries: norm, RoPE and row format; their way back to dpooled and dnorm
  * ------------------------------------------------------------------------------------------------------------ */
 
-/* One entry, from its pooled row to out. */
-static void dsv4__finish_entry(const dsv4__call *call, const dsv4__piece *piece, int64_t index,
+/* The entry of window w, from its pooled row to out. */
+static void dsv4__finish_entry(const dsv4__call *call, const dsv4__stretch *piece, int64_t w,
                                const dsv4__scratch *scratch) {
     const dsv4_config *config = &call->c->config;
     const dsv4_batch *batch = &call->batch;
-    const int64_t entry = dsv4__entry_row(call, piece, index);
+    const int64_t dim = config->head_dim, entry = dsv4__entry_row(call, piece, w);
     dsv4__finish_job job;
     if (entry < 0) return;
     memset(&job, 0, sizeof job);
-    dsv4__rope_row(config, call->c->inv_freq, piece->position + index * config->ratio, scratch->cos_row,
-                   scratch->sin_row);
+    dsv4__rope_row(config, call->c->inv_freq, dsv4__position_of(call, piece, w), scratch->cos_row, scratch->sin_row);
     job.config = config;
     job.norm = call->c->norm;
     job.cos_row = scratch->cos_row;
     job.sin_row = scratch->sin_row;
-    job.pooled = call->ws->pooled + (piece->slot + index) * config->head_dim;
+    job.pooled = call->ws->pooled + (piece->slot + w) * dim;
     job.row = scratch->row;
     job.swapped = scratch->swapped;
     job.out_dtype = batch->out.dtype;
@@ -5838,39 +5839,38 @@ static void dsv4__finish_entry(const dsv4__call *call, const dsv4__piece *piece,
         job.scales = (unsigned char *)dsv4__in_mutable(batch->scales, entry, 0);
     job.latent_dtype = job.out_dtype == DSV4_F32 ? DSV4_F32 : DSV4_BF16;
     job.latent = batch->stages.latent;
-    if (job.latent != NULL) job.latent = dsv4__at_mutable(job.latent, job.latent_dtype, entry * config->head_dim);
+    if (job.latent != NULL) job.latent = dsv4__at_mutable(job.latent, job.latent_dtype, entry * dim);
     call->c->kernels->finish(&job);
     if (batch->stages.pooled != NULL)
-        memcpy(batch->stages.pooled + entry * config->head_dim, job.pooled, (size_t)config->head_dim * sizeof(float));
+        memcpy(batch->stages.pooled + entry * dim, job.pooled, (size_t)dim * sizeof(float));
 }
 
 /* Task: finishes this thread's share of the block's entries. */
 static void dsv4__finish_task(void *argument, int64_t thread) {
     const dsv4__call *call = (const dsv4__call *)argument;
-    const int64_t threads = call->ws->threads;
+    const int64_t threads = call->ws->threads, ratio = call->c->config.ratio;
     const int64_t first = dsv4__share(call->entries, thread, threads),
                   end = dsv4__share(call->entries, thread + 1, threads);
     const dsv4__scratch scratch = dsv4__scratch_of(call->ws, thread);
     for (int64_t i = 0; i < call->pieces; i++) {
-        const dsv4__piece *piece = &call->ws->pieces[i];
-        const int64_t last = dsv4__min(end, piece->slot + piece->windows);
-        for (int64_t slot = dsv4__max(first, piece->slot); slot < last; slot++)
-            dsv4__finish_entry(call, piece, slot - piece->slot, &scratch);
+        const dsv4__stretch *piece = &call->ws->pieces[i];
+        const int64_t last = dsv4__min(end - piece->slot, dsv4__end_of(piece) / ratio);
+        for (int64_t w = dsv4__max(first - piece->slot, piece->t / ratio); w < last; w++)
+            dsv4__finish_entry(call, piece, w, &scratch);
     }
 }
 
 /* ---- Back --------------------------------------------------------------------------------------------------- */
 
-/* One entry: dout to dpooled, leaving the scaled row's gradient and the normalised row for dnorm. */
-static void dsv4__entry_back(const dsv4__back *back, const dsv4__part *part, int64_t index,
+/* The entry of window w: dout to dpooled, leaving the scaled row's gradient and the normalised row for dnorm. */
+static void dsv4__entry_back(const dsv4__back *back, const dsv4__stretch *tokens, int64_t w,
                              const dsv4__scratch *scratch) {
     const dsv4_compressor *c = back->call.c;
-    const dsv4__piece *rows = &part->rows;
-    const int64_t dim = c->config.head_dim, slot = (rows->slot + index) * dim;
-    const int64_t entry = dsv4__entry_row(&back->call, rows, index);
+    const int64_t dim = c->config.head_dim, at = (tokens->slot + w) * dim;
+    const int64_t entry = dsv4__entry_row(&back->call, tokens, w);
     dsv4__finish_job job;
     memset(&job, 0, sizeof job);
-    dsv4__rope_row(&c->config, c->inv_freq, rows->position + index * c->config.ratio, scratch->cos_row,
+    dsv4__rope_row(&c->config, c->inv_freq, dsv4__position_of(&back->call, tokens, w), scratch->cos_row,
                    scratch->sin_row);
     for (int64_t i = 0; i < c->config.rope_dim; i++) scratch->sin_row[i] = -scratch->sin_row[i];
     job.config = &c->config;
@@ -5878,9 +5878,9 @@ static void dsv4__entry_back(const dsv4__back *back, const dsv4__part *part, int
     job.cos_row = scratch->cos_row;
     job.sin_row = scratch->sin_row;
     job.swapped = scratch->swapped;
-    job.pooled = back->train->normed + slot;
-    job.row = back->train->dscaled + slot;
-    job.dpooled = back->train->dpooled + slot;
+    job.pooled = back->train->normed + at;
+    job.row = back->train->dscaled + at;
+    job.dpooled = back->train->dpooled + at;
     if (entry < 0)
         memset(job.row, 0, (size_t)dim * sizeof(float)); /* not stored, so nothing hangs on it */
     else if (back->g.dout.dtype == DSV4_BF16)
@@ -5893,15 +5893,15 @@ static void dsv4__entry_back(const dsv4__back *back, const dsv4__part *part, int
 /* Task: this thread's share of the chunk's windows. */
 static void dsv4__entries_back_task(void *argument, int64_t thread) {
     const dsv4__back *back = (const dsv4__back *)argument;
-    const int64_t threads = back->call.ws->threads;
+    const int64_t threads = back->call.ws->threads, ratio = back->call.c->config.ratio;
     const int64_t first = dsv4__share(back->windows, thread, threads),
                   end = dsv4__share(back->windows, thread + 1, threads);
     const dsv4__scratch scratch = dsv4__scratch_of(back->call.ws, thread);
     for (int64_t p = 0; p < back->parts; p++) {
         const dsv4__part *part = &back->train->parts[p];
-        const int64_t last = dsv4__min(end, part->rows.slot + part->rows.windows);
-        for (int64_t slot = dsv4__max(first, part->rows.slot); slot < last; slot++)
-            dsv4__entry_back(back, part, slot - part->rows.slot, &scratch);
+        const int64_t last = dsv4__min(end - part->tokens.slot, dsv4__end_of(&part->context) / ratio);
+        for (int64_t w = dsv4__max(first - part->tokens.slot, part->tokens.t / ratio); w < last; w++)
+            dsv4__entry_back(back, &part->tokens, w, &scratch);
     }
 }
 
@@ -6091,9 +6091,8 @@ static dsv4_status dsv4__check_outputs(const dsv4_compressor *c, dsv4_batch *bat
 /* States have folded what this block put out of their roll-backs' reach. */
 static void dsv4__end_block(const dsv4__call *call) {
     for (int64_t i = 0; i < call->pieces; i++) {
-        const dsv4__piece *piece = &call->ws->pieces[i];
-        if (piece->state == NULL) continue;
-        piece->state->floor = dsv4__max(piece->folded, piece->t + piece->count - piece->state->depth);
+        const dsv4__stretch *piece = &call->ws->pieces[i];
+        if (piece->segment->state != NULL) piece->segment->state->floor = dsv4__floor_after(piece);
     }
 }
 
@@ -6324,7 +6323,7 @@ static void dsv4__clear_tails(const dsv4__back *back) {
     const size_t bytes = (size_t)back->call.c->config.hidden_dim * dsv4_dtype_size(dx.dtype);
     for (int64_t i = 0; i < back->call.batch.segment_count && dx.data != NULL; i++) {
         const dsv4_segment *segment = &back->call.batch.segments[i];
-        int64_t t = dsv4__tokens_used(&back->call.batch, segment, back->call.c->config.ratio);
+        int64_t t = dsv4__tokens_used(&back->call, segment);
         for (; t < segment->count; t++) memset(dsv4__in_mutable(dx, segment->token + t, 0), 0, bytes);
     }
 }

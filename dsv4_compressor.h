@@ -1341,11 +1341,32 @@ static double dsv4__exp(double x) {
     return dsv4__mul(sum, power);
 }
 
+/* Series of cosine and sine in the square of the angle. */
+static const double dsv4__cosine[] = {1.0,
+                                      -1.0 / 2,
+                                      1.0 / 24,
+                                      -1.0 / 720,
+                                      1.0 / 40320,
+                                      -1.0 / 3628800,
+                                      1.0 / 479001600,
+                                      -1.0 / 87178291200.0,
+                                      1.0 / 20922789888000.0};
+static const double dsv4__sine[] = {1.0,          -1.0 / 6,        1.0 / 120,          -1.0 / 5040,
+                                    1.0 / 362880, -1.0 / 39916800, 1.0 / 6227020800.0, -1.0 / 1307674368000.0,
+                                    0.0};
+#define DSV4__EIGHTH 0.78539816f                            /* of a turn: up to it angles stay as they are */
+#define DSV4__RADIAN (DSV4__PI / 2 / 4611686018427387904.0) /* of a quarter turn's 2^62 parts, one */
+
+/* 64 bits of 2/pi, from its word `word` on; the first one stands for 32 leading zeros. */
+DSV4__INLINE uint64_t dsv4__two_over_pi(unsigned word) {
+    static const uint32_t words[] = {0,           0xa2f9836eu, 0x4e441529u, 0xfc2757d1u,
+                                     0xf534ddc0u, 0xdb629599u, 0x3c439041u, 0xfe5163abu};
+    return (uint64_t)words[word] << 32 | words[word + 1];
+}
+
 /* angle * 2/pi modulo 4, angle >= pi/4, as *quadrant and the rest in radians, at most pi/4 either way. The angle is
  * M 2^e with an integer M of 24 bits, so only the 96 bits of 2/pi from the one worth 2 / 2^e on matter. */
 static double dsv4__reduce(float angle, unsigned *quadrant) {
-    static const uint32_t two_over_pi[] = {0,           0xa2f9836eu, 0x4e441529u, 0xfc2757d1u,
-                                           0xf534ddc0u, 0xdb629599u, 0x3c439041u, 0xfe5163abu};
     const uint32_t bits = dsv4__bits(angle);
     const uint64_t mantissa = (bits & 0x7fffffu) | 0x800000u;
     const unsigned start =
@@ -1353,43 +1374,30 @@ static double dsv4__reduce(float angle, unsigned *quadrant) {
     const unsigned word = start / 32, shift = start % 32;
     uint32_t window[3];
     DSV4__UNROLL
-    for (unsigned i = 0; i < 3; i++)
-        window[i] = (uint32_t)(((((uint64_t)two_over_pi[word + i] << 32) | two_over_pi[word + i + 1]) << shift) >> 32);
+    for (unsigned i = 0; i < 3; i++) window[i] = (uint32_t)((dsv4__two_over_pi(word + i) << shift) >> 32);
     const uint64_t turns = ((mantissa * window[0]) << 32) + mantissa * window[1] + ((mantissa * window[2]) >> 32);
     const uint64_t nearest = (turns + ((uint64_t)1 << 61)) >> 62;
     const uint64_t rest = turns - (nearest << 62);
     int64_t quarter; /* of two's complement: no branch, which angles at random would mispredict */
     memcpy(&quarter, &rest, sizeof quarter);
     *quadrant = (unsigned)(nearest & 3u);
-    return dsv4__mul((double)quarter, DSV4__PI / 2 / 4611686018427387904.0);
+    return dsv4__mul((double)quarter, DSV4__RADIAN);
 }
 
 DSV4_API void dsv4_cos_sin(float angle, float *cos_out, float *sin_out) {
-    static const double cosine[] = {1.0,
-                                    -1.0 / 2,
-                                    1.0 / 24,
-                                    -1.0 / 720,
-                                    1.0 / 40320,
-                                    -1.0 / 3628800,
-                                    1.0 / 479001600,
-                                    -1.0 / 87178291200.0,
-                                    1.0 / 20922789888000.0};
-    static const double sine[] = {1.0,          -1.0 / 6,        1.0 / 120,          -1.0 / 5040,
-                                  1.0 / 362880, -1.0 / 39916800, 1.0 / 6227020800.0, -1.0 / 1307674368000.0,
-                                  0.0};
     unsigned quadrant = 0;
     double rest = (double)angle;
     if (!(angle >= 0 && angle < INFINITY)) {
         *cos_out = *sin_out = NAN;
         return;
     }
-    if (angle > 0.78539816f) rest = dsv4__reduce(angle, &quadrant);
+    if (angle > DSV4__EIGHTH) rest = dsv4__reduce(angle, &quadrant);
     const double square = dsv4__mul(rest, rest);
-    double even = cosine[8], odd = sine[8]; /* Horner's rule */
+    double even = dsv4__cosine[8], odd = dsv4__sine[8]; /* Horner's rule */
     DSV4__UNROLL
     for (int i = 7; i >= 0; i--) {
-        even = dsv4__mul(even, square) + cosine[i];
-        odd = dsv4__mul(odd, square) + sine[i];
+        even = dsv4__mul(even, square) + dsv4__cosine[i];
+        odd = dsv4__mul(odd, square) + dsv4__sine[i];
     }
     const uint32_t c = dsv4__bits((float)even), s = dsv4__bits((float)dsv4__mul(rest, odd));
     const uint32_t exchange = (c ^ s) & (0u - (quadrant & 1u)); /* without branches here too */
@@ -1438,23 +1446,6 @@ static void dsv4__frequencies(const dsv4_config *config, float *inv_freq) {
         const float slow = (float)dsv4__mul((double)scaled, (double)ramp);
         const float fast = (float)dsv4__mul((double)base, (double)rest);
         inv_freq[i] = config->yarn_factor > 1 ? slow + fast : base;
-    }
-}
-
-/* Interleaved RoPE as two multiplications: even lanes take (cos, -sin), odd ones (cos, sin), against the swapped
- * row. */
-static void dsv4__rope_row(const dsv4_config *config, const float *inv_freq, int64_t position, float *cos_row,
-                           float *sin_row) {
-    for (int64_t i = 0; i < config->rope_dim / 2; i++) {
-        float c, s;
-        dsv4_cos_sin((float)position * inv_freq[i], &c, &s);
-        if (config->rounding & DSV4_ROUND_TRIG) {
-            c = dsv4_bf16_to_f32(dsv4_bf16_from_f32(c));
-            s = dsv4_bf16_to_f32(dsv4_bf16_from_f32(s));
-        }
-        cos_row[2 * i] = cos_row[2 * i + 1] = c;
-        sin_row[2 * i] = -s;
-        sin_row[2 * i + 1] = s;
     }
 }
 
@@ -1639,17 +1630,18 @@ typedef struct dsv4__unpack_job {
 } dsv4__unpack_job;
 
 /* The kernels of a set, in the order of its row in 3j. */
-#define DSV4__KERNELS(X, set)                                     \
-    X(set, product, (const dsv4__product_job *))                  \
-    X(set, pool, (const dsv4__pool_job *))                        \
-    X(set, pool_back, (const dsv4__pool_job *))                   \
-    X(set, finish, (const dsv4__finish_job *))                    \
-    X(set, finish_back, (const dsv4__finish_job *))               \
-    X(set, store, (const dsv4__finish_job *))                     \
-    X(set, unpack, (const dsv4__unpack_job *))                    \
-    X(set, add, (float *, const float *, const float *, int64_t)) \
-    X(set, round_array, (float *, int64_t))                       \
-    X(set, widen, (float *, const dsv4_bf16 *, int64_t))          \
+#define DSV4__KERNELS(X, set)                                                         \
+    X(set, product, (const dsv4__product_job *))                                      \
+    X(set, pool, (const dsv4__pool_job *))                                            \
+    X(set, pool_back, (const dsv4__pool_job *))                                       \
+    X(set, rope_row, (const dsv4_config *, const float *, int64_t, float *, float *)) \
+    X(set, finish, (const dsv4__finish_job *))                                        \
+    X(set, finish_back, (const dsv4__finish_job *))                                   \
+    X(set, store, (const dsv4__finish_job *))                                         \
+    X(set, unpack, (const dsv4__unpack_job *))                                        \
+    X(set, add, (float *, const float *, const float *, int64_t))                     \
+    X(set, round_array, (float *, int64_t))                                           \
+    X(set, widen, (float *, const dsv4_bf16 *, int64_t))                              \
     X(set, narrow, (dsv4_bf16 *, const float *, int64_t))
 #define DSV4__KERNEL_FIELD(set, name, arguments) void(*name) arguments;
 #define DSV4__KERNEL_OF(set, name, arguments)    dsv4__##set##_##name,
@@ -2471,6 +2463,104 @@ static void DSV4__FN(normalise)(const dsv4__finish_job *job, float scale) {
     }
 }
 
+#if DSV4__VL > 4
+/* Doubles (VD) and words (VQ, signed VS) of 64 bits, half as many lanes as VF has; and so many floats (VH) and words (VW)
+ * of 32. Vectors of the compiler's own: what is done to them is one text for all sets. */
+#define DSV4__VD DSV4__FN(doubles)
+#define DSV4__VQ DSV4__FN(long_words)
+#define DSV4__VS DSV4__FN(signed_words)
+#define DSV4__VH DSV4__FN(halves)
+#define DSV4__VW DSV4__FN(words)
+typedef double DSV4__VD __attribute__((vector_size(4 * DSV4__VL)));
+typedef uint64_t DSV4__VQ __attribute__((vector_size(4 * DSV4__VL)));
+typedef int64_t DSV4__VS __attribute__((vector_size(4 * DSV4__VL)));
+typedef float DSV4__VH __attribute__((vector_size(2 * DSV4__VL)));
+typedef uint32_t DSV4__VW __attribute__((vector_size(2 * DSV4__VL)));
+
+/* As dsv4__mul: a product that no sum takes in. */
+DSV4__INLINE DSV4__VD DSV4__FN(multiply)(DSV4__VD a, DSV4__VD b) {
+    DSV4__VD kept = a * b;
+    __asm__("" : "+x"(kept));
+    return kept;
+}
+
+/* As dsv4__reduce, below 2^25: the bits of 2/pi that matter begin in its first word then. */
+DSV4__INLINE DSV4__VD DSV4__FN(reduce)(DSV4__VQ angle, DSV4__VQ *quadrant) {
+    const DSV4__VQ zero = {0}, mantissa = (angle & (uint64_t)0x7fffff) | (uint64_t)0x800000;
+    const DSV4__VQ shift = ((angle >> 23) - (uint64_t)120) & (uint64_t)31;
+    const DSV4__VQ first = ((zero + dsv4__two_over_pi(0)) << shift) >> 32;
+    const DSV4__VQ second = ((zero + dsv4__two_over_pi(1)) << shift) >> 32;
+    const DSV4__VQ third = ((zero + dsv4__two_over_pi(2)) << shift) >> 32;
+    const DSV4__VQ turns = ((mantissa * first) << 32) + mantissa * second + ((mantissa * third) >> 32);
+    const DSV4__VQ nearest = (turns + ((uint64_t)1 << 61)) >> 62;
+    const DSV4__VS quarter = (DSV4__VS)(turns - (nearest << 62));
+    const DSV4__VD none = {0};
+    *quadrant = nearest & (uint64_t)3;
+    return DSV4__FN(multiply)(__builtin_convertvector(quarter, DSV4__VD), none + DSV4__RADIAN);
+}
+
+/* As dsv4_cos_sin, for DSV4__VL / 2 angles in [0, 2^25). */
+static void DSV4__FN(cos_sin)(const float *angles, float *cosines, float *sines) {
+    DSV4__VH narrow;
+    DSV4__VQ turned;
+    memcpy(&narrow, angles, sizeof narrow);
+    const DSV4__VD angle = __builtin_convertvector(narrow, DSV4__VD), none = {0};
+    const DSV4__VQ within = (DSV4__VQ)(angle <= none + (double)DSV4__EIGHTH);
+    const DSV4__VD reduced = DSV4__FN(reduce)(__builtin_convertvector((DSV4__VW)narrow, DSV4__VQ), &turned);
+    const DSV4__VD rest = (DSV4__VD)(((DSV4__VQ)angle & within) | ((DSV4__VQ)reduced & ~within));
+    const DSV4__VD square = DSV4__FN(multiply)(rest, rest);
+    DSV4__VD even = none + dsv4__cosine[8], odd = none + dsv4__sine[8];
+    DSV4__UNROLL
+    for (int i = 7; i >= 0; i--) {
+        even = DSV4__FN(multiply)(even, square) + dsv4__cosine[i];
+        odd = DSV4__FN(multiply)(odd, square) + dsv4__sine[i];
+    }
+    const DSV4__VH cosine = __builtin_convertvector(even, DSV4__VH);
+    const DSV4__VH sine = __builtin_convertvector(DSV4__FN(multiply)(rest, odd), DSV4__VH);
+    const DSV4__VW quadrant = __builtin_convertvector(turned & ~within, DSV4__VW);
+    const DSV4__VW exchange = ((DSV4__VW)cosine ^ (DSV4__VW)sine) & -(quadrant & 1u);
+    const DSV4__VW c = (DSV4__VW)cosine ^ exchange ^ (((quadrant + 1u) & 2u) << 30);
+    const DSV4__VW s = (DSV4__VW)sine ^ exchange ^ ((quadrant & 2u) << 30);
+    memcpy(cosines, &c, sizeof c);
+    memcpy(sines, &s, sizeof s);
+}
+#undef DSV4__VD
+#undef DSV4__VQ
+#undef DSV4__VS
+#undef DSV4__VH
+#undef DSV4__VW
+#define DSV4__ANGLES (DSV4__VL / 2)
+#else
+static void DSV4__FN(cos_sin)(const float *angles, float *cosines, float *sines) {
+    dsv4_cos_sin(*angles, cosines, sines);
+}
+#define DSV4__ANGLES 1
+#endif
+
+/* cos and sin of rope_dim / 2 angles at a position, as `rotate` takes them: interleaved RoPE as two multiplications,
+ * even lanes with (cos, -sin), odd ones with (cos, sin) against the swapped row. */
+static void DSV4__FN(rope_row)(const dsv4_config *config, const float *inv_freq, int64_t position, float *cos_row,
+                               float *sin_row) {
+    float angles[DSV4__ANGLES] = {0}, cosines[DSV4__ANGLES], sines[DSV4__ANGLES];
+    for (int64_t i = 0; i < config->rope_dim / 2; i += DSV4__ANGLES) {
+        const int64_t count = dsv4__min(config->rope_dim / 2 - i, DSV4__ANGLES);
+        for (int64_t j = 0; j < count; j++) angles[j] = (float)position * inv_freq[i + j];
+        if (position <= 1 << 24) /* no frequency is above 1 */
+            DSV4__FN(cos_sin)(angles, cosines, sines);
+        else
+            for (int64_t j = 0; j < count; j++) dsv4_cos_sin(angles[j], &cosines[j], &sines[j]);
+        if (config->rounding & DSV4_ROUND_TRIG) {
+            DSV4__FN(round_array)(cosines, count);
+            DSV4__FN(round_array)(sines, count);
+        }
+        for (int64_t j = 0; j < count; j++) {
+            cos_row[2 * (i + j)] = cos_row[2 * (i + j) + 1] = cosines[j];
+            sin_row[2 * (i + j)] = -sines[j];
+            sin_row[2 * (i + j) + 1] = sines[j];
+        }
+    }
+}
+
 /* The last rope_dim channels of `row` turn: row * cos + swapped * sin, in place, sin signed per lane. `rounded`: each
  * product and their sum are. */
 static void DSV4__FN(rotate)(const dsv4__finish_job *job, int rounded) {
@@ -3022,6 +3112,7 @@ enum { DSV4__FN(has_dot) = 0, DSV4__FN(tile_rows) = DSV4__TILE_ROWS };
 #undef DSV4__DOT
 #undef DSV4__TILE_ROWS
 #undef DSV4__SMALL_ROWS
+#undef DSV4__ANGLES
 #undef DSV4__STEP_ROWS
 #undef DSV4__POOL_VECTORS
 #undef DSV4__SPAN
@@ -5825,7 +5916,8 @@ static void dsv4__finish_entry(const dsv4__call *call, const dsv4__stretch *piec
     dsv4__finish_job job;
     if (entry < 0) return;
     memset(&job, 0, sizeof job);
-    dsv4__rope_row(config, call->c->inv_freq, dsv4__position_of(call, piece, w), scratch->cos_row, scratch->sin_row);
+    call->c->kernels->rope_row(config, call->c->inv_freq, dsv4__position_of(call, piece, w), scratch->cos_row,
+                               scratch->sin_row);
     job.config = config;
     job.norm = call->c->norm;
     job.cos_row = scratch->cos_row;
@@ -5870,8 +5962,8 @@ static void dsv4__entry_back(const dsv4__back *back, const dsv4__stretch *tokens
     const int64_t entry = dsv4__entry_row(&back->call, tokens, w);
     dsv4__finish_job job;
     memset(&job, 0, sizeof job);
-    dsv4__rope_row(&c->config, c->inv_freq, dsv4__position_of(&back->call, tokens, w), scratch->cos_row,
-                   scratch->sin_row);
+    c->kernels->rope_row(&c->config, c->inv_freq, dsv4__position_of(&back->call, tokens, w), scratch->cos_row,
+                         scratch->sin_row);
     for (int64_t i = 0; i < c->config.rope_dim; i++) scratch->sin_row[i] = -scratch->sin_row[i];
     job.config = &c->config;
     job.norm = c->norm;

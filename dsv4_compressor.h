@@ -639,7 +639,7 @@ DSV4_CHECKED DSV4_API dsv4_status dsv4_backward(const dsv4_compressor *compresso
  *           KBLOCK    256 terms: those of a panel fit the first cache                                          (3o)
  *             panel     32 columns of kv or gate                                                               (3o)
  *               tile      up to 14 x 32 sums in registers, over all terms of the KBLOCK                        (3i)
- *     (On AMX, in the order TILES: 2,048 terms at a time instead of 256, by 32 x 32 sums in tile registers.)
+ *     (On AMX, in the order TILES: 256 tokens, 2,048 terms at a time, by 32 x 32 sums in tile registers.)
  *       group     windows that close are pooled, open ones folded into their states (pool_task)               (3p, 3h)
  *       entry     norm, RoPE, row format, store (finish_task)                                                  (3q, 3h)
  * dsv4_backward goes through chunks of 256 tokens instead: recompute, entries, windows, products               (3n)
@@ -882,10 +882,10 @@ extern "C" {
 enum {
     DSV4__PANEL = 32,       /* output columns of a packed weight panel, and channels of a group */
     DSV4__KBLOCK = 256,     /* terms of a dot product of bf16 that share an accumulator; part of the numeric contract */
-    DSV4__STEP = 32,        /* the same in the order TILES, half of them each; part of it too; divides the former */
+    DSV4__FBLOCK = 128,     /* the same where an operand is fp32 */
+    DSV4__STEP = 32,        /* and in the order TILES, half of them each; part of it too; divides DSV4__KBLOCK */
     DSV4__TILE = 16,        /* rows of an AMX tile, and its columns, numbers or pairs */
     DSV4__SPAN = 2048,      /* terms that tiles add up before they store their sums; a multiple of DSV4__KBLOCK */
-    DSV4__FBLOCK = 128,     /* the same where an operand is fp32 */
     DSV4__ROWS_AT_ONCE = 8, /* of a long window from memory */
     DSV4__ROWS_AHEAD = 16,  /* how far ahead such rows are fetched */
     DSV4__LANES = 16,       /* partial sums of a mean of squares; part of the numeric contract */
@@ -1868,7 +1868,7 @@ static inline __m256i DSV4__FN(upper)(__m256 v) {
 #define dsv4__v_madd(a, b, c)      _mm512_fmadd_ps(a, b, c)
 #define dsv4__v_below(x, limit, v) _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, limit, _CMP_NLT_UQ), v)
 #define dsv4__v_above(a, b, x, y)  _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_GT_OQ), y, x)
-#define dsv4__v_gap(a, b)          _mm512_maskz_sub_ps(_mm512_cmp_ps_mask(a, b, _CMP_NEQ_UQ), a, b)
+#define dsv4__v_gap(a, b)          DSV4__FN(gap)(a, b, _mm512_cmp_ps_mask(a, b, _CMP_NEQ_UQ))
 #define dsv4__v_masked(v, m)       _mm512_and_ps(v, _mm512_castsi512_ps(_mm512_set1_epi32((int)(m))))
 #define dsv4__v_left(v, n)         _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(v), n))
 #define dsv4__v_right(v, n)        _mm512_castsi512_ps(_mm512_srli_epi32(_mm512_castps_si512(v), n))
@@ -1893,6 +1893,10 @@ static inline __m512 DSV4__FN(bytes)(const unsigned char *p) {
 
 static inline void DSV4__FN(put_bytes)(unsigned char *p, __m512 v) {
     _mm_storeu_si128((__m128i *)(void *)p, _mm512_cvtepi32_epi8(_mm512_castps_si512(v)));
+}
+
+static inline __m512 DSV4__FN(gap)(__m512 a, __m512 b, __mmask16 apart) {
+    return _mm512_maskz_mov_ps(apart, dsv4__v_sub(a, _mm512_maskz_mov_ps(apart, b)));
 }
 
 static inline __m512 DSV4__FN(power)(__m512i t) {
@@ -2464,8 +2468,8 @@ static void DSV4__FN(normalise)(const dsv4__finish_job *job, float scale) {
 }
 
 #if DSV4__VL > 4
-/* Doubles (VD) and words (VQ, signed VS) of 64 bits, half as many lanes as VF has; and so many floats (VH) and words (VW)
- * of 32. Vectors of the compiler's own: what is done to them is one text for all sets. */
+/* Doubles (VD) and words of 64 bits (VQ, signed VS), half as many lanes as VF has; and so many floats (VH) and words of
+ * 32 bits (VW). Vectors of the compiler's own: what is done to them is one text for all sets. */
 #define DSV4__VD DSV4__FN(doubles)
 #define DSV4__VQ DSV4__FN(long_words)
 #define DSV4__VS DSV4__FN(signed_words)
@@ -4631,7 +4635,7 @@ enum {
  * their number in the sequence; those of a piece, which close in it, are [t / ratio, end / ratio). */
 typedef struct dsv4__stretch {
     const dsv4_segment *segment;
-    int64_t emitted;  /* entries of the segments before, which may be too many to count them again */
+    int64_t emitted;  /* entries of the segments before, which would take long to count again */
     int64_t t, count; /* tokens [t, t + count) of the sequence */
     int64_t row;      /* of the first: in the block or chunk, or in arrays of kv and gate that are there already */
     int64_t slot;     /* slot + w is the row of window w among the pooled ones of the block or chunk */
@@ -4677,7 +4681,7 @@ struct dsv4_workspace {
     int64_t block_rows; /* rows that a block can hold */
     int64_t x_bytes;
     int64_t scratch_numbers; /* of one thread */
-    dsv4_state *carry;       /* rows of the stateless segment that continues in the next block */
+    dsv4_state *carry;       /* rows that the next block goes on with, of a segment whose state does not hold them */
     dsv4__stretch *pieces;   /* [block_rows] */
     float *pooled;           /* [slots, head_dim] */
     unsigned char *x;        /* packed x for some blocks of terms */
@@ -4920,7 +4924,7 @@ static int dsv4__next_block(dsv4__call *call) {
 
 /* What a backward call adds to a call. The arrays are parts of the workspace. */
 typedef struct dsv4__back {
-    dsv4__call call; /* its pieces describe blocks of rows to recompute */
+    dsv4__call call; /* where the next chunk begins; its pieces describe blocks of rows to recompute */
     dsv4_gradients g;
     const dsv4__training *train;
     int recompute;
@@ -4962,10 +4966,13 @@ static dsv4__part dsv4__part_of(const dsv4__back *back, const dsv4__stretch *res
     part.tokens.row = back->rows + dsv4__lead(back, rest);
     part.tokens.slot = back->windows - rest->t / ratio;
     part.context = part.tokens;
-    const int64_t last = (dsv4__end_of(&part.tokens) - 1) / ratio + lag; /* window that pools any, if it closes */
-    const int64_t end = dsv4__min(last + 1, dsv4__end_of(rest) / ratio) * ratio;
-    part.context.t = dsv4__max(dsv4__seen(rest), (rest->t / ratio - lag) * ratio);
-    part.context.count = dsv4__max(end - part.context.t, 0);
+    const int64_t first = rest->t / ratio, last = (dsv4__end_of(&part.tokens) - 1) / ratio + lag; /* that pool any */
+    const int64_t closed = dsv4__min(last + 1, dsv4__end_of(rest) / ratio);
+    part.context.count = 0; /* unless a window closes */
+    if (closed > first) {
+        part.context.t = dsv4__max(dsv4__seen(rest), (first - lag) * ratio);
+        part.context.count = closed * ratio - part.context.t;
+    }
     part.context.row = back->recompute ? back->context : dsv4__token_of(&part.context);
     return part;
 }
@@ -5442,43 +5449,52 @@ static const float *dsv4__ape_from(const dsv4__call *call, const dsv4__source *s
     return c->ape + t % c->config.ratio * c->columns + series * c->config.head_dim + source->channel;
 }
 
-/* Appends `count` rows from token t on: at hand, or of the ring where they wait. */
-static void dsv4__add_run(const dsv4__call *call, const dsv4__stretch *stretch, const dsv4__source *source,
-                          int64_t series, int64_t t, int64_t count, dsv4__window *window) {
-    const dsv4_compressor *c = call->c;
-    dsv4__run *run = &window->runs[window->run_count++];
-    DSV4_ASSERT(window->run_count <= DSV4__MAX_RUNS);
-    memset(run, 0, sizeof *run);
-    run->count = count;
-    run->ape = dsv4__ape_from(call, source, series, t);
-    run->ape_stride = c->columns;
+/* Rows from token t on, how many is left open: at hand, or of the ring of `holder`. */
+static dsv4__run dsv4__run_from(const dsv4__call *call, const dsv4__stretch *stretch, const dsv4_state *holder,
+                                const dsv4__source *source, int64_t series, int64_t t) {
+    dsv4__run run;
+    memset(&run, 0, sizeof run);
+    run.ape = dsv4__ape_from(call, source, series, t);
+    run.ape_stride = call->c->columns;
     if (t >= dsv4__at_hand(call, stretch)) {
         const int64_t offset = dsv4__row_of(stretch, t) * source->stride + series * source->series;
-        run->kv = source->kv + offset;
-        run->gate = source->gate == NULL ? NULL : source->gate + offset;
-        run->stride = source->stride;
+        run.kv = source->kv + offset;
+        run.gate = source->gate == NULL ? NULL : source->gate + offset;
+        run.stride = source->stride;
     } else {
-        const dsv4_state *holder = dsv4__holder(call, stretch);
-        const float *row = dsv4__state_row(holder, series, t) + source->channel;
-        run->kv = row;
-        run->gate = row + c->config.head_dim; /* windows without a gate have one row, which does not wait */
-        run->stride = holder->row;
-        if (dsv4__folds(stretch->segment->state)) run->ape = NULL;
+        run.kv = dsv4__state_row(holder, series, t) + source->channel;
+        run.gate = run.kv + call->c->config.head_dim; /* windows without a gate have one row, which does not wait */
+        run.stride = holder->row;
+        if (dsv4__folds(stretch->segment->state)) run.ape = NULL;
     }
+    return run;
+}
+
+/* Rows [done, done + count) of a run. */
+static dsv4__run dsv4__run_part(const dsv4__run *whole, int64_t done, int64_t count) {
+    dsv4__run run = *whole;
+    run.count = count;
+    if (run.kv != NULL) run.kv += done * run.stride;
+    if (run.gate != NULL) run.gate += done * run.stride;
+    if (run.ape != NULL) run.ape += done * run.ape_stride;
+    return run;
 }
 
 /* Appends the rows [t, end) of a series: from the ring, twice where it wraps, then those at hand. */
 static void dsv4__add_series(const dsv4__call *call, const dsv4__stretch *stretch, const dsv4__source *source,
                              int64_t series, int64_t t, int64_t end, dsv4__window *window) {
+    const dsv4_state *holder = dsv4__holder(call, stretch);
     const int64_t at_hand = dsv4__at_hand(call, stretch);
     while (t < end) {
-        int64_t count = end - t;
+        dsv4__run run = dsv4__run_from(call, stretch, holder, source, series, t);
+        run.count = end - t;
         if (t < at_hand) {
-            const int64_t capacity = dsv4__holder(call, stretch)->capacity[series];
-            count = dsv4__min(dsv4__min(end, at_hand) - t, capacity - t % capacity);
+            const int64_t capacity = holder->capacity[series];
+            run.count = dsv4__min(dsv4__min(end, at_hand) - t, capacity - t % capacity);
         }
-        dsv4__add_run(call, stretch, source, series, t, count, window);
-        t += count;
+        DSV4_ASSERT(window->run_count < DSV4__MAX_RUNS);
+        window->runs[window->run_count++] = run;
+        t += run.count;
     }
 }
 
@@ -5514,24 +5530,23 @@ static dsv4__pool_job dsv4__pool_settings(const dsv4__call *call, const dsv4__so
 /* ---- Pooling ------------------------------------------------------------------------------------------------ */
 
 /* Pools a window of many rows that come from memory: some rows of all channels at a time, so that these are read as
- * they lie and the next ones are fetched meanwhile. `fold` holds what is folded in between. */
+ * they lie and the next ones are fetched meanwhile. `fold` holds what is folded in between: never nothing, so rows that
+ * weigh nothing are left out here. */
 static void dsv4__pool_by_rows(const dsv4__call *call, dsv4__pool_job job, float *fold) {
     const dsv4__window whole = *job.window;
     dsv4__window part;
     part.run_count = 1;
     job.window = &part;
-    for (int i = 0; i < whole.run_count; i++)
-        for (int64_t done = 0; done < whole.runs[i].count; done += part.runs[0].count) {
-            dsv4__run *run = &part.runs[0];
-            *run = whole.runs[i];
-            run->count = dsv4__min(run->count - done, DSV4__ROWS_AT_ONCE);
-            if (run->kv != NULL) run->kv += done * run->stride;
-            if (run->gate != NULL) run->gate += done * run->stride;
-            if (run->ape != NULL) run->ape += done * run->ape_stride;
-            job.to = i + 1 == whole.run_count && done + run->count == whole.runs[i].count ? NULL : fold;
+    for (int i = 0; i < whole.run_count; i++) {
+        const dsv4__run *run = &whole.runs[i];
+        if (run->kv == NULL && job.pad_gate < -FLT_MAX) continue;
+        for (int64_t done = 0; done < run->count; done += part.runs[0].count) {
+            part.runs[0] = dsv4__run_part(run, done, dsv4__min(run->count - done, DSV4__ROWS_AT_ONCE));
+            job.to = i + 1 == whole.run_count && done + part.runs[0].count == run->count ? NULL : fold;
             call->c->kernels->pool(&job);
             job.from = job.to;
         }
+    }
 }
 
 /* Pools the windows of the block that close, over the source's channels. */
@@ -5590,12 +5605,13 @@ static void dsv4__put_rows(const dsv4__call *call, const dsv4__stretch *piece, c
         }
 }
 
-/* Lets the rows of the state that the first open window needs wait with those of its segment's first piece. */
+/* Lets the rows of the state that the first open window needs wait with those of its segment's first piece: those that
+ * it has, as windows that need others do not close in a call that asks for weights. */
 static void dsv4__carry_state_rows(const dsv4__call *call, const dsv4__stretch *piece, const dsv4__source *source) {
-    const dsv4_state *carry = call->ws->carry;
+    const dsv4_state *carry = call->ws->carry, *state = piece->segment->state;
     for (int64_t s = 0; s < call->c->series; s++)
-        for (int64_t t = dsv4__state_first(carry, s, piece->t); t < piece->t; t++) {
-            const float *from = dsv4__state_row(piece->segment->state, s, t) + source->channel;
+        for (int64_t t = dsv4__max(dsv4__state_first(carry, s, piece->t), state->floor); t < piece->t; t++) {
+            const float *from = dsv4__state_row(state, s, t) + source->channel;
             float *to = dsv4__state_row(carry, s, t) + source->channel;
             memcpy(to, from, (size_t)source->channels * sizeof *to);
             memcpy(to + carry->head_dim, from + carry->head_dim, (size_t)source->channels * sizeof *to);
@@ -5623,12 +5639,10 @@ static void dsv4__fold_piece(const dsv4__call *call, const dsv4__stretch *piece,
     for (int64_t t = start; t < floor; t++) {
         rows.fresh = lag == 1 && start > state->floor && t < start + ratio;
         for (int64_t s = 0; s < c->series; s++) {
-            dsv4__window one;
-            one.run_count = 0;
-            dsv4__add_run(call, piece, source, s, t, 1, &one);
-            rows.kv[s] = one.runs[0].kv;
-            rows.gate[s] = one.runs[0].gate;
-            rows.ape[s] = one.runs[0].ape;
+            const dsv4__run one = dsv4__run_from(call, piece, state, source, s, t);
+            rows.kv[s] = one.kv;
+            rows.gate[s] = one.gate;
+            rows.ape[s] = one.ape;
         }
         dsv4__fold_token(state, c->kernels, t, &rows);
     }
@@ -5642,7 +5656,7 @@ static void dsv4__keep_rows(const dsv4__call *call, const dsv4__source *source) 
         const dsv4_state *state = piece->segment->state;
         if (dsv4__carries(call, piece) && dsv4__continues(call, piece)) {
             if (state != NULL && piece->t == dsv4__seen(piece)) dsv4__carry_state_rows(call, piece, source);
-            dsv4__put_rows(call, piece, source, call->ws->carry);
+            if (call->batch.kv == NULL) dsv4__put_rows(call, piece, source, call->ws->carry);
         }
         if (state == NULL) continue;
         if (dsv4__folds(state)) dsv4__fold_piece(call, piece, source);
@@ -5798,14 +5812,10 @@ static dsv4__window dsv4__window_back(const dsv4__back *back, const dsv4__part *
         for (int64_t done = 0; done < whole.runs[i].count;) {
             dsv4__run *run = &cut.runs[cut.run_count++];
             DSV4_ASSERT(cut.run_count <= DSV4__MAX_RUNS);
-            *run = whole.runs[i];
-            if (run->kv != NULL) {
-                run->kv += done * run->stride;
-                if (run->gate != NULL) run->gate += done * run->stride;
-                if (run->ape != NULL) run->ape += done * run->ape_stride;
+            *run = dsv4__run_part(&whole.runs[i], done, whole.runs[i].count - done);
+            if (run->kv != NULL)
                 run->count =
-                    dsv4__run_target(back, &part->tokens, source, lag > 0 && t >= w * ratio, t, run->count - done, run);
-            }
+                    dsv4__run_target(back, &part->tokens, source, lag > 0 && t >= w * ratio, t, run->count, run);
             done += run->count;
             t += run->count;
         }

@@ -251,6 +251,34 @@ TEST given_projections_give_the_same_entries(const shape *of) {
     PASS();
 }
 
+/* Long windows of given projections are folded some rows at a time. What window 0 lacks is none of these: with scores so
+ * low that e^score is 0, too. (With the stage of weights all rows are folded in one go.) */
+TEST long_windows_begin_with_their_first_row(float shift) {
+    shape long_window = shapes[1];
+    long_window.config.ratio = 40;
+    long_window.tokens = 120;
+    ASSERT(long_window.config.overlap && long_window.config.rounding == DSV4_ROUNDING_NONE);
+    workbench w = workbench_of(&long_window);
+    const int64_t numbers = 2 * w.s.tokens * w.config.head_dim;
+    float *gate = workbench_memory(&w, (size_t)numbers * sizeof *gate);
+    for (int64_t i = 0; i < numbers; i++) gate[i] = ((float *)w.whole.stage[STAGE_GATE])[i] + shift;
+    results some_rows = workbench_results(&w), all_rows = workbench_results(&w);
+    *some_rows.no_weights = 1;
+    results *const both[] = {&some_rows, &all_rows};
+    for (int i = 0; i < 2; i++) {
+        dsv4_batch b = workbench_batch(&w, both[i]);
+        b.x.data = NULL;
+        b.kv = w.whole.stage[STAGE_KV];
+        b.gate = gate;
+        if (i == 0) b.stages.weights = NULL;
+        ASSERT_EQ(DSV4_OK, workbench_compress(&w, &b));
+    }
+    ASSERT_SAME_BITS(&all_rows, &some_rows, note("scores near %g", (double)shift));
+    for (int64_t i = 0; i < w.config.head_dim; i++) ASSERT(isfinite(((float *)some_rows.stage[STAGE_POOLED])[i]));
+    workbench_free(&w);
+    PASS();
+}
+
 /* ---- Memory ------------------------------------------------------------------------------------------------ */
 
 /* All an object takes from its allocator is one block, of the size announced. */
@@ -341,6 +369,8 @@ SUITE(bits) {
     FOR_SHORT_AND_LONG_SHAPES(every_parallel_for_gives_the_bits_of_one_thread, of);
     FOR_SHORT_AND_LONG_SHAPES(all_of_it_together_gives_the_same_bits, of);
     FOR_SHORT_AND_LONG_SHAPES(given_projections_give_the_same_entries, of);
+    RUN_TESTp(long_windows_begin_with_their_first_row, -0.25f);
+    RUN_TESTp(long_windows_begin_with_their_first_row, -200.0f);
     RUN_TESTp(layers_of_one_configuration_share_a_workspace, &shapes[0]);
     RUN_TESTp(layers_of_one_configuration_share_a_workspace, &long_shapes[0]);
     RUN_TEST(multiply_adds_are_rounded_once);

@@ -648,6 +648,39 @@ TEST weights_of_folded_rows_are_refused(const shape *of) {
     PASS();
 }
 
+/* Asking for weights, where they are to be had, leaves the state that not asking leaves. Calls of several blocks: one
+ * that closes no window of 300 tokens, and one that begins within a window. */
+TEST weights_change_no_state(const shape *of, int64_t depth, int given) {
+    workbench w = workbench_new(of, shape_windows(of, 0), 22);
+    const int64_t cuts[] = {0, 10, 290, 560, w.s.tokens};
+    dsv4_state *plain = workbench_state(&w, depth), *asked = workbench_state(&w, depth);
+    results r = workbench_results(&w);
+    int answered = 0;
+    for (int i = 0; i + 1 < (int)(sizeof cuts / sizeof *cuts); i++) {
+        dsv4_segment segment =
+            segment_new(cuts[i], cuts[i + 1] - cuts[i], w.s.position + cuts[i], cuts[i] / w.config.ratio, asked);
+        dsv4_batch b = batch_new(&w.s, &r, &segment, 1);
+        if (given) {
+            b.x.data = NULL;
+            b.kv = w.whole.stage[STAGE_KV];
+            b.gate = w.config.no_gate ? NULL : w.whole.stage[STAGE_GATE];
+        }
+        b.stages.weights = r.stage[STAGE_WEIGHTS];
+        const dsv4_status status = workbench_compress(&w, &b);
+        answered += status == DSV4_OK;
+        ASSERT(status == DSV4_OK || status == DSV4_ERROR_STATE);
+        b.stages.weights = NULL;
+        if (status != DSV4_OK) ASSERT_EQ(DSV4_OK, workbench_compress(&w, &b));
+        segment.state = plain;
+        ASSERT_EQ(DSV4_OK, workbench_compress(&w, &b));
+        const saved before = workbench_saved(&w, plain);
+        ASSERTm(note("%d tokens", (int)cuts[i + 1]), is_still(asked, &before));
+    }
+    ASSERT(answered > 0);
+    workbench_free(&w);
+    PASS();
+}
+
 /* ---- Size -------------------------------------------------------------------------------------------------- */
 
 /* Three numbers a channel for each open window and the rows of `depth` tokens; or the open windows' rows, where
@@ -694,6 +727,10 @@ SUITE(streams) {
     FOR_EVERY_SHAPE(any_cut_into_calls_gives_the_bits_of_the_one_call, of);
     FOR_EVERY_LONG_SHAPE(a_long_sequence_may_be_cut_anywhere, of);
     FOR_EVERY_LONG_SHAPE(taking_back_is_as_if_the_tokens_had_never_come, of, 250);
+    for (int k = 0; k < 8; k++) {
+        static const int depths[] = {0, 1, 40, 700};
+        FOR_EVERY_LONG_SHAPE(weights_change_no_state, of, depths[k / 2], k % 2);
+    }
     FOR_EVERY_SHAPE(a_state_counts_its_tokens_and_foretells_its_entries, of);
     FOR_EVERY_SHAPE(an_empty_segment_changes_nothing, of);
     RUN_TEST(a_call_that_closes_no_window_needs_no_out);

@@ -1,5 +1,6 @@
 /* A server at work: requests arrive, their prompts come in chunks, they decode side by side, speculate and take
- * back, are cancelled, moved as bytes and as copies (real threads: pthread). Every entry has the bits of the one
+ * back, are cancelled, moved as bytes and as copies (real threads: pthread). Some calls are given projections, some are
+ * asked for weights. Every entry has the bits of the one
  * call, and memory is what was created and no more. SOAK_SECONDS in the environment: how long (1). */
 
 #define _POSIX_C_SOURCE 200809L
@@ -42,9 +43,11 @@ typedef struct server {
     request slot[SLOTS];
     int64_t chunk; /* tokens of one segment at most */
     results out;
-    int64_t created;   /* objects asked of `book` */
-    size_t base;       /* bytes of compressor and workspace */
-    const char *wrong; /* what did not hold, NULL so far */
+    results projected;   /* kv and gate of x */
+    dsv4_state *scratch; /* that they are made with */
+    int64_t created;     /* objects asked of `book` */
+    size_t base;         /* bytes of compressor and workspace */
+    const char *wrong;   /* what did not hold, NULL so far */
 } server;
 
 static int holds(server *v, int condition, const char *what) {
@@ -66,6 +69,7 @@ static server server_new(const shape *of, uint64_t seed) {
     v.chunk = 2 * of->config.ratio + 5;
     v.w = workbench_with(shape_model(of, seed), shape_sequence(of, SLOTS * (v.chunk + 3), seed), of->out);
     v.out = keep_results(&v.w, results_new(&v.w.config, of->out, v.w.s.tokens, v.w.s.tokens));
+    v.projected = keep_results(&v.w, results_new(&v.w.config, of->out, v.w.s.tokens, v.w.s.tokens));
     return v;
 }
 
@@ -77,6 +81,7 @@ static void server_start(server *v) {
     const dsv4_parallel parallel = schedule_parallel(&schedules[dice_below(&v->d, SCHEDULE_COUNT)], &v->team);
     v->allocator = ledger_allocator(&v->book);
     v->w.e = workbench_engine(&v->w, dsv4_isa_name((int)dice_below(&v->d, sets)), NULL);
+    v->scratch = workbench_state(&v->w, 0);
     holds(v, !dsv4_compressor_create(&v->w.config, &v->w.m.params, &options, &v->allocator, &v->e.compressor, NULL),
           "create");
     holds(v, !dsv4_workspace_create(v->e.compressor, &parallel, &v->allocator, &v->e.workspace, NULL), "create");
@@ -219,13 +224,34 @@ static void compare(server *v, request *q) {
     holds(v, dsv4_state_tokens(q->state) == done + q->kept, "a state counts its tokens");
 }
 
+/* Puts projections into the batch in place of x. */
+static void project(server *v, dsv4_batch *b) {
+    const results *to = &v->projected;
+    const dsv4_segment all = segment_new(0, v->w.s.tokens, 0, 0, v->scratch);
+    dsv4_batch whole = batch_new(&v->w.s, to, &all, 1);
+    memset(&whole.stages, 0, sizeof whole.stages);
+    whole.stages.kv = to->stage[STAGE_KV];
+    whole.stages.gate = v->w.config.no_gate ? NULL : to->stage[STAGE_GATE];
+    holds(v, !dsv4_state_reset(v->scratch, NULL) && !workbench_compress(&v->w, &whole), "projections of x");
+    b->x.data = NULL;
+    b->kv = to->stage[STAGE_KV];
+    b->gate = whole.stages.gate;
+}
+
 static void serve(server *v) {
     dsv4_segment segments[SLOTS];
     const int count = gather(v, segments);
     dsv4_batch b = batch_new(&v->w.s, &v->out, segments, count);
     memset(&b.stages, 0, sizeof b.stages);
     if (count == 0) b.tokens = 0; /* nobody has anything to say */
-    if (!holds(v, !dsv4_compress(v->e.compressor, &b, v->e.workspace, NULL), "a call")) return;
+    if (count > 0 && one_in(v, 4)) project(v, &b);
+    if (one_in(v, 4)) b.stages.weights = v->out.stage[STAGE_WEIGHTS];
+    dsv4_status status = dsv4_compress(v->e.compressor, &b, v->e.workspace, NULL);
+    if (b.stages.weights && status == DSV4_ERROR_STATE) { /* some rows have been folded */
+        b.stages.weights = NULL;
+        status = dsv4_compress(v->e.compressor, &b, v->e.workspace, NULL);
+    }
+    if (!holds(v, status == DSV4_OK, "a call")) return;
     for (int i = 0; i < SLOTS; i++)
         if (v->slot[i].fed > 0) compare(v, &v->slot[i]);
     holds(v, memory_untouched(v->out.stage[STAGE_OUT], v->out.bytes[STAGE_OUT]), "no other row is written");

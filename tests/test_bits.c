@@ -251,11 +251,12 @@ TEST given_projections_give_the_same_entries(const shape *of) {
     PASS();
 }
 
-/* Long windows of given projections are folded some rows at a time. What window 0 lacks is none of these: with scores so
- * low that e^score is 0, too. (With the stage of weights all rows are folded in one go.) */
-TEST long_windows_begin_with_their_first_row(float shift) {
+/* Long windows of given projections are folded some rows at a time. What window 0 lacks is none of these, unless its pad
+ * is finite: with scores so low that e^score is 0, too. (With the stage of weights all rows are folded in one go.) */
+TEST long_windows_begin_with_their_first_row(float shift, float pad_gate) {
     shape long_window = shapes[1];
     long_window.config.ratio = 40;
+    long_window.config.pad_gate = pad_gate;
     long_window.tokens = 120;
     ASSERT(long_window.config.overlap && long_window.config.rounding == DSV4_ROUNDING_NONE);
     workbench w = workbench_of(&long_window);
@@ -369,8 +370,9 @@ SUITE(bits) {
     FOR_SHORT_AND_LONG_SHAPES(every_parallel_for_gives_the_bits_of_one_thread, of);
     FOR_SHORT_AND_LONG_SHAPES(all_of_it_together_gives_the_same_bits, of);
     FOR_SHORT_AND_LONG_SHAPES(given_projections_give_the_same_entries, of);
-    RUN_TESTp(long_windows_begin_with_their_first_row, -0.25f);
-    RUN_TESTp(long_windows_begin_with_their_first_row, -200.0f);
+    RUN_TESTp(long_windows_begin_with_their_first_row, -0.25f, 0);
+    RUN_TESTp(long_windows_begin_with_their_first_row, -200.0f, 0);
+    RUN_TESTp(long_windows_begin_with_their_first_row, -200.0f, -199.0f);
     RUN_TESTp(layers_of_one_configuration_share_a_workspace, &shapes[0]);
     RUN_TESTp(layers_of_one_configuration_share_a_workspace, &long_shapes[0]);
     RUN_TEST(multiply_adds_are_rounded_once);

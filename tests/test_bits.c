@@ -251,8 +251,8 @@ TEST given_projections_give_the_same_entries(const shape *of) {
     PASS();
 }
 
-/* Long windows of given projections are folded some rows at a time. What window 0 lacks is none of these, unless its pad
- * is finite: with scores so low that e^score is 0, too. (With the stage of weights all rows are folded in one go.) */
+/* Long windows of given projections are folded some rows at a time. What window 0 lacks is none of these, unless its
+ * pad is finite: with scores so low that e^score is 0, too. (With the stage of weights all rows go in one.) */
 TEST long_windows_begin_with_their_first_row(float shift, float pad_gate) {
     shape long_window = shapes[1];
     long_window.config.ratio = 40;

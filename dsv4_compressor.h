@@ -437,7 +437,8 @@ DSV4_API const dsv4_config *dsv4_compressor_config(const dsv4_compressor *compre
 DSV4_API const char *dsv4_compressor_isa(const dsv4_compressor *compressor);
 
 /* Scratch for one call at a time, of a size that no call's length changes, and the threads to use. It serves every
- * compressor of the same configuration, kernel set and options: the layers of a model can share one. */
+ * compressor of the same configuration, kernel set and options (with the kernel set amx, of the same types of weights
+ * too): the layers of a model can share one. */
 typedef struct dsv4_workspace dsv4_workspace;
 
 /* threads < 1 counts as 1. */
@@ -3466,6 +3467,9 @@ typedef struct dsv4__row_packer {
     void *packed;
 } dsv4__row_packer;
 
+/* The numbers that a row takes there: its last block has the length of the others. */
+static int64_t dsv4__packed_terms(int64_t terms) { return dsv4__ceil_div(terms, DSV4__KBLOCK) * DSV4__KBLOCK; }
+
 /* One row into its place in each block of terms. */
 static void dsv4__pack_row(const dsv4__row_packer *packer, const void *from, int64_t row) {
     for (int64_t k = 0; k < packer->terms; k += DSV4__KBLOCK) {
@@ -4700,7 +4704,6 @@ typedef struct dsv4__scratch {
 /* What the backward pass needs of a workspace, behind what has been laid out so far. */
 static void dsv4__training_lay(const dsv4_compressor *c, int threads, dsv4__training *t, dsv4__cursor *cursor) {
     const int64_t ratio = c->config.ratio, dim = c->config.head_dim, terms = DSV4__KBLOCK;
-    const int64_t column_blocks = dsv4__ceil_div(c->columns, DSV4__KBLOCK);
     const int64_t width = dsv4__ceil_div(c->config.hidden_dim, DSV4__PANEL) * DSV4__PANEL;
     const int64_t sums = c->training & DSV4__BF16_SUMS ? c->matrices * c->columns : 0;
     const int64_t spare_rows = c->tiles ? DSV4__TILE : 0;
@@ -4714,7 +4717,7 @@ static void dsv4__training_lay(const dsv4_compressor *c, int threads, dsv4__trai
     t->dpooled = dsv4__lay_floats(cursor, t->windows, dim);
     t->dkv = dsv4__lay_floats(cursor, terms, t->d_stride);
     t->dgate = dsv4__lay_floats(cursor, terms, t->d_stride);
-    t->d_rows = dsv4__lay_floats(cursor, c->matrices * column_blocks * terms, terms);
+    t->d_rows = dsv4__lay_floats(cursor, c->matrices * dsv4__packed_terms(c->columns), terms);
     t->d_columns = dsv4__lay_floats(cursor, DSV4__SLABS * c->matrices * c->columns + spare_rows, terms);
     t->dape = dsv4__lay_floats(cursor, ratio, c->columns);
     t->dape_block = dsv4__lay_floats(cursor, ratio, c->columns);
@@ -4737,7 +4740,8 @@ static void dsv4__workspace_plan(dsv4_workspace *ws) {
     const dsv4_compressor *c = ws->compressor;
     const int64_t sums = c->groups * c->series * c->matrices * DSV4__PANEL, unit = dsv4__rows_unit(c);
     const int64_t kept = sums + dsv4__ceil_div(c->config.head_dim, c->config.ratio); /* projections and pooled rows */
-    const int64_t x_bytes = c->tiles ? dsv4__min(c->terms, DSV4__SPAN) * 2 : DSV4__KBLOCK * (int64_t)sizeof(float);
+    const int64_t x_bytes =
+        c->tiles ? dsv4__packed_terms(dsv4__min(c->terms, DSV4__SPAN)) * 2 : DSV4__KBLOCK * (int64_t)sizeof(float);
     const int64_t row_bytes = kept * (int64_t)sizeof(float) + x_bytes;
     const int64_t rows = (c->tiles ? DSV4__TILED_BYTES : DSV4__BLOCK_BYTES) / row_bytes;
     ws->block_rows = dsv4__max(dsv4__min(rows, dsv4__rows_most(c)) / unit, 1) * unit;
@@ -5104,9 +5108,10 @@ static void dsv4__project_task(void *argument, int64_t thread) {
 /* kv and gate of the block's rows, for all groups. */
 static void dsv4__project_block(dsv4__call *call) {
     const dsv4_compressor *c = call->c;
-    const int64_t terms = dsv4__min(c->terms, dsv4__product_terms(call));
+    const int64_t terms = dsv4__packed_terms(dsv4__min(c->terms, dsv4__product_terms(call)));
     const int64_t bytes = dsv4__packed_rows(call) * terms * (call->dot ? 2 : 4);
     const int64_t step = call->ws->x_bytes / bytes * terms;
+    DSV4_ASSERT(step > 0);
     for (call->term = 0; call->term < c->terms; call->term = call->term_end) {
         call->term_end = dsv4__min(call->term + step, c->terms);
         const int64_t numbers = call->rows * (call->term_end - call->term);
@@ -5120,7 +5125,7 @@ static void dsv4__project_block(dsv4__call *call) {
 /* dkv or dgate of the chunk, packed by rows. */
 static float *dsv4__d_rows(const dsv4__back *back, int64_t matrix) {
     return back->train->d_rows +
-           matrix * dsv4__ceil_div(back->call.c->columns, DSV4__KBLOCK) * DSV4__KBLOCK * DSV4__KBLOCK;
+           matrix * dsv4__packed_terms(back->call.c->columns) * DSV4__KBLOCK;
 }
 
 /* dkv or dgate of a slab, by columns. */
@@ -6172,6 +6177,7 @@ static dsv4_status dsv4__check_rows(const dsv4_config *config, int64_t rows, dsv
     if (out->dtype != DSV4_PACKED) return dsv4__check_matrix(out, rows, config->head_dim, "out", error);
     DSV4__TRY(dsv4_row_sizes(config, &row_bytes, &scale_bytes, error));
     DSV4__TRY(dsv4__check_packed(out, rows, (int64_t)row_bytes, "out", error));
+    if (scale_bytes == 0) scales->data = NULL;
     return dsv4__check_packed(scales, rows, (int64_t)scale_bytes, "scales", error);
 }
 
@@ -6200,7 +6206,8 @@ static void dsv4__end_block(const dsv4__call *call) {
 
 /* Whether one compressor's workspaces serve the other: the layers of a model can share them. */
 static int dsv4__same_layout(const dsv4_compressor *a, const dsv4_compressor *b) {
-    return a == b || (a->fingerprint == b->fingerprint && a->kernels == b->kernels && a->training == b->training);
+    return a == b || (a->fingerprint == b->fingerprint && a->kernels == b->kernels && a->training == b->training &&
+                      a->tiles == b->tiles);
 }
 
 static dsv4_status dsv4__begin_call(const dsv4_compressor *c, const dsv4_batch *batch, dsv4_workspace *ws,
@@ -6211,7 +6218,8 @@ static dsv4_status dsv4__begin_call(const dsv4_compressor *c, const dsv4_batch *
     DSV4__TRY(dsv4__need(ws, "workspace", error));
     if (!dsv4__same_layout(ws->compressor, c))
         return dsv4__fail(error, DSV4_ERROR_ARGUMENT,
-                          "the workspace is of a compressor of another configuration or kernel set");
+                          "the workspace is of a compressor of another configuration, kernel set, options.training "
+                          "or, with tiles, types of weights");
     call->c = c;
     call->ws = ws;
     call->batch = *batch;

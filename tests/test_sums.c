@@ -243,6 +243,50 @@ TEST the_cpus_tiles_do_as_their_model_does(void) {
     PASS();
 }
 
+/* Hidden widths that blocks of 256 terms do not divide, by more rows than are multiplied at a time: whatever is packed
+ * has its place. */
+TEST tiles_of_any_width_give_the_same(int64_t hidden_dim) {
+    static const char *const sets[] = {"amx", "amx-model"};
+    const dsv4_config c = {.hidden_dim = hidden_dim, .head_dim = 24, .ratio = 4, .sums = DSV4_SUMS_TILES};
+    workbench w = training_for(&c, DSV4_BF16, DSV4_F32, 300, 91);
+    engine scalar = workbench_trainer(&w, "scalar", NULL);
+    gradient_set expected = workbench_gradients(&w, DSV4_F32);
+    results of_scalar = workbench_results(&w);
+    ASSERT_EQ(DSV4_OK, compress_whole(&scalar, &w.s, &of_scalar, NULL));
+    ASSERT_EQ(DSV4_OK, backward_whole(&w, &scalar, &expected));
+    for (int i = 0; i < 2; i++) {
+        if (!is_listed(sets[i])) continue;
+        engine e = workbench_trainer(&w, sets[i], NULL);
+        gradient_set g = workbench_gradients(&w, DSV4_F32);
+        results r = workbench_results(&w);
+        ASSERT_EQ(DSV4_OK, compress_whole(&e, &w.s, &r, NULL));
+        ASSERT_EQ(DSV4_OK, backward_whole(&w, &e, &g));
+        ASSERT_EQ_FMT((int)STAGE_COUNT, results_difference(&of_scalar, &r), "%d");
+        ASSERT_EQ_FMT((int)GRADIENTS, gradient_difference(&expected, &g, ORACLE_DX), "%d");
+    }
+    workbench_free(&w);
+    PASS();
+}
+
+/* With tiles, what a workspace holds follows from the weights' types. */
+TEST tiles_share_no_workspace_with_fp32_weights(void) {
+    const dsv4_config c = {.hidden_dim = 4096, .head_dim = 16, .ratio = 4, .sums = DSV4_SUMS_TILES};
+    workbench w[2];
+    engine e[2];
+    for (int i = 0; i < 2; i++) {
+        w[i] = workbench_for(&c, i ? DSV4_F32 : DSV4_BF16, 40, 92);
+        e[i] = workbench_engine(&w[i], "amx-model", NULL);
+    }
+    for (int i = 0; i < 2; i++) {
+        const engine mixed = {.compressor = e[i].compressor, .workspace = e[!i].workspace};
+        results r = workbench_results(&w[i]);
+        ASSERT_EQ(DSV4_ERROR_ARGUMENT, compress_whole(&mixed, &w[i].s, &r, NULL));
+        ASSERT_EQ(DSV4_OK, compress_whole(&e[i], &w[i].s, &r, NULL));
+    }
+    for (int i = 0; i < 2; i++) workbench_free(&w[i]);
+    PASS();
+}
+
 /* ---- What the order is not --------------------------------------------------------------------------------- */
 
 /* An fp32 operand is multiplied the same way whatever the order: dx and sums over tokens too. */
@@ -276,6 +320,10 @@ SUITE(sums) {
     RUN_TEST(cuts_at_multiples_of_32_give_the_same_sums_of_tiles);
     RUN_TEST(steps_are_counted_from_the_first_token);
     RUN_TEST(the_cpus_tiles_do_as_their_model_does);
+    RUN_NAMED("544", tiles_of_any_width_give_the_same, 544);
+    RUN_NAMED("1056", tiles_of_any_width_give_the_same, 1056);
+    RUN_NAMED("2016", tiles_of_any_width_give_the_same, 2016);
+    RUN_TEST(tiles_share_no_workspace_with_fp32_weights);
     for (int x = DSV4_F32; x <= DSV4_BF16; x++)
         for (int w = DSV4_F32; w <= DSV4_BF16; w++) {
             const char *mixed = x == DSV4_F32 ? "f32_x" : "bf16_x";

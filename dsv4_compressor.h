@@ -853,6 +853,14 @@ typedef char
 #define DSV4__INLINE static inline
 #endif
 
+/* A vector of which clang does not see how it came about. Lanes that are kept out of an operation would else be chosen
+ * behind it, when it has raised their exceptions. */
+#if defined(DSV4__CLANG)
+#define DSV4__UNSEEN(vector) __asm__("" : "+" DSV4__REGISTER(vector))
+#else
+#define DSV4__UNSEEN(vector) ((void)(vector))
+#endif
+
 #if defined(DSV4__GNU)
 #define DSV4__UNUSED                __attribute__((unused))
 #define DSV4__PREFETCH(pointer)     __builtin_prefetch((pointer), 0, 3)
@@ -881,16 +889,16 @@ extern "C" {
 #endif
 
 enum {
-    DSV4__PANEL = 32,       /* output columns of a packed weight panel, and channels of a group */
-    DSV4__KBLOCK = 256,     /* terms of a dot product of bf16 that share an accumulator; part of the numeric contract */
-    DSV4__FBLOCK = 128,     /* the same where an operand is fp32 */
-    DSV4__STEP = 32,        /* and in the order TILES, half of them each; part of it too; divides DSV4__KBLOCK */
-    DSV4__TILE = 16,        /* rows of an AMX tile, and its columns, numbers or pairs */
-    DSV4__SPAN = 2048,      /* terms that tiles add up before they store their sums; a multiple of DSV4__KBLOCK */
-    DSV4__ROWS_AT_ONCE = 8, /* of a long window from memory */
-    DSV4__ROWS_AHEAD = 16,  /* how far ahead such rows are fetched */
-    DSV4__LANES = 16,       /* partial sums of a mean of squares; part of the numeric contract */
-    DSV4__MAX_RUNS = 12     /* places in memory that a window's rows can be spread over, with room to spare */
+    DSV4__PANEL = 32,   /* output columns of a packed weight panel, and channels of a group */
+    DSV4__KBLOCK = 256, /* terms of a dot product of bf16 that share an accumulator; part of the numeric contract */
+    DSV4__FBLOCK = 128, /* the same where an operand is fp32 */
+    DSV4__STEP = 32,    /* and in the order TILES, half of them each; part of it too; divides DSV4__KBLOCK */
+    DSV4__TILE = 16,    /* rows of an AMX tile, and its columns, numbers or pairs */
+    DSV4__SPAN = 2048,  /* terms that tiles add up before they store their sums; a multiple of DSV4__KBLOCK */
+    DSV4__ROWS_AT_ONCE = 16, /* of a long window from memory */
+    DSV4__ROWS_AHEAD = 16,   /* how far ahead such rows are fetched */
+    DSV4__LANES = 16,        /* partial sums of a mean of squares; part of the numeric contract */
+    DSV4__MAX_RUNS = 12      /* places in memory that a window's rows can be spread over, with room to spare */
 };
 
 DSV4__INLINE int64_t dsv4__min(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -1598,7 +1606,7 @@ typedef struct dsv4__pool_job {
     float *weights; /* [rows of the window, weights_stride] or NULL */
     int64_t weights_stride;
     const float *dpooled; /* [channels], on the way back */
-    int64_t rows_ahead;   /* rows come from memory: what lies so many further is fetched meanwhile; 0: nothing */
+    int64_t rows_ahead;   /* rows come from memory: as many, so much further on, are fetched meanwhile; 0: nothing */
 } dsv4__pool_job;
 
 /* Asks for memory that will be read soon, and may not exist. */
@@ -1691,7 +1699,7 @@ static const uint32_t dsv4__eighths[16] = {0x3f800000u, 0x3f7b95c2u, 0x3f7837f0u
  * once for each kernel set, by this file including itself.
  *
  *   DSV4__SET        name of the set             DSV4__VF           a vector of DSV4__VL floats
- *   DSV4__FUSED      fma is one instruction
+ *   DSV4__FUSED      fma is one instruction     DSV4__REGISTER     how assembly asks for a register of it, or memory
  *   DSV4__TILE_ROWS, DSV4__TILE_VECTORS          the register tile: rows, and vectors across (dividing 32 columns)
  *   v_zero() v_set(f) v_load(p) v_store(p, v)    pointers need no alignment
  *   v_load_n(p, n) v_store_n(p, v, n)            the first n < VL lanes; the rest reads as 0, is not written
@@ -1699,7 +1707,7 @@ static const uint32_t dsv4__eighths[16] = {0x3f800000u, 0x3f7b95c2u, 0x3f7837f0u
  *   v_madd(a, b, c)                              the same where a b is exact, so that it may be rounded twice
  *   v_below(x, limit, v)                         0 in lanes where x < limit, else v
  *   v_above(a, b, x, y)                          x in lanes where a > b, else y
- *   v_gap(a, b)                                  a - b; 0 in lanes where they are equal, infinite too
+ *   v_gap(a, b)                                  a - b; 0 in lanes where they are equal, infinite too, and no exception
  *   v_power(t)                                   2^(n / 8), t = n + DSV4__ROUND_BIAS
  *   v_masked(v, bits) v_or(a, b)                 of the lanes' bits; v_left(v, n), v_right(v, n) move them
  *   v_bytes(p) v_put_bytes(p, v)                 VL bytes from and to memory, as the lanes' low bits
@@ -1727,6 +1735,7 @@ DSV4__BEGIN_TARGET(DSV4__TARGET)
 #define DSV4__SET                  scalar
 #define DSV4__VF                   float
 #define DSV4__VL                   1
+#define DSV4__REGISTER             "m"
 #define DSV4__TILE_ROWS            4
 #define DSV4__TILE_VECTORS         4
 #define dsv4__v_zero()             0.0f
@@ -1744,7 +1753,7 @@ DSV4__BEGIN_TARGET(DSV4__TARGET)
 #define dsv4__v_madd(a, b, c)      ((float)((a) * (b) + (c)))
 #define dsv4__v_below(x, limit, v) ((x) < (limit) ? 0.0f : (v))
 #define dsv4__v_above(a, b, x, y)  ((a) > (b) ? (x) : (y))
-#define dsv4__v_gap(a, b)          ((a) == (b) ? 0.0f : dsv4__v_sub(a, b))
+#define dsv4__v_gap(a, b)          DSV4__FN(gap)(a, b)
 #define dsv4__v_masked(v, m)       dsv4__from_bits(dsv4__bits(v) & (m))
 #define dsv4__v_left(v, n)         dsv4__from_bits(dsv4__bits(v) << (n))
 #define dsv4__v_right(v, n)        dsv4__from_bits(dsv4__bits(v) >> (n))
@@ -1759,10 +1768,17 @@ DSV4__BEGIN_TARGET(DSV4__TARGET)
 #define dsv4__v_even(p)            dsv4_bf16_to_f32((p)[0])
 #define dsv4__v_odd(p)             dsv4_bf16_to_f32((p)[1])
 
+static inline float DSV4__FN(gap)(float a, float b) {
+    float less = a == b ? 0.0f : b;
+    DSV4__UNSEEN(less);
+    return a == b ? 0.0f : dsv4__v_sub(a, less);
+}
+
 #elif DSV4__STAMP == DSV4__FOR_AVX2 /* AVX2 with FMA: Haswell, Zen and later */
 #define DSV4__SET                  avx2
 #define DSV4__VF                   __m256
 #define DSV4__VL                   8
+#define DSV4__REGISTER             "x"
 #define DSV4__FUSED                1
 #define DSV4__TILE_ROWS            6
 #define DSV4__TILE_VECTORS         2
@@ -1818,7 +1834,9 @@ static inline void DSV4__FN(put_bytes)(unsigned char *p, __m256 v) {
 }
 
 static inline __m256 DSV4__FN(gap)(__m256 a, __m256 b, __m256 apart) {
-    return _mm256_and_ps(dsv4__v_sub(a, _mm256_and_ps(b, apart)), apart);
+    __m256 less = _mm256_and_ps(b, apart);
+    DSV4__UNSEEN(less);
+    return _mm256_and_ps(dsv4__v_sub(a, less), apart);
 }
 
 static inline __m256 DSV4__FN(power)(__m256i t) {
@@ -1851,6 +1869,7 @@ static inline __m256i DSV4__FN(upper)(__m256 v) {
 #endif
 #define DSV4__VF                   __m512
 #define DSV4__VL                   16
+#define DSV4__REGISTER             "v"
 #define DSV4__FUSED                1
 #define DSV4__TILE_ROWS            14
 #define DSV4__TILE_VECTORS         2
@@ -1897,7 +1916,9 @@ static inline void DSV4__FN(put_bytes)(unsigned char *p, __m512 v) {
 }
 
 static inline __m512 DSV4__FN(gap)(__m512 a, __m512 b, __mmask16 apart) {
-    return _mm512_maskz_mov_ps(apart, dsv4__v_sub(a, _mm512_maskz_mov_ps(apart, b)));
+    __m512 gap;
+    __asm__("vsubps {%2, %1, %0%{%3%}%{z%}|%0%{%3%}%{z%}, %1, %2}" : "=v"(gap) : "v"(a), "v"(b), "Yk"(apart));
+    return gap;
 }
 
 static inline __m512 DSV4__FN(power)(__m512i t) {
@@ -1918,6 +1939,7 @@ static inline __m512i DSV4__FN(upper)(__m512 v) {
 #define DSV4__FUSED                1
 #define DSV4__VF                   float32x4_t
 #define DSV4__VL                   4
+#define DSV4__REGISTER             "w"
 #define DSV4__TILE_ROWS            6
 #define DSV4__TILE_VECTORS         4
 #define dsv4__v_zero()             vdupq_n_f32(0)
@@ -1963,7 +1985,8 @@ static inline void DSV4__FN(put_bytes)(unsigned char *p, float32x4_t v) {
 }
 
 static inline float32x4_t DSV4__FN(gap)(float32x4_t a, float32x4_t b, uint32x4_t equal) {
-    const float32x4_t less = vreinterpretq_f32_u32(vbicq_u32(vreinterpretq_u32_f32(b), equal));
+    float32x4_t less = vreinterpretq_f32_u32(vbicq_u32(vreinterpretq_u32_f32(b), equal));
+    DSV4__UNSEEN(less);
     return vreinterpretq_f32_u32(vbicq_u32(vreinterpretq_u32_f32(dsv4__v_sub(a, less)), equal));
 }
 
@@ -2000,6 +2023,7 @@ static inline uint32x4_t DSV4__FN(upper)(float32x4_t v) {
 #define dsv4__v_mm(name) _mm_##name
 #endif
 #define DSV4__VL            4
+#define DSV4__REGISTER      "m"
 #define DSV4__TILE_VECTORS  2
 #define dsv4__v_zero()      dsv4__v_mm(setzero_ps)()
 #define dsv4__v_set(f)      dsv4__v_mm(set1_ps)(f)
@@ -2064,7 +2088,9 @@ static inline void DSV4__FN(put_bytes)(unsigned char *p, DSV4__VF v) {
 }
 
 static inline DSV4__VF DSV4__FN(gap)(DSV4__VF a, DSV4__VF b, DSV4__VF apart) {
-    return dsv4__v_mm(and_ps)(dsv4__v_sub(a, dsv4__v_mm(and_ps)(b, apart)), apart);
+    DSV4__VF less = dsv4__v_mm(and_ps)(b, apart);
+    DSV4__UNSEEN(less);
+    return dsv4__v_mm(and_ps)(dsv4__v_sub(a, less), apart);
 }
 
 static inline DSV4__VF DSV4__FN(power)(DSV4__VI t) {
@@ -2129,22 +2155,34 @@ DSV4__INLINE void DSV4__FN(store_some)(float *p, DSV4__VF v, int64_t n) {
 
 /* ---- Windows: softmax and pooling --------------------------------------------------------------------------- */
 
-/* e^x for x <= 0, within 2 ulp: x = n ln 2 / 8 + r, e^r = 1 + r + r^2 q(r), q fitted so that the greatest error is
- * least. 0 where the result would be subnormal; what is there, -INFINITY above all, is kept out of the arithmetic. */
-DSV4__INLINE DSV4__VF DSV4__FN(exp)(DSV4__VF x) {
-    const DSV4__VF least = dsv4__v_set(-87.3365402f), magic = dsv4__v_set(DSV4__ROUND_BIAS);
-    const DSV4__VF within = dsv4__v_below(x, least, x);
-    const DSV4__VF t = dsv4__v_fma(within, dsv4__v_set(11.5415602f), magic);
-    const DSV4__VF n = dsv4__v_sub(t, magic), power = dsv4__v_power(t);
-    DSV4__VF r = dsv4__v_fma(n, dsv4__v_set(-0.0866433978f), within);
-    r = dsv4__v_fma(n, dsv4__v_set(2.3808179e-10f), r);
-    DSV4__VF q = dsv4__v_fma(dsv4__v_set(0.166668236f), r, dsv4__v_set(0.500064492f));
-    q = dsv4__v_fma(dsv4__v_mul(q, r), r, r);
-    return dsv4__v_below(x, least, dsv4__v_fma(power, q, power));
-}
-
 /* Pooling works on DSV4__POOL_VECTORS vectors of channels side by side, and on one where fewer are left. */
 #define DSV4__POOL_VECTORS (DSV4__PANEL / DSV4__VL < 4 ? DSV4__PANEL / DSV4__VL : 4)
+#define DSV4__EACH(v)      DSV4__UNROLL for (int v = 0; v < vectors; v++)
+
+/* e^x for x <= 0, within 2 ulp: x = n ln 2 / 8 + r, e^r = 1 + r + r^2 q(r), q fitted so that the greatest error is
+ * least. 0 where the result would be subnormal; what is there, -INFINITY above all, is kept out of the arithmetic. Of
+ * some vectors side by side, a step of all of them after the other. */
+DSV4__INLINE void DSV4__FN(exp)(DSV4__VF *x, const int vectors) {
+    const DSV4__VF least = dsv4__v_set(-87.3365402f), magic = dsv4__v_set(DSV4__ROUND_BIAS);
+    DSV4__VF within[DSV4__POOL_VECTORS], t[DSV4__POOL_VECTORS], n[DSV4__POOL_VECTORS];
+    DSV4__VF r[DSV4__POOL_VECTORS], q[DSV4__POOL_VECTORS];
+    DSV4__EACH (v) {
+        within[v] = dsv4__v_below(x[v], least, x[v]);
+        DSV4__UNSEEN(within[v]);
+    }
+    DSV4__EACH (v) {
+        t[v] = dsv4__v_fma(within[v], dsv4__v_set(11.5415602f), magic);
+        n[v] = dsv4__v_sub(t[v], magic);
+    }
+    DSV4__EACH (v) r[v] = dsv4__v_fma(n[v], dsv4__v_set(-0.0866433978f), within[v]);
+    DSV4__EACH (v) r[v] = dsv4__v_fma(n[v], dsv4__v_set(2.3808179e-10f), r[v]);
+    DSV4__EACH (v) q[v] = dsv4__v_fma(dsv4__v_set(0.166668236f), r[v], dsv4__v_set(0.500064492f));
+    DSV4__EACH (v) q[v] = dsv4__v_fma(dsv4__v_mul(q[v], r[v]), r[v], r[v]);
+    DSV4__EACH (v) {
+        const DSV4__VF power = dsv4__v_power(t[v]);
+        x[v] = dsv4__v_below(x[v], least, dsv4__v_fma(power, q[v], power));
+    }
+}
 
 /* The vectors of channels from c on: `vectors` of them, or n < VL channels of one. */
 #define DSV4__SPAN DSV4__FN(span)
@@ -2165,34 +2203,49 @@ typedef struct DSV4__SOFTMAX {
     DSV4__VF top[DSV4__POOL_VECTORS], den[DSV4__POOL_VECTORS], sum[DSV4__POOL_VECTORS];
 } DSV4__SOFTMAX;
 
-/* Asks for the same channels of a row further on. A few lines beside each row's arithmetic: in one go, they would be
- * more than a core can wait for at a time. */
-DSV4__INLINE void DSV4__FN(fetch_row)(const dsv4__run *run, int64_t row, DSV4__SPAN at, const int vectors) {
-    const uintptr_t offset = (uintptr_t)(row * run->stride + at.c) * sizeof(float);
+/* Of the rows that are fetched: the next one, and its channels from c on. */
+#define DSV4__FETCH DSV4__FN(fetch)
+typedef struct DSV4__FETCH {
+    int run;
+    int64_t row, c;
+} DSV4__FETCH;
+
+/* Asks for as much as one row's span of channels, beside the arithmetic of one: in one go, rows would be more than a
+ * core can wait for. And row by row, in whatever order they are folded, as memory likes it best. */
+DSV4__INLINE void DSV4__FN(fetch_some)(const dsv4__pool_job *job, DSV4__FETCH *next, const int vectors) {
+    if (job->rows_ahead == 0 || next->run == job->window->run_count) return;
+    const dsv4__run *run = &job->window->runs[next->run];
+    const uintptr_t offset = (uintptr_t)((next->row + job->rows_ahead) * run->stride + next->c) * sizeof(float);
     const uintptr_t bytes = (uintptr_t)(vectors * DSV4__VL) * sizeof(float);
     dsv4__fetch_far_ahead((uintptr_t)run->kv + offset, bytes);
     dsv4__fetch_far_ahead((uintptr_t)run->gate + offset, bytes);
+    next->c += vectors * DSV4__VL;
+    if (next->c < job->channels) return;
+    next->c = 0;
+    if (++next->row < run->count) return;
+    next->row = 0;
+    next->run++;
+}
+
+/* Whether a run's scores are its gates and ape, not rounded: what most are, and quickest. */
+static int DSV4__FN(is_plain)(const dsv4__pool_job *job, const dsv4__run *run) {
+    return run->kv != NULL && run->gate != NULL && run->ape != NULL && !(job->rounding & DSV4_ROUND_SCORE);
 }
 
 /* The scores of one row of a run. */
 DSV4__INLINE void DSV4__FN(score_row)(const dsv4__pool_job *job, const dsv4__run *run, int64_t row, DSV4__SPAN at,
-                                      const int vectors, DSV4__VF *score) {
-    const int gated = run->kv != NULL && run->gate != NULL;
-    if (gated && job->rows_ahead > 0) DSV4__FN(fetch_row)(run, row + job->rows_ahead, at, vectors);
+                                      const int vectors, const int plain, DSV4__VF *score) {
+    const int gated = plain || (run->kv != NULL && run->gate != NULL), added = plain || (gated && run->ape != NULL);
     const float *gate = gated ? run->gate + row * run->stride + at.c : NULL;
-    const float *ape = gated && run->ape != NULL ? run->ape + row * run->ape_stride + at.c : NULL;
-    DSV4__UNROLL
-    for (int v = 0; v < vectors; v++)
+    const float *ape = added ? run->ape + row * run->ape_stride + at.c : NULL;
+    DSV4__EACH (v)
         score[v] = gated ? DSV4__FN(load_some)(gate + v * DSV4__VL, at.n)
                          : dsv4__v_set(run->kv == NULL ? job->pad_gate : 0.0f);
-    if (ape != NULL) {
-        DSV4__UNROLL
-        for (int v = 0; v < vectors; v++)
-            score[v] = dsv4__v_add(score[v], DSV4__FN(load_some)(ape + v * DSV4__VL, at.n));
+    if (added) {
+        DSV4__EACH (v) score[v] = dsv4__v_add(score[v], DSV4__FN(load_some)(ape + v * DSV4__VL, at.n));
     }
-    if (gated && (job->rounding & DSV4_ROUND_SCORE)) {
-        DSV4__UNROLL
-        for (int v = 0; v < vectors; v++) score[v] = dsv4__v_round(score[v]);
+    if (!plain && gated && (job->rounding & DSV4_ROUND_SCORE)) {
+        DSV4__EACH (v) score[v] = dsv4__v_round(score[v]);
     }
 }
 
@@ -2204,20 +2257,20 @@ DSV4__INLINE DSV4__VF DSV4__FN(value)(const dsv4__run *run, int64_t row, int64_t
  * both -INFINITY among them, never meet in a subtraction. */
 DSV4__INLINE void DSV4__FN(fold_row)(DSV4__FOLD *f, const DSV4__VF *score, const DSV4__VF *value, const int vectors) {
     const DSV4__VF one = dsv4__v_set(1.0f);
-    DSV4__UNROLL
-    for (int v = 0; v < vectors; v++) {
+    DSV4__VF e[DSV4__POOL_VECTORS];
+    DSV4__EACH (v) e[v] = dsv4__v_or(dsv4__v_gap(score[v], f->top[v]), dsv4__v_set(-0.0f));
+    DSV4__FN(exp)(e, vectors);
+    DSV4__EACH (v) {
         const DSV4__VF s = score[v], top = f->top[v], den = f->den[v], num = f->num[v];
-        const DSV4__VF e = DSV4__FN(exp)(dsv4__v_or(dsv4__v_gap(s, top), dsv4__v_set(-0.0f)));
-        f->den[v] = dsv4__v_fma(dsv4__v_above(s, top, den, one), e, dsv4__v_above(s, top, one, den));
-        f->num[v] = dsv4__v_fma(dsv4__v_above(s, top, num, value[v]), e, dsv4__v_above(s, top, value[v], num));
+        f->den[v] = dsv4__v_fma(dsv4__v_above(s, top, den, one), e[v], dsv4__v_above(s, top, one, den));
+        f->num[v] = dsv4__v_fma(dsv4__v_above(s, top, num, value[v]), e[v], dsv4__v_above(s, top, value[v], num));
         f->top[v] = dsv4__v_above(s, top, s, top);
     }
 }
 
 /* Where the fold starts: at what the job goes on from, or at nothing. */
 DSV4__INLINE void DSV4__FN(fold_begin)(const dsv4__pool_job *job, DSV4__SPAN at, const int vectors, DSV4__FOLD *f) {
-    DSV4__UNROLL
-    for (int v = 0; v < vectors; v++) {
+    DSV4__EACH (v) {
         const float *from = job->from == NULL ? NULL : job->from + at.c + v * DSV4__VL;
         f->top[v] = from == NULL ? dsv4__v_zero() : DSV4__FN(load_some)(from, at.n);
         f->den[v] = from == NULL ? dsv4__v_zero() : DSV4__FN(load_some)(from + job->fold_stride, at.n);
@@ -2227,8 +2280,7 @@ DSV4__INLINE void DSV4__FN(fold_begin)(const dsv4__pool_job *job, DSV4__SPAN at,
 
 DSV4__INLINE void DSV4__FN(fold_store)(const dsv4__pool_job *job, DSV4__SPAN at, const int vectors,
                                        const DSV4__FOLD *f) {
-    DSV4__UNROLL
-    for (int v = 0; v < vectors; v++) {
+    DSV4__EACH (v) {
         float *to = job->to + at.c + v * DSV4__VL;
         DSV4__FN(store_some)(to, f->top[v], at.n);
         DSV4__FN(store_some)(to + job->fold_stride, f->den[v], at.n);
@@ -2236,53 +2288,63 @@ DSV4__INLINE void DSV4__FN(fold_store)(const dsv4__pool_job *job, DSV4__SPAN at,
     }
 }
 
+/* Folds the rows of a run into what has been folded; `begun`: that is something. */
+DSV4__INLINE void DSV4__FN(fold_run)(const dsv4__pool_job *job, const dsv4__run *run, DSV4__SPAN at, const int vectors,
+                                     const int plain, int begun, DSV4__FETCH *next, DSV4__FOLD *folded) {
+    DSV4__FOLD f = *folded;
+    for (int64_t row = 0; row < run->count; row++) {
+        DSV4__VF score[DSV4__POOL_VECTORS], value[DSV4__POOL_VECTORS];
+        DSV4__FN(fetch_some)(job, next, vectors);
+        DSV4__FN(score_row)(job, run, row, at, vectors, plain, score);
+        DSV4__EACH (v) value[v] = DSV4__FN(value)(run, row, at.c + v * DSV4__VL, at.n);
+        if (begun || row > 0) {
+            DSV4__FN(fold_row)(&f, score, value, vectors);
+            continue;
+        }
+        DSV4__EACH (v) {
+            f.top[v] = score[v];
+            f.den[v] = dsv4__v_set(1.0f);
+            f.num[v] = value[v];
+        }
+    }
+    *folded = f;
+}
+
 /* Folds the job's rows, and closes the window or leaves it open. A pad of -INFINITY is left out; a channel of nothing
  * but -INFINITY has no mean. */
-DSV4__INLINE void DSV4__FN(fold_span)(const dsv4__pool_job *job, DSV4__SPAN at, const int vectors) {
+DSV4__INLINE void DSV4__FN(fold_span)(const dsv4__pool_job *job, DSV4__SPAN at, const int vectors, DSV4__FETCH *next) {
     DSV4__FOLD f;
     int begun = job->from != NULL;
     DSV4__FN(fold_begin)(job, at, vectors, &f);
     for (int i = 0; i < job->window->run_count; i++) {
         const dsv4__run run = job->window->runs[i];
         if (run.kv == NULL && job->pad_gate < -FLT_MAX) continue;
-        for (int64_t row = 0; row < run.count; row++) {
-            DSV4__VF score[DSV4__POOL_VECTORS], value[DSV4__POOL_VECTORS];
-            DSV4__FN(score_row)(job, &run, row, at, vectors, score);
-            DSV4__UNROLL
-            for (int v = 0; v < vectors; v++) value[v] = DSV4__FN(value)(&run, row, at.c + v * DSV4__VL, at.n);
-            if (begun) {
-                DSV4__FN(fold_row)(&f, score, value, vectors);
-                continue;
-            }
-            begun = 1;
-            DSV4__UNROLL
-            for (int v = 0; v < vectors; v++) {
-                f.top[v] = score[v];
-                f.den[v] = dsv4__v_set(1.0f);
-                f.num[v] = value[v];
-            }
-        }
+        if (DSV4__FN(is_plain)(job, &run))
+            DSV4__FN(fold_run)(job, &run, at, vectors, 1, begun, next, &f);
+        else
+            DSV4__FN(fold_run)(job, &run, at, vectors, 0, begun, next, &f);
+        begun |= run.count > 0;
     }
     if (job->to != NULL) {
         DSV4__FN(fold_store)(job, at, vectors, &f);
         return;
     }
-    DSV4__UNROLL
-    for (int v = 0; v < vectors; v++) DSV4__FN(store_some)
+    DSV4__EACH (v) DSV4__FN(store_some)
     (job->pooled + at.c + v * DSV4__VL,
      dsv4__v_above(f.top[v], dsv4__v_set(-INFINITY), dsv4__v_div(f.num[v], f.den[v]), dsv4__v_set(NAN)), at.n);
 }
 
 /* Writes the scores to job->scores [rows, vectors * VL]; their maximum to s->top. */
-DSV4__INLINE void DSV4__FN(scores)(const dsv4__pool_job *job, DSV4__SPAN at, const int vectors, DSV4__SOFTMAX *s) {
+DSV4__INLINE void DSV4__FN(scores)(const dsv4__pool_job *job, DSV4__SPAN at, const int vectors, DSV4__FETCH *next,
+                                   DSV4__SOFTMAX *s) {
     float *scores = job->scores;
-    DSV4__UNROLL
-    for (int v = 0; v < vectors; v++) s->top[v] = dsv4__v_set(-INFINITY);
+    DSV4__EACH (v) s->top[v] = dsv4__v_set(-INFINITY);
     for (int i = 0; i < job->window->run_count; i++) {
         const dsv4__run run = job->window->runs[i];
         for (int64_t row = 0; row < run.count; row++) {
             DSV4__VF score[DSV4__POOL_VECTORS];
-            DSV4__FN(score_row)(job, &run, row, at, vectors, score);
+            DSV4__FN(fetch_some)(job, next, vectors);
+            DSV4__FN(score_row)(job, &run, row, at, vectors, 0, score);
             DSV4__UNROLL
             for (int v = 0; v < vectors; v++, scores += DSV4__VL) {
                 dsv4__v_store(scores, score[v]);
@@ -2296,17 +2358,18 @@ DSV4__INLINE void DSV4__FN(scores)(const dsv4__pool_job *job, DSV4__SPAN at, con
 DSV4__INLINE void DSV4__FN(exponentials)(const dsv4__pool_job *job, DSV4__SPAN at, const int vectors,
                                          DSV4__SOFTMAX *s) {
     float *scores = job->scores;
-    DSV4__UNROLL
-    for (int v = 0; v < vectors; v++) s->den[v] = s->sum[v] = dsv4__v_zero();
+    DSV4__EACH (v) s->den[v] = s->sum[v] = dsv4__v_zero();
     for (int i = 0; i < job->window->run_count; i++) {
         const dsv4__run run = job->window->runs[i];
         for (int64_t row = 0; row < run.count; row++) {
+            DSV4__VF e[DSV4__POOL_VECTORS];
+            DSV4__EACH (v) e[v] = dsv4__v_sub(dsv4__v_load(scores + v * DSV4__VL), s->top[v]);
+            DSV4__FN(exp)(e, vectors);
             DSV4__UNROLL
             for (int v = 0; v < vectors; v++, scores += DSV4__VL) {
-                const DSV4__VF e = DSV4__FN(exp)(dsv4__v_sub(dsv4__v_load(scores), s->top[v]));
-                dsv4__v_store(scores, e);
-                s->den[v] = dsv4__v_add(s->den[v], e);
-                s->sum[v] = dsv4__v_fma(e, DSV4__FN(value)(&run, row, at.c + v * DSV4__VL, at.n), s->sum[v]);
+                dsv4__v_store(scores, e[v]);
+                s->den[v] = dsv4__v_add(s->den[v], e[v]);
+                s->sum[v] = dsv4__v_fma(e[v], DSV4__FN(value)(&run, row, at.c + v * DSV4__VL, at.n), s->sum[v]);
             }
         }
     }
@@ -2339,12 +2402,12 @@ DSV4__INLINE void DSV4__FN(weigh_rows)(const dsv4__pool_job *job, DSV4__SPAN at,
 }
 
 /* Rounded weights need both passes; so does the stage, beside the fold. */
-DSV4__INLINE void DSV4__FN(pool_span)(const dsv4__pool_job *job, DSV4__SPAN at, const int vectors) {
+DSV4__INLINE void DSV4__FN(pool_span)(const dsv4__pool_job *job, DSV4__SPAN at, const int vectors, DSV4__FETCH *next) {
     const int weighted = (job->rounding & (DSV4_ROUND_WEIGHT | DSV4_ROUND_PRODUCT)) != 0;
-    if (!weighted) DSV4__FN(fold_span)(job, at, vectors);
+    if (!weighted) DSV4__FN(fold_span)(job, at, vectors, next);
     if (!weighted && job->weights == NULL) return;
     DSV4__SOFTMAX s;
-    DSV4__FN(scores)(job, at, vectors, &s);
+    DSV4__FN(scores)(job, at, vectors, next, &s);
     DSV4__FN(exponentials)(job, at, vectors, &s);
     DSV4__FN(weigh_rows)(job, at, vectors, &s);
     DSV4__UNROLL
@@ -2353,13 +2416,13 @@ DSV4__INLINE void DSV4__FN(pool_span)(const dsv4__pool_job *job, DSV4__SPAN at, 
 }
 
 /* The same weights on the way back: dkv_j = p_j dpooled and dgate_j = p_j dpooled (kv_j - mean), mean = sum p kv. */
-DSV4__INLINE void DSV4__FN(pool_back_span)(const dsv4__pool_job *job, DSV4__SPAN at, const int vectors) {
+DSV4__INLINE void DSV4__FN(pool_back_span)(const dsv4__pool_job *job, DSV4__SPAN at, const int vectors,
+                                           DSV4__FETCH *next) {
     const float *e = job->scores;
     DSV4__SOFTMAX s;
-    DSV4__FN(scores)(job, at, vectors, &s);
+    DSV4__FN(scores)(job, at, vectors, next, &s);
     DSV4__FN(exponentials)(job, at, vectors, &s);
-    DSV4__UNROLL
-    for (int v = 0; v < vectors; v++) s.sum[v] = dsv4__v_div(s.sum[v], s.den[v]);
+    DSV4__EACH (v) s.sum[v] = dsv4__v_div(s.sum[v], s.den[v]);
     for (int i = 0; i < job->window->run_count; i++) {
         const dsv4__run run = job->window->runs[i];
         for (int64_t row = 0; row < run.count; row++)
@@ -2380,20 +2443,21 @@ DSV4__INLINE void DSV4__FN(pool_back_span)(const dsv4__pool_job *job, DSV4__SPAN
 /* The pooled row of a window, or its gradient. */
 DSV4__INLINE void DSV4__FN(spans)(const dsv4__pool_job *job, const int back) {
     const int64_t wide = DSV4__POOL_VECTORS * DSV4__VL;
+    DSV4__FETCH next = {0, 0, 0};
     DSV4__SPAN at;
     at.n = DSV4__VL;
     for (at.c = 0; at.c + wide <= job->channels; at.c += wide) {
         if (back)
-            DSV4__FN(pool_back_span)(job, at, DSV4__POOL_VECTORS);
+            DSV4__FN(pool_back_span)(job, at, DSV4__POOL_VECTORS, &next);
         else
-            DSV4__FN(pool_span)(job, at, DSV4__POOL_VECTORS);
+            DSV4__FN(pool_span)(job, at, DSV4__POOL_VECTORS, &next);
     }
     for (; at.c < job->channels; at.c += DSV4__VL) {
         at.n = dsv4__min(job->channels - at.c, DSV4__VL);
         if (back)
-            DSV4__FN(pool_back_span)(job, at, 1);
+            DSV4__FN(pool_back_span)(job, at, 1, &next);
         else
-            DSV4__FN(pool_span)(job, at, 1);
+            DSV4__FN(pool_span)(job, at, 1, &next);
     }
 }
 
@@ -3113,6 +3177,7 @@ enum { DSV4__FN(has_dot) = 0, DSV4__FN(tile_rows) = DSV4__TILE_ROWS };
 #undef DSV4__VF
 #undef DSV4__VI
 #undef DSV4__VL
+#undef DSV4__REGISTER
 #undef DSV4__FUSED
 #undef DSV4__DOT
 #undef DSV4__TILE_ROWS
@@ -3120,6 +3185,8 @@ enum { DSV4__FN(has_dot) = 0, DSV4__FN(tile_rows) = DSV4__TILE_ROWS };
 #undef DSV4__ANGLES
 #undef DSV4__STEP_ROWS
 #undef DSV4__POOL_VECTORS
+#undef DSV4__EACH
+#undef DSV4__FETCH
 #undef DSV4__SPAN
 #undef DSV4__FOLD
 #undef DSV4__SOFTMAX
@@ -5124,8 +5191,7 @@ static void dsv4__project_block(dsv4__call *call) {
 
 /* dkv or dgate of the chunk, packed by rows. */
 static float *dsv4__d_rows(const dsv4__back *back, int64_t matrix) {
-    return back->train->d_rows +
-           matrix * dsv4__packed_terms(back->call.c->columns) * DSV4__KBLOCK;
+    return back->train->d_rows + matrix * dsv4__packed_terms(back->call.c->columns) * DSV4__KBLOCK;
 }
 
 /* dkv or dgate of a slab, by columns. */
@@ -5564,7 +5630,8 @@ static void dsv4__pool_block(const dsv4__call *call, const dsv4__source *source,
     const int by_rows = call->batch.kv != NULL && weights == NULL && !c->keeps_rows && ratio >= 4 * DSV4__ROWS_AT_ONCE;
     job.window = &window;
     job.weights_stride = dim;
-    job.rows_ahead = call->batch.kv != NULL ? DSV4__ROWS_AHEAD : 0;
+    if (call->batch.kv != NULL)
+        job.rows_ahead = by_rows ? (int64_t)DSV4__ROWS_AHEAD : dsv4__max(ratio, DSV4__ROWS_AHEAD);
     for (int64_t i = 0; i < call->pieces; i++) {
         const dsv4__stretch *piece = &call->ws->pieces[i];
         const dsv4_state *state = piece->segment->state;

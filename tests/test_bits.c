@@ -255,9 +255,9 @@ TEST given_projections_give_the_same_entries(const shape *of) {
  * pad is finite: with scores so low that e^score is 0, too. (With the stage of weights all rows go in one.) */
 TEST long_windows_begin_with_their_first_row(float shift, float pad_gate) {
     shape long_window = shapes[1];
-    long_window.config.ratio = 40;
+    long_window.config.ratio = 72;
     long_window.config.pad_gate = pad_gate;
-    long_window.tokens = 120;
+    long_window.tokens = 216;
     ASSERT(long_window.config.overlap && long_window.config.rounding == DSV4_ROUNDING_NONE);
     workbench w = workbench_of(&long_window);
     const int64_t numbers = 2 * w.s.tokens * w.config.head_dim;

@@ -16,7 +16,8 @@ static void of_angle(float angle) {
 int main(void) {
     float number, least = 1;
     ANY(number);
-    if (dsv4__scalar_exp(number) > 0) REACHED(exponential);
+    dsv4__scalar_exp(&number, 1);
+    if (number > 0) REACHED(exponential);
     of_angle(Frama_C_float_interval(-FLT_MAX, 1));
     //@ loop unroll 128;
     for (int exponent = 0; exponent < 128; exponent++, least *= 2)

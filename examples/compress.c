@@ -672,7 +672,7 @@ static void describe_batch(const job *j, dsv4_batch *batch) {
 
 /* Rows of x as segments: whole windows only, so that a dropped tail is not looked at however tokens are fed. */
 static int lay_segments(job *j) {
-    j->segment_count = j->entries ? j->rows : 0;
+    j->segment_count = j->rows;
     j->segments = (dsv4_segment *)calloc((size_t)j->segment_count + 1, sizeof *j->segments);
     if (!j->segments) return fail(TROUBLE, "out of memory");
     for (int64_t i = 0; i < j->segment_count; i++) {
@@ -870,7 +870,7 @@ static int draw_gates(job *j) {
     gate_map map = {0};
     dsv4_batch batch = {0};
     if (!j->o.plot) return 0;
-    if (!j->segment_count) return fail(TROUBLE, "--plot: no whole window to draw");
+    if (!j->entries) return fail(TROUBLE, "--plot: no whole window to draw");
     const size_t numbers = (size_t)(windows * window_rows * c->head_dim);
     dsv4_segment first = j->segments[0];
     first.count = windows * c->ratio;

@@ -407,9 +407,11 @@ class Stream:
         return saved.raw
 
     def restore(self, saved):
-        """Becomes the stream that `saved` came from, of a compressor with the same settings."""
+        """Becomes the stream that `saved` came from, of a compressor with the same settings, training among them. (Where
+        that had no token yet, this one's own `start` stays.)"""
         saved = bytes(saved)
         _call("dsv4_state_restore", self._state, saved, ctypes.c_size_t(len(saved)))
+        self._start = self.position - _library().dsv4_state_tokens(self._state)
 
     def copy(self):
         """A stream of its own that goes on from here."""

@@ -1,6 +1,7 @@
 /* model_config.h - what a model's config.json says of its compressors' RoPE and norm.  As DeepSeek releases it
- * (`compress_rope_theta`, `rope_scaling`), as transformers writes it (`rope_parameters`, flat or with the parts
- * `main` and `compress`), and either as the `text_config` of a model that sees pictures too. */
+ * (`compress_rope_theta`, `rope_scaling`), as its inference code has it (`rope_factor`, `original_seq_len`,
+ * `rope_head_dim`, `norm_eps`), as transformers writes it (`rope_parameters`, flat or with the parts `main` and
+ * `compress`), and either as the `text_config` of a model that sees pictures too. */
 
 #ifndef MODEL_CONFIG_H
 #define MODEL_CONFIG_H
@@ -43,9 +44,10 @@ static inline void model_config_close(model_config *c);
 enum { MODEL_FACTOR, MODEL_CONTEXT, MODEL_FAST, MODEL_SLOW, MODEL_ATTENTION, MODEL_THETA, MODEL_PARTIAL, MODEL_ROPE };
 enum { MODEL_COMPRESS_THETA, MODEL_NORM_EPS, MODEL_QK_ROPE, MODEL_WHOLE_PARTIAL, MODEL_HEAD_DIM, MODEL_NUMBERS };
 
-/* rope_parameters or rope_scaling, or a part of it. */
+/* rope_parameters or rope_scaling, a part of it, or fields that say the same. */
 typedef struct model__rope {
     int given;
+    int parts; /* objects in it */
     const char *type, *old_type, *number[MODEL_ROPE];
 } model__rope;
 
@@ -53,6 +55,7 @@ typedef struct model__fields {
     int given;
     const char *number[MODEL_NUMBERS];
     model__rope rope[2], compress[2]; /* of rope_parameters and rope_scaling; their parts `compress` */
+    model__rope inference;            /* among the other fields, as DeepSeek's inference code has them */
 } model__fields;
 
 static inline int model__index(const char *key, const char *const *names, int count) {
@@ -105,6 +108,7 @@ static inline int model__read_rope(json *j, model__rope *rope, model__rope *part
     if (rope->given++) return json_bad(j, "this stands twice");
     for (int n = 0; (more = json_member(j, &n, &key)) > 0;) {
         const int parted = strcmp(key, "compress") == 0;
+        rope->parts += json_peek(j) == '{';
         if (parted ? model__read_part(j, part) : model__read_rope_member(j, key, rope)) return -1;
     }
     return more;
@@ -114,8 +118,13 @@ static inline int model__read_member(json *j, const char *key, model__fields *f)
     static const char *const names[MODEL_NUMBERS] = {"compress_rope_theta", "rms_norm_eps", "qk_rope_head_dim",
                                                      "partial_rotary_factor", "head_dim"};
     static const char *const ropes[2] = {"rope_parameters", "rope_scaling"};
+    static const char *const inference[4] = {"rope_factor", "original_seq_len", "beta_fast", "beta_slow"};
     const int i = model__index(key, names, MODEL_NUMBERS), rope = model__index(key, ropes, 2);
+    const int own = model__index(key, inference, 4);
     if (i < MODEL_NUMBERS) return model__read_number(j, &f->number[i]);
+    if (own < 4) return model__read_number(j, &f->inference.number[own]);
+    if (strcmp(key, "norm_eps") == 0) return model__read_number(j, &f->number[MODEL_NORM_EPS]);
+    if (strcmp(key, "rope_head_dim") == 0) return model__read_number(j, &f->number[MODEL_QK_ROPE]);
     return rope < 2 ? model__read_rope(j, &f->rope[rope], &f->compress[rope]) : json_skip(j);
 }
 
@@ -141,6 +150,17 @@ static inline int model__read_fields(json *j, model__fields *f, model__fields *t
 }
 
 /* ---- What it means ----------------------------------------------------------------------------------------- */
+
+/* What DeepSeek's inference code has beside its other settings: YaRN, unless there is no original context. */
+static inline void model__settle_inference(model__rope *rope) {
+    const char *context = rope->number[MODEL_CONTEXT];
+    if (!context) return;
+    if (strtod(context, NULL) > 0) {
+        rope->type = "yarn";
+    } else {
+        memset(rope, 0, sizeof *rope);
+    }
+}
 
 /* YaRN, or none. The point of each refusal: whatever else is said would be ignored, and entries be wrong. */
 static inline int model__settle_rope(model_config *c, const model__rope *rope, json *j) {
@@ -189,13 +209,17 @@ static inline int model__settle_rope_dim(model_config *c, const char *const *num
 
 static inline int model__settle(model_config *c, const model__fields *f, json *j) {
     const int older = !f->rope[0].given, parted = f->compress[older].given;
-    const model__rope *rope = parted ? &f->compress[older] : &f->rope[older];
+    const int released = f->rope[0].given || f->rope[1].given;
+    const model__rope *rope = !released ? &f->inference : parted ? &f->compress[older] : &f->rope[older];
     /* The base of a flat rope_parameters is that of the other layers. */
     const char *theta = f->number[MODEL_COMPRESS_THETA], *own = parted ? rope->number[MODEL_THETA] : NULL;
     const char *partial = rope->number[MODEL_PARTIAL];
     if (theta && own && strtod(theta, NULL) != strtod(own, NULL)) {
         return json_fail(j->message, j->message_size,
                          "%s: compress_rope_theta %.40s, but rope_theta %.40s in `compress`", j->name, theta, own);
+    }
+    if (f->rope[older].parts && !parted) {
+        return json_fail(j->message, j->message_size, "%s: RoPE's settings have parts, but no `compress`", j->name);
     }
     c->setting[MODEL_ROPE_THETA] = own ? own : theta;
     c->setting[MODEL_EPS] = f->number[MODEL_NORM_EPS];
@@ -214,7 +238,9 @@ static inline int model_config_parse(model_config *c, const char *path, const vo
     if (!c->text) return json_fail(message, message_size, "%s: out of memory", path);
     json j = json_open(path, bytes, size, c->text, message, message_size);
     if (model__read_fields(&j, &fields, &text) || json_end(&j)) return -1;
-    return model__settle(c, text.given ? &text : &fields, &j);
+    model__fields *settings = text.given ? &text : &fields;
+    model__settle_inference(&settings->inference);
+    return model__settle(c, settings, &j);
 }
 
 static inline int model_config_open(model_config *c, const char *path, char *message, size_t message_size) {

@@ -171,6 +171,18 @@ class Python(unittest.TestCase):
             self.same(other(x[10:]).out, c(x).out[2:])
         copied.roll_back(2)
 
+    def test_a_restored_stream_knows_where_it_began(self):
+        given, normal = drawn()
+        c, x = dsv4.Compressor(**given), normal(8, 48)
+        s, restored, never_run = c.stream(depth=4, start=100), c.stream(depth=4), c.stream(start=7)
+        s(x[:4])
+        restored.restore(s.save())
+        restored.roll_back(4)
+        self.assertEqual(restored.position, 100)
+        self.same(restored(x).out, c(x, start=100).out)
+        never_run.restore(c.stream().save())
+        self.assertEqual(never_run.position, 7)
+
     def test_stages_of_a_stream_need_its_rows(self):
         given, normal = drawn()
         c, x = dsv4.Compressor(**given), normal(8, 48)

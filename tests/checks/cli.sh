@@ -44,6 +44,18 @@ for golden in tests/golden/*.safetensors; do
 done
 wait
 
+# ---- No window at all --------------------------------------------------------------------------------------------
+
+short_rows() { # rows of fewer tokens than a window has, their tails dropped
+    for fed in '' '--chunk 1' '--chunk 5 --threads 2'; do
+        "$compress" --weights tests/golden/hca_none.safetensors --input tests/golden/csa_none.safetensors --drop-tail \
+            --stages $fed --output "$tmp/short.out" || return 1
+        [ -n "$fed" ] || mv "$tmp/short.out" "$tmp/short"
+        [ -z "$fed" ] || cmp "$tmp/short" "$tmp/short.out" || return 1
+    done
+}
+try 'rows shorter than a window, however they are fed' short_rows
+
 # ---- Refusals ---------------------------------------------------------------------------------------------------
 
 good=tests/golden/csa_none.safetensors
@@ -354,6 +366,8 @@ done <<'END'
 {"rope_scaling":{"rope_type":"yarn","factor":4,"original_max_position_embeddings":64,"beta_fast":16,"beta_slow":2}}|--rope-dim 16|--yarn-factor 4 --yarn-orig-ctx 64 --yarn-beta-fast 16 --yarn-beta-slow 2
 {"rope_parameters":{"rope_type":"yarn","factor":8,"original_max_position_embeddings":64,"rope_theta":5,"attention_factor":1.0}}|--rope-dim 16|--yarn-factor 8 --yarn-orig-ctx 64
 {"rope_parameters":{"rope_type":"default","factor":null},"rope_scaling":{"type":"yarn","factor":4,"original_max_position_embeddings":64}}|--rope-dim 16|--yarn-factor 1
+{"rope_head_dim":16,"norm_eps":1e-3,"rope_factor":8,"original_seq_len":64,"beta_fast":30,"beta_slow":2,"compress_rope_theta":9}||--rope-dim 16 --eps 1e-3 --yarn-factor 8 --yarn-orig-ctx 64 --yarn-beta-fast 30 --yarn-beta-slow 2 --rope-theta 9
+{"rope_head_dim":16,"rope_factor":8,"original_seq_len":0}||--rope-dim 16 --yarn-factor 1
 {"head_dim":32,"rope_parameters":{"compress":{"rope_type":"yarn","factor":8,"original_max_position_embeddings":64,"rope_theta":5000,"partial_rotary_factor":0.5},"main":{"rope_type":"default","rope_theta":7}}}||--rope-dim 16 --rope-theta 5000 --yarn-factor 8 --yarn-orig-ctx 64
 {"rms_norm_eps":1,"text_config":{"rms_norm_eps":1e-3,"qk_rope_head_dim":8},"vision_config":{"rms_norm_eps":5}}||--eps 1e-3 --rope-dim 8 --yarn-factor 1
 {"a":[{"rms_norm_eps":5},[],{}, -1.5e+3, true, false, "\u00e9\ud83d\ude00"],"rms_norm_eps":1e-3}|--rope-dim 16|--eps 1e-3 --yarn-factor 1
@@ -370,6 +384,9 @@ while IFS='|' read -r pattern config; do
 done <<'END'
 rope_type 'llama3'|{"rope_scaling":{"rope_type":"llama3","factor":8}}
 rope_type 'longrope'|{"rope_parameters":{"compress":{"type":"longrope"}}}
+parts, but no `compress`|{"rope_parameters":{"main":{"rope_type":"default"},"compressed":{"rope_type":"yarn"}}}
+factor without|{"rope_factor":8}
+yarn without a factor|{"original_seq_len":64}
 attention_factor 1.2|{"rope_scaling":{"type":"yarn","factor":4,"original_max_position_embeddings":64,"attention_factor":1.2}}
 without a rope_type|{"rope_scaling":{"factor":4,"original_max_position_embeddings":64}}
 yarn without a factor|{"rope_scaling":{"type":"yarn","original_max_position_embeddings":64}}

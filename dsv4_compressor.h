@@ -268,7 +268,8 @@ typedef enum dsv4_sums {
     DSV4_SUMS_TILES = 1  /* as AMX's TDPBF16PS: Intel's Xeons */
 } dsv4_sums;
 
-/* What a compressor is. A field of 0 takes the default that its comment names; the first three have none. */
+/* What a compressor is. A field of 0 takes the default that its comment names; the first three have none. hidden_dim and
+ * ratio are under 2^31, flags 0 or 1, numbers at most 1e30. */
 typedef struct dsv4_config {
     int64_t hidden_dim;    /* H, width of a hidden state, >= 1 */
     int64_t head_dim;      /* D, width of an entry, >= 1 */
@@ -396,7 +397,8 @@ DSV4_API dsv4_allocator dsv4_arena_allocator(dsv4_arena *arena);
 
 /* A parallel-for: run(context, count, task, argument) must call task(argument, i) once for each i in [0, count), on any
  * threads, in any order, and return when all have returned. It is never called from within a task. Tasks do not block
- * and do not depend on each other. `threads` is how many it can keep busy; with run = NULL all runs on the caller's. */
+ * and do not depend on each other. `threads` is how many it can keep busy (less than 1 counts as 1); with run = NULL all
+ * runs on the caller's. */
 typedef void dsv4_task(void *argument, int64_t index);
 typedef struct dsv4_parallel {
     void (*run)(void *context, int64_t count, dsv4_task *task, void *argument);
@@ -474,16 +476,17 @@ DSV4_API void dsv4_state_destroy(dsv4_state *state); /* NULL is fine */
 /* Back to no token seen; the next segment's position then says where the sequence begins. */
 DSV4_CHECKED DSV4_API dsv4_status dsv4_state_reset(dsv4_state *state, dsv4_error *error);
 
-/* Tokens seen since the sequence's first (0 for NULL), and the position the next one must have: any where none was
- * seen. */
+/* Tokens seen since the sequence's first (0 for NULL), and the position that the next one must have. Where no token was
+ * seen, or all were taken back, the next segment may begin anywhere: where, is the caller's to remember. */
 DSV4_API int64_t dsv4_state_tokens(const dsv4_state *state);
 DSV4_API int64_t dsv4_state_position(const dsv4_state *state);
 
-/* How many tokens roll_back could take back now: at most depth, and never past a reset, copy or restore's own reach. */
+/* How many tokens roll_back could take back now: at most depth, never past a reset, and after a copy or restore no
+ * further than the state that it came from. */
 DSV4_API int64_t dsv4_state_reach(const dsv4_state *state);
 
-/* destination becomes the same stream as source. Both must be of one configuration (else DSV4_ERROR_STATE); depths may
- * differ: the destination reaches back as far as both allow. */
+/* destination becomes the same stream as source. Both must be of one configuration, and of compressors for training or
+ * not (else DSV4_ERROR_STATE); depths may differ: the destination reaches back as far as both allow. */
 DSV4_CHECKED DSV4_API dsv4_status dsv4_state_copy(dsv4_state *destination, const dsv4_state *source, dsv4_error *error);
 
 /* As if the last `tokens` had never come; their entries are the caller's to forget. Across closed windows too.
@@ -523,13 +526,14 @@ typedef struct dsv4_segment {
 typedef struct dsv4_stages {
     float *kv, *gate; /* [tokens, coff * D] after the projection's rounding */
     float *weights;   /* [entries, coff * ratio, D]: softmax weights by window row. Of windows that were open before the
-                         call they need a state deep enough to have their rows; DSV4_ERROR_STATE says how deep */
+                         call they need a state whose depth still holds their rows; DSV4_ERROR_STATE says how deep */
     float *pooled;    /* [entries, D] */
     void *latent; /* [entries, D] in out.dtype, bf16 where that is PACKED: the entry before RoPE, V4.1's indexer key */
 } dsv4_stages;
 
 /* One call. Pointers need the alignment of their numbers, no more. Inputs and outputs must not overlap, nor the entries
- * of two segments, nor, for dsv4_backward, their tokens. Where kv is given, dsv4_compress does not read x. */
+ * of two segments, nor, for dsv4_backward, their tokens (none of which is checked). Where kv is given, dsv4_compress does
+ * not read x. */
 typedef struct dsv4_batch {
     dsv4_const_matrix x;    /* [tokens, hidden_dim]; or NULL data, with kv and gate given */
     int64_t tokens;         /* rows of x (or of kv and gate) */
@@ -538,8 +542,8 @@ typedef struct dsv4_batch {
     dsv4_matrix scales;     /* with out PACKED: [entries, bytes of a row's scales], PACKED too; else not looked at */
     int64_t entries;        /* rows of out */
     const int64_t *entry_rows; /* the row of each entry of the call, in the order of segments, instead of segment.entry:
-                                  in out, scales, dout and the stages by entry. No two are the same; what has a negative
-                                  one is not stored. NULL: a segment's entries follow one another */
+                                  in out, scales, dout and the stages by entry. No two are the same (not checked); what
+                                  has a negative one is not stored. NULL: a segment's entries follow one another */
     const dsv4_segment *segments; /* NULL, with segment_count 0: all tokens are one whole sequence, */
     int64_t segment_count;        /* from position 0 and with entries from row 0 on */
     int drop_tail; /* 1: tokens of a stateless segment after its last whole window are ignored; 0: an error */
@@ -547,22 +551,26 @@ typedef struct dsv4_batch {
 } dsv4_batch;
 
 /* Compresses every segment. Segments may come in any order and mix lengths, states and none. DSV4_ERROR_LENGTH,
- * _BOUNDS, _STATE, _NULL, _ALIGNMENT, _ARGUMENT, _OVERFLOW as their texts say; nothing is written then. */
+ * _BOUNDS, _STATE, _NULL, _ALIGNMENT, _ARGUMENT, _CONFIG (PACKED where rows are PLAIN), _OVERFLOW as their texts say;
+ * nothing is written then. */
 DSV4_CHECKED DSV4_API dsv4_status dsv4_compress(const dsv4_compressor *compressor, const dsv4_batch *batch,
                                                 dsv4_workspace *workspace, dsv4_error *error);
 
-/* Rows that exist already into config.rows: what dsv4_compress does after RoPE. plain, out and scales have `count`
- * rows, of the shapes that batches have. Nothing may overlap. */
+/* Where quantised rows go: out and scales have `count` rows, of the shapes that those of a batch have. */
 typedef struct dsv4_quantised {
     int64_t count;
     dsv4_matrix out, scales;
 } dsv4_quantised;
+
+/* Rows that exist already, plain [count, head_dim], into config.rows: what dsv4_compress does after RoPE. Nothing may
+ * overlap. */
 DSV4_CHECKED DSV4_API dsv4_status dsv4_quantise(const dsv4_compressor *compressor, dsv4_const_matrix plain,
                                                 const dsv4_quantised *rows, dsv4_workspace *workspace,
                                                 dsv4_error *error);
 
 /* PACKED rows back to numbers [count, head_dim] in bf16 or fp32: what dsv4_compress gives as such, and a value for any
- * other bytes. The rounding point `row` rounds here too. */
+ * other bytes. The rounding point `row` rounds here too. (Without it, an fp32 out has FP8's RoPE channels in fp32; packed
+ * rows hold them in bf16.) */
 DSV4_CHECKED DSV4_API dsv4_status dsv4_unpack(const dsv4_config *config, int64_t count, dsv4_const_matrix rows,
                                               dsv4_const_matrix scales, dsv4_matrix numbers, dsv4_error *error);
 
@@ -579,7 +587,7 @@ typedef struct dsv4_mask_spec {
     int64_t ratio;            /* m, tokens per entry, >= 1 */
     int64_t first;            /* t of the first query */
     int64_t queries, entries; /* rows and columns */
-    float hidden;             /* e.g. -1e4; 0: -INFINITY */
+    float hidden;             /* what says "not seen", e.g. -1e4; 0: -INFINITY */
 } dsv4_mask_spec;
 
 /* Writes such a mask. */
@@ -590,8 +598,8 @@ DSV4_CHECKED DSV4_API dsv4_status dsv4_mask(const dsv4_mask_spec *spec, dsv4_mat
  * ============================================================================================================ */
 
 /* The gradient of a sequence's parts. A part that does not end its sequence needs `next`: the gradient with respect to
- * the state after it, which is what the following part gave as `previous`. Each is a dsv4_state of the compressor used
- * as a container: its rows hold gradients. */
+ * the state after it, which is what the following part gave as `previous`. So parts go last to first. Each is a
+ * dsv4_state of the compressor, of any depth, used as a container: its rows hold gradients. */
 typedef struct dsv4_segment_gradient {
     const dsv4_state *next; /* gradient of the state after the segment; NULL: nothing follows */
     dsv4_state *previous;   /* receives the gradient of the state before it, and is no other state of the call;
@@ -608,14 +616,14 @@ typedef struct dsv4_gradients {
 } dsv4_gradients;
 
 /* The backward pass of dsv4_compress on the same batch (its out and stages are not looked at). The compressor must
- * have been made with options.training. States are those from before the forward call and are not advanced. The
- * projections are recomputed, or taken from batch->kv and batch->gate where these are given beside x (what the
- * forward call wrote to stages.kv and stages.gate). Rounding counts as the identity. Where x and weights are bf16,
- * dkv and dgate are rounded to bf16 before the products that give dx, dwkv and dwgate. Sums over tokens and entries
- * run in blocks of 256 tokens from each sequence's first (an entry counts with its last token), in order, segments
- * in the order given: cutting a sequence at multiples of 256 and accumulating part by part gives the same bits.
- * Memory: see dsv4_workspace_size; nothing grows with the sequence. Errors as dsv4_compress, and
- * DSV4_ERROR_ARGUMENT for a gradient that the configuration has not. */
+ * have been made with options.training. States are those from before the forward call and are not advanced (but no
+ * other call may use them meanwhile). The projections are recomputed, or taken from batch->kv and batch->gate where
+ * these are given beside x (what the forward call wrote to stages.kv and stages.gate). Rounding counts as the
+ * identity. Where x and weights are bf16, dkv and dgate are rounded to bf16 before the products that give dx, dwkv and
+ * dwgate. Sums over tokens and entries run in blocks of 256 tokens from each sequence's first (an entry counts with
+ * its last token), in order, segments in the order given: cutting a sequence at multiples of 256 and accumulating part
+ * by part gives the same bits. Memory: see dsv4_workspace_size; nothing grows with the sequence. Errors as
+ * dsv4_compress, and DSV4_ERROR_ARGUMENT for a gradient that the configuration has not. */
 DSV4_CHECKED DSV4_API dsv4_status dsv4_backward(const dsv4_compressor *compressor, const dsv4_batch *batch,
                                                 const dsv4_gradients *gradients, dsv4_workspace *workspace,
                                                 dsv4_error *error);
@@ -4162,8 +4170,8 @@ static dsv4_status dsv4__check_param(dsv4_const_matrix array, const dsv4_param_i
     return dsv4__fail(error, DSV4_ERROR_ARGUMENT, "%s is given, but the configuration has none", info->name);
 }
 
-/* Rounded weights and gradients need an open window's rows; of few of them (disjoint windows of two) kv and gate are
- * fewer numbers than the three that are folded of each open window. */
+/* Rounded weights and gradients need an open window's rows; of few of them (disjoint windows of two, overlapping ones of
+ * one) kv and gate are fewer numbers than the three that are folded of each open window. */
 static int dsv4__keeps_rows(const dsv4_compressor *c) {
     const int64_t waiting = c->series == 2 ? 3 * c->config.ratio - 2 : c->config.ratio - 1;
     return c->training != 0 || (c->config.rounding & (DSV4_ROUND_WEIGHT | DSV4_ROUND_PRODUCT)) != 0 ||
@@ -4353,7 +4361,7 @@ DSV4_API dsv4_status dsv4_state_size(const dsv4_compressor *compressor, int64_t 
     DSV4__TRY(dsv4__need(compressor, "compressor", error));
     DSV4__TRY(dsv4__need(bytes, "bytes", error));
     if (depth < 0 || depth > INT64_MAX / 4)
-        return dsv4__fail(error, DSV4_ERROR_ARGUMENT, "depth is %lld, not in 0 ... 2^61", (long long)depth);
+        return dsv4__fail(error, DSV4_ERROR_ARGUMENT, "depth is %lld, not in 0 ... 2^61 - 1", (long long)depth);
     dsv4__state_plan(compressor, depth, compressor->keeps_rows, &plan);
     const dsv4__size size = dsv4__state_lay(&plan, NULL);
     DSV4__TRY(dsv4__size_check(&size, "state", error));
@@ -4486,7 +4494,8 @@ DSV4_API dsv4_status dsv4_state_copy(dsv4_state *destination, const dsv4_state *
     DSV4__TRY(dsv4__need(destination, "destination", error));
     DSV4__TRY(dsv4__need(source, "source", error));
     if (destination->fingerprint != source->fingerprint)
-        return dsv4__fail(error, DSV4_ERROR_STATE, "the states are of configurations %016llx and %016llx",
+        return dsv4__fail(error, DSV4_ERROR_STATE,
+                          "the states are of configurations %016llx and %016llx (training counts)",
                           (unsigned long long)destination->fingerprint, (unsigned long long)source->fingerprint);
     if (destination == source) return DSV4_OK;
     const int64_t floor = dsv4__max(source->floor, source->tokens - destination->depth);
@@ -4610,7 +4619,7 @@ static dsv4_status dsv4__check_saved(const dsv4_state *state, const unsigned cha
     if (size < DSV4__SAVE_HEADER + DSV4__SAVE_CHECK)
         return dsv4__fail(error, DSV4_ERROR_DATA, "%llu bytes are too few for a saved state", (unsigned long long)size);
     if (dsv4__read64(bytes) != dsv4__save_magic)
-        return dsv4__fail(error, DSV4_ERROR_DATA, "no saved state of version 2: it begins with %016llx",
+        return dsv4__fail(error, DSV4_ERROR_DATA, "no saved state of version 2: it begins with 0x%016llx",
                           (unsigned long long)dsv4__read64(bytes));
     if (dsv4__read64(bytes + size - DSV4__SAVE_CHECK) != dsv4__hash(dsv4__hash_start, bytes, size - DSV4__SAVE_CHECK))
         return dsv4__fail(error, DSV4_ERROR_DATA, "the checksum over %llu bytes does not fit",
@@ -4676,10 +4685,10 @@ DSV4_API dsv4_status dsv4_state_restore(dsv4_state *state, const void *bytes, si
 /* ------------------------------------------------------------------------------------------------------------
  * 3n. What calls work on: workspace, blocks and chunks of tokens
  *
- * Tokens are worked on in blocks of up to 224 rows, whose projections onto all groups stay in the second cache. Some
- * blocks of terms are outermost: their part of x is packed and, while it too is in that cache, all weights for these
- * terms pass by once, group by group. Then each task pools the closing windows over some groups of channels, and then
- * finishes some entries.
+ * Tokens are worked on in blocks of up to 224 rows (256 on tiles), whose projections onto all groups stay in the second
+ * cache. Some blocks of terms are outermost: their part of x is packed and, while it too is in that cache, all weights
+ * for these terms pass by once, group by group. Then each task pools the closing windows over some groups of channels,
+ * and then finishes some entries.
  *
  * The way back takes chunks of up to 256 tokens, made of parts: the tokens of one segment in one block of 256 of its
  * sequence, so that a part's sums are whole blocks of the numeric contract. What a part needs is a function of the
@@ -5008,7 +5017,7 @@ typedef struct dsv4__back {
     int64_t slabs, blocks; /* laid by for the weights' gradients */
 } dsv4__back;
 
-/* Which sums over tokens or entries are wanted at all. */
+/* Whether anything but `previous` is wanted. */
 static int dsv4__wants_tokens(const dsv4_gradients *g) {
     return g->dx.data != NULL || g->dwkv.data != NULL || g->dwgate.data != NULL || g->dape.data != NULL ||
            g->dnorm.data != NULL;
@@ -5690,7 +5699,7 @@ static void dsv4__carry_state_rows(const dsv4__call *call, const dsv4__stretch *
         }
 }
 
-/* Where the state of a piece stands behind it. */
+/* The floor of a piece's state once it has taken the piece in. */
 static int64_t dsv4__floor_after(const dsv4__stretch *piece) {
     const dsv4_state *state = piece->segment->state;
     return dsv4__max(state->floor, dsv4__end_of(piece) - state->depth);
@@ -6123,14 +6132,15 @@ static dsv4_status dsv4__check_state(const dsv4_compressor *c, const dsv4_segmen
                                      dsv4_error *error) {
     const dsv4_state *state = segment->state;
     if (state->fingerprint != c->fingerprint)
-        return dsv4__fail(error, DSV4_ERROR_STATE, "segment %lld: its state is of configuration %016llx, not %016llx",
+        return dsv4__fail(error, DSV4_ERROR_STATE,
+                          "segment %lld: its state is of configuration %016llx, not %016llx (training counts)",
                           (long long)index, (unsigned long long)state->fingerprint, (unsigned long long)c->fingerprint);
-    if (state->tokens > 0 && segment->position != dsv4_state_position(state))
-        return dsv4__fail(error, DSV4_ERROR_STATE, "segment %lld: position %lld, but its state continues at %lld",
-                          (long long)index, (long long)segment->position, (long long)dsv4_state_position(state));
     if (state->marked)
         return dsv4__fail(error, DSV4_ERROR_STATE, "segment %lld: its state stands in an earlier segment too",
                           (long long)index);
+    if (state->tokens > 0 && segment->position != dsv4_state_position(state))
+        return dsv4__fail(error, DSV4_ERROR_STATE, "segment %lld: position %lld, but its state continues at %lld",
+                          (long long)index, (long long)segment->position, (long long)dsv4_state_position(state));
     return DSV4_OK;
 }
 
@@ -6153,8 +6163,8 @@ static dsv4_status dsv4__check_segment(const dsv4_compressor *c, const dsv4_batc
     const int64_t ratio = c->config.ratio, limit = (int64_t)1 << 62;
     DSV4__TRY(dsv4__check_span(segment->token, segment->count, batch->tokens, index, "tokens", error));
     if (segment->position < 0 || segment->position >= limit || segment->count >= limit - segment->position)
-        return dsv4__fail(error, DSV4_ERROR_BOUNDS, "segment %lld: position %lld, not in 0 ... 2^62", (long long)index,
-                          (long long)segment->position);
+        return dsv4__fail(error, DSV4_ERROR_BOUNDS, "segment %lld: positions %lld + %lld, not in 0 ... 2^62 - 1",
+                          (long long)index, (long long)segment->position, (long long)segment->count);
     if (segment->state == NULL && !batch->drop_tail && segment->count % ratio != 0)
         return dsv4__fail(error, DSV4_ERROR_LENGTH, "segment %lld: %lld tokens, which the ratio %lld does not divide",
                           (long long)index, (long long)segment->count, (long long)ratio);
@@ -6447,7 +6457,6 @@ static dsv4_status dsv4__check_gradients(dsv4__back *back, dsv4_error *error) {
     const dsv4_compressor *c = back->call.c;
     dsv4_batch *batch = &back->call.batch;
     dsv4_gradients *g = &back->g;
-    if (!c->training) return dsv4__fail(error, DSV4_ERROR_ARGUMENT, "the compressor was made without options.training");
     if (batch->entries < 0) return dsv4__fail(error, DSV4_ERROR_ARGUMENT, "entries is %lld", (long long)batch->entries);
     if (batch->tokens > 0)
         DSV4__TRY(dsv4__check_const_matrix(&batch->x, batch->tokens, c->config.hidden_dim, "x", error));
@@ -6509,6 +6518,9 @@ DSV4_API dsv4_status dsv4_backward(const dsv4_compressor *compressor, const dsv4
                                    const dsv4_gradients *gradients, dsv4_workspace *workspace, dsv4_error *error) {
     dsv4__back back;
     memset(&back, 0, sizeof back);
+    DSV4__TRY(dsv4__need(compressor, "compressor", error));
+    if (!compressor->training)
+        return dsv4__fail(error, DSV4_ERROR_ARGUMENT, "the compressor was made without options.training");
     DSV4__TRY(dsv4__begin_call(compressor, batch, workspace, &back.call, error));
     DSV4__TRY(dsv4__need(gradients, "gradients", error));
     back.g = *gradients;

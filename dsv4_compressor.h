@@ -268,8 +268,8 @@ typedef enum dsv4_sums {
     DSV4_SUMS_TILES = 1  /* as AMX's TDPBF16PS: Intel's Xeons */
 } dsv4_sums;
 
-/* What a compressor is. A field of 0 takes the default that its comment names; the first three have none. hidden_dim and
- * ratio are under 2^31, flags 0 or 1, numbers at most 1e30. */
+/* What a compressor is. A field of 0 takes the default that its comment names; the first three have none. hidden_dim
+ * and ratio are under 2^31, flags 0 or 1, numbers at most 1e30. */
 typedef struct dsv4_config {
     int64_t hidden_dim;    /* H, width of a hidden state, >= 1 */
     int64_t head_dim;      /* D, width of an entry, >= 1 */
@@ -395,10 +395,10 @@ DSV4_API dsv4_arena dsv4_arena_init(void *buffer, size_t size);
 /* The allocator draws on `arena`, which must outlive it. Not for two threads at once. */
 DSV4_API dsv4_allocator dsv4_arena_allocator(dsv4_arena *arena);
 
-/* A parallel-for: run(context, count, task, argument) must call task(argument, i) once for each i in [0, count), on any
- * threads, in any order, and return when all have returned. It is never called from within a task. Tasks do not block
- * and do not depend on each other. `threads` is how many it can keep busy (less than 1 counts as 1); with run = NULL all
- * runs on the caller's. */
+/* A parallel-for: run(context, count, task, argument) must call task(argument, i) once for each i in [0, count), on
+ * any threads, in any order, and return when all have returned. It is never called from within a task. Tasks do not
+ * block and do not depend on each other. `threads` is how many it can keep busy (less than 1 counts as 1); with run
+ * = NULL all runs on the caller's. */
 typedef void dsv4_task(void *argument, int64_t index);
 typedef struct dsv4_parallel {
     void (*run)(void *context, int64_t count, dsv4_task *task, void *argument);
@@ -531,9 +531,9 @@ typedef struct dsv4_stages {
     void *latent; /* [entries, D] in out.dtype, bf16 where that is PACKED: the entry before RoPE, V4.1's indexer key */
 } dsv4_stages;
 
-/* One call. Pointers need the alignment of their numbers, no more. Inputs and outputs must not overlap, nor the entries
- * of two segments, nor, for dsv4_backward, their tokens (none of which is checked). Where kv is given, dsv4_compress does
- * not read x. */
+/* One call. Pointers need the alignment of their numbers, no more. Inputs and outputs must not overlap, nor the
+ * entries of two segments, nor, for dsv4_backward, their tokens (none of which is checked). Where kv is given,
+ * dsv4_compress does not read x. */
 typedef struct dsv4_batch {
     dsv4_const_matrix x;    /* [tokens, hidden_dim]; or NULL data, with kv and gate given */
     int64_t tokens;         /* rows of x (or of kv and gate) */
@@ -568,9 +568,9 @@ DSV4_CHECKED DSV4_API dsv4_status dsv4_quantise(const dsv4_compressor *compresso
                                                 const dsv4_quantised *rows, dsv4_workspace *workspace,
                                                 dsv4_error *error);
 
-/* PACKED rows back to numbers [count, head_dim] in bf16 or fp32: what dsv4_compress gives as such, and a value for any
- * other bytes. The rounding point `row` rounds here too. (Without it, an fp32 out has FP8's RoPE channels in fp32; packed
- * rows hold them in bf16.) */
+/* PACKED rows back to numbers [count, head_dim] in bf16 or fp32: what dsv4_compress gives as such, and a value for
+ * any other bytes. The rounding point `row` rounds here too. (Without it, an fp32 out has FP8's RoPE channels in
+ * fp32; packed rows hold them in bf16.) */
 DSV4_CHECKED DSV4_API dsv4_status dsv4_unpack(const dsv4_config *config, int64_t count, dsv4_const_matrix rows,
                                               dsv4_const_matrix scales, dsv4_matrix numbers, dsv4_error *error);
 
@@ -4170,8 +4170,8 @@ static dsv4_status dsv4__check_param(dsv4_const_matrix array, const dsv4_param_i
     return dsv4__fail(error, DSV4_ERROR_ARGUMENT, "%s is given, but the configuration has none", info->name);
 }
 
-/* Rounded weights and gradients need an open window's rows; of few of them (disjoint windows of two, overlapping ones of
- * one) kv and gate are fewer numbers than the three that are folded of each open window. */
+/* Rounded weights and gradients need an open window's rows; of few of them (disjoint windows of two, overlapping
+ * ones of one) kv and gate are fewer numbers than the three that are folded of each open window. */
 static int dsv4__keeps_rows(const dsv4_compressor *c) {
     const int64_t waiting = c->series == 2 ? 3 * c->config.ratio - 2 : c->config.ratio - 1;
     return c->training != 0 || (c->config.rounding & (DSV4_ROUND_WEIGHT | DSV4_ROUND_PRODUCT)) != 0 ||

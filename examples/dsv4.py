@@ -278,7 +278,8 @@ class Compressor:
     """wkv, wgate [coff D, H], ape [m, coff D], norm [D]; packed here and not needed afterwards. DeepSeek-V4.1 has no
     ape (give ratio and eps, 1e-20) and at ratio 1 no wgate.
 
-    rounding   where results are rounded to bf16: "none", "deepseek", "transformers" ... or points, "pooled+scaled+row"
+    rounding   where results are rounded to bf16, whatever x is: "none", "deepseek", "transformers" ... or points,
+               "pooled+scaled+row"
     eps        1e-6 where there is an ape
     yarn_factor  1: no YaRN
     sums       order in which products of bf16 are added: "pairs", "tiles"
@@ -314,7 +315,7 @@ class Compressor:
         self.settings = dict(reals, ratio=ratio, rope_dim=rope_dim, rounding=rounding, sums=sums, rows=rows,
                              training=training, threads=threads)
         bits = ctypes.c_uint32()
-        _call("dsv4_rounding_parse", rounding.encode(), ctypes.byref(bits))
+        _call("dsv4_rounding_parse", str(rounding).encode(), ctypes.byref(bits))
         n = _numbers(hidden_dim=self.hidden_dim, head_dim=self.head_dim, ratio=self.ratio, rope_dim=rope_dim,
                      overlap=self.overlap, no_ape=ape is None, no_gate=wgate is None, rounding=bits.value,
                      sums=SUMS.index(sums), rows=ROWS.index(rows), training=training, threads=threads,
@@ -407,8 +408,8 @@ class Stream:
         return saved.raw
 
     def restore(self, saved):
-        """Becomes the stream that `saved` came from, of a compressor with the same settings, training among them. (Where
-        that had no token yet, this one's own `start` stays.)"""
+        """Becomes the stream that `saved` came from, of a compressor with the same settings, training among them; where
+        that one had no token yet, this one's own `start` stays."""
         saved = bytes(saved)
         _call("dsv4_state_restore", self._state, saved, ctypes.c_size_t(len(saved)))
         self._start = self.position - _library().dsv4_state_tokens(self._state)

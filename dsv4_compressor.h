@@ -2193,10 +2193,10 @@ DSV4__INLINE void DSV4__FN(exp)(DSV4__VF *x, const int vectors) {
 }
 
 /* The vectors of channels from c on: `vectors` of them, or n < VL channels of one. */
-#define DSV4__SPAN DSV4__FN(span)
-typedef struct DSV4__SPAN {
+#define DSV4__CHANNELS DSV4__FN(channels)
+typedef struct DSV4__CHANNELS {
     int64_t c, n;
-} DSV4__SPAN;
+} DSV4__CHANNELS;
 
 /* One pass over a window's rows in order: the greatest score so far, and the sums of e^(score - top) and of that times
  * kv. What it holds is all that an open window needs of the rows it has seen. */
@@ -2241,7 +2241,7 @@ static int DSV4__FN(is_plain)(const dsv4__pool_job *job, const dsv4__run *run) {
 }
 
 /* The scores of one row of a run. */
-DSV4__INLINE void DSV4__FN(score_row)(const dsv4__pool_job *job, const dsv4__run *run, int64_t row, DSV4__SPAN at,
+DSV4__INLINE void DSV4__FN(score_row)(const dsv4__pool_job *job, const dsv4__run *run, int64_t row, DSV4__CHANNELS at,
                                       const int vectors, const int plain, DSV4__VF *score) {
     const int gated = plain || (run->kv != NULL && run->gate != NULL), added = plain || (gated && run->ape != NULL);
     const float *gate = gated ? run->gate + row * run->stride + at.c : NULL;
@@ -2277,7 +2277,7 @@ DSV4__INLINE void DSV4__FN(fold_row)(DSV4__FOLD *f, const DSV4__VF *score, const
 }
 
 /* Where the fold starts: at what the job goes on from, or at nothing. */
-DSV4__INLINE void DSV4__FN(fold_begin)(const dsv4__pool_job *job, DSV4__SPAN at, const int vectors, DSV4__FOLD *f) {
+DSV4__INLINE void DSV4__FN(fold_begin)(const dsv4__pool_job *job, DSV4__CHANNELS at, const int vectors, DSV4__FOLD *f) {
     DSV4__EACH (v) {
         const float *from = job->from == NULL ? NULL : job->from + at.c + v * DSV4__VL;
         f->top[v] = from == NULL ? dsv4__v_zero() : DSV4__FN(load_some)(from, at.n);
@@ -2286,7 +2286,7 @@ DSV4__INLINE void DSV4__FN(fold_begin)(const dsv4__pool_job *job, DSV4__SPAN at,
     }
 }
 
-DSV4__INLINE void DSV4__FN(fold_store)(const dsv4__pool_job *job, DSV4__SPAN at, const int vectors,
+DSV4__INLINE void DSV4__FN(fold_store)(const dsv4__pool_job *job, DSV4__CHANNELS at, const int vectors,
                                        const DSV4__FOLD *f) {
     DSV4__EACH (v) {
         float *to = job->to + at.c + v * DSV4__VL;
@@ -2297,8 +2297,9 @@ DSV4__INLINE void DSV4__FN(fold_store)(const dsv4__pool_job *job, DSV4__SPAN at,
 }
 
 /* Folds the rows of a run into what has been folded; `begun`: that is something. */
-DSV4__INLINE void DSV4__FN(fold_run)(const dsv4__pool_job *job, const dsv4__run *run, DSV4__SPAN at, const int vectors,
-                                     const int plain, int begun, DSV4__FETCH *next, DSV4__FOLD *folded) {
+DSV4__INLINE void DSV4__FN(fold_run)(const dsv4__pool_job *job, const dsv4__run *run, DSV4__CHANNELS at,
+                                     const int vectors, const int plain, int begun, DSV4__FETCH *next,
+                                     DSV4__FOLD *folded) {
     DSV4__FOLD f = *folded;
     for (int64_t row = 0; row < run->count; row++) {
         DSV4__VF score[DSV4__POOL_VECTORS], value[DSV4__POOL_VECTORS];
@@ -2320,7 +2321,8 @@ DSV4__INLINE void DSV4__FN(fold_run)(const dsv4__pool_job *job, const dsv4__run 
 
 /* Folds the job's rows, and closes the window or leaves it open. A pad of -INFINITY is left out; a channel of nothing
  * but -INFINITY has no mean. */
-DSV4__INLINE void DSV4__FN(fold_span)(const dsv4__pool_job *job, DSV4__SPAN at, const int vectors, DSV4__FETCH *next) {
+DSV4__INLINE void DSV4__FN(fold_span)(const dsv4__pool_job *job, DSV4__CHANNELS at, const int vectors,
+                                      DSV4__FETCH *next) {
     DSV4__FOLD f;
     int begun = job->from != NULL;
     DSV4__FN(fold_begin)(job, at, vectors, &f);
@@ -2343,7 +2345,7 @@ DSV4__INLINE void DSV4__FN(fold_span)(const dsv4__pool_job *job, DSV4__SPAN at, 
 }
 
 /* Writes the scores to job->scores [rows, vectors * VL]; their maximum to s->top. */
-DSV4__INLINE void DSV4__FN(scores)(const dsv4__pool_job *job, DSV4__SPAN at, const int vectors, DSV4__FETCH *next,
+DSV4__INLINE void DSV4__FN(scores)(const dsv4__pool_job *job, DSV4__CHANNELS at, const int vectors, DSV4__FETCH *next,
                                    DSV4__SOFTMAX *s) {
     float *scores = job->scores;
     DSV4__EACH (v) s->top[v] = dsv4__v_set(-INFINITY);
@@ -2363,7 +2365,7 @@ DSV4__INLINE void DSV4__FN(scores)(const dsv4__pool_job *job, DSV4__SPAN at, con
 }
 
 /* Sums the scores' exponentials, and puts these where the scores were. */
-DSV4__INLINE void DSV4__FN(exponentials)(const dsv4__pool_job *job, DSV4__SPAN at, const int vectors,
+DSV4__INLINE void DSV4__FN(exponentials)(const dsv4__pool_job *job, DSV4__CHANNELS at, const int vectors,
                                          DSV4__SOFTMAX *s) {
     float *scores = job->scores;
     DSV4__EACH (v) s->den[v] = s->sum[v] = dsv4__v_zero();
@@ -2385,7 +2387,8 @@ DSV4__INLINE void DSV4__FN(exponentials)(const dsv4__pool_job *job, DSV4__SPAN a
 
 /* Where softmax weights are wanted one by one, rounded presets and the stage: sum becomes that of the rounded ones. On
  * arrays of its own, so that the other steps' stay in registers. */
-DSV4__INLINE void DSV4__FN(weigh_rows)(const dsv4__pool_job *job, DSV4__SPAN at, const int vectors, DSV4__SOFTMAX *s) {
+DSV4__INLINE void DSV4__FN(weigh_rows)(const dsv4__pool_job *job, DSV4__CHANNELS at, const int vectors,
+                                       DSV4__SOFTMAX *s) {
     const float *e = job->scores;
     float *weights = job->weights;
     DSV4__SOFTMAX own = *s;
@@ -2410,7 +2413,8 @@ DSV4__INLINE void DSV4__FN(weigh_rows)(const dsv4__pool_job *job, DSV4__SPAN at,
 }
 
 /* Rounded weights need both passes; so does the stage, beside the fold. */
-DSV4__INLINE void DSV4__FN(pool_span)(const dsv4__pool_job *job, DSV4__SPAN at, const int vectors, DSV4__FETCH *next) {
+DSV4__INLINE void DSV4__FN(pool_span)(const dsv4__pool_job *job, DSV4__CHANNELS at, const int vectors,
+                                      DSV4__FETCH *next) {
     const int weighted = (job->rounding & (DSV4_ROUND_WEIGHT | DSV4_ROUND_PRODUCT)) != 0;
     if (!weighted) DSV4__FN(fold_span)(job, at, vectors, next);
     if (!weighted && job->weights == NULL) return;
@@ -2424,7 +2428,7 @@ DSV4__INLINE void DSV4__FN(pool_span)(const dsv4__pool_job *job, DSV4__SPAN at, 
 }
 
 /* The same weights on the way back: dkv_j = p_j dpooled and dgate_j = p_j dpooled (kv_j - mean), mean = sum p kv. */
-DSV4__INLINE void DSV4__FN(pool_back_span)(const dsv4__pool_job *job, DSV4__SPAN at, const int vectors,
+DSV4__INLINE void DSV4__FN(pool_back_span)(const dsv4__pool_job *job, DSV4__CHANNELS at, const int vectors,
                                            DSV4__FETCH *next) {
     const float *e = job->scores;
     DSV4__SOFTMAX s;
@@ -2452,7 +2456,7 @@ DSV4__INLINE void DSV4__FN(pool_back_span)(const dsv4__pool_job *job, DSV4__SPAN
 DSV4__INLINE void DSV4__FN(spans)(const dsv4__pool_job *job, const int back) {
     const int64_t wide = DSV4__POOL_VECTORS * DSV4__VL;
     DSV4__FETCH next = {0, 0, 0};
-    DSV4__SPAN at;
+    DSV4__CHANNELS at;
     at.n = DSV4__VL;
     for (at.c = 0; at.c + wide <= job->channels; at.c += wide) {
         if (back)
@@ -3195,7 +3199,7 @@ enum { DSV4__FN(has_dot) = 0, DSV4__FN(tile_rows) = DSV4__TILE_ROWS };
 #undef DSV4__POOL_VECTORS
 #undef DSV4__EACH
 #undef DSV4__FETCH
-#undef DSV4__SPAN
+#undef DSV4__CHANNELS
 #undef DSV4__FOLD
 #undef DSV4__SOFTMAX
 #undef DSV4__TILE_VECTORS
@@ -5918,11 +5922,11 @@ static void dsv4__open_rows(const dsv4__back *back, const dsv4__part *part, cons
     const dsv4__stretch *tokens = &part->tokens;
     const dsv4_state *next = dsv4__gradients_around(back, tokens->segment).next;
     const size_t bytes = (size_t)source->channels * sizeof(float);
-    const int64_t lead = tokens->t - dsv4__lead(back, tokens), end = lead + dsv4__padded_rows(back, tokens);
+    const int64_t begin = tokens->t - dsv4__lead(back, tokens), end = begin + dsv4__padded_rows(back, tokens);
     for (int64_t s = 0; s < c->series; s++) {
         const int64_t lag = c->series - 1 - s, first = (dsv4__end_of(&part->context) / ratio - lag) * ratio;
         const int64_t open = dsv4__min(dsv4__max(first, tokens->t), dsv4__end_of(tokens));
-        for (int64_t t = lead < tokens->t ? lead : open; t < end; t = t + 1 == tokens->t ? open : t + 1) {
+        for (int64_t t = begin < tokens->t ? begin : open; t < end; t = t + 1 == tokens->t ? open : t + 1) {
             const int64_t to = dsv4__row_of(tokens, t) * back->train->d_stride + s * dim + source->channel;
             const int known =
                 next != NULL && t >= tokens->t && t < dsv4__end_of(tokens); /* never without a gate: ratio is 1 then */

@@ -171,17 +171,20 @@ static int find_params(job *j) {
     return 0;
 }
 
+/* The tensor beside `name` whose name ends so instead, NULL for none. */
+static const checkpoint_name *beside(const checkpoint *c, const char *name, const char *ending) {
+    const size_t whole = strlen(name), weight = strlen(".weight");
+    const int dotted = whole > weight && strcmp(name + whole - weight, ".weight") == 0;
+    char other[2 * ST_NAME_SIZE];
+    snprintf(other, sizeof other, "%.*s%s", (int)(dotted ? whole - weight : whole), name, ending);
+    return checkpoint_find(c, other);
+}
+
 /* The tensor of scales that makes `name` a quantised one, NULL for none. */
 static const checkpoint_name *scales_of(const checkpoint *c, const char *name) {
     static const char *const endings[] = {".scale", ".weight_scale", ".weight_scale_inv", ".scales"};
-    const size_t whole = strlen(name), ending = strlen(".weight");
-    const int dotted = whole > ending && strcmp(name + whole - ending, ".weight") == 0;
     const checkpoint_name *found = NULL;
-    for (size_t i = 0; i < sizeof endings / sizeof *endings && !found; i++) {
-        char scale[2 * ST_NAME_SIZE];
-        snprintf(scale, sizeof scale, "%.*s%s", (int)(dotted ? whole - ending : whole), name, endings[i]);
-        found = checkpoint_find(c, scale);
-    }
+    for (size_t i = 0; i < sizeof endings / sizeof *endings && !found; i++) found = beside(c, name, endings[i]);
     return found;
 }
 
@@ -189,6 +192,8 @@ static int check_param(const job *j, int param) {
     const st_tensor *t = j->param[param];
     const char *path = shard_of(j, param)->path;
     const checkpoint_name *scales = scales_of(&j->run->weights, t->name);
+    const checkpoint_name *bias = beside(&j->run->weights, t->name, ".bias");
+    if (bias) return fail(TROUBLE, "%s: '%s' has no place in a compressor", path, bias->name);
     if (scales) {
         return fail(TROUBLE,
                     "%s: tensor '%s' is quantised, %s with '%s'; the published models keep compressors in BF16", path,
@@ -909,6 +914,12 @@ static void list_isas(void) {
     for (int i = 0; dsv4_isa_name(i); i++) puts(dsv4_isa_name(i));
 }
 
+/* What was told has to have arrived. */
+static int told(int status) {
+    if (!fflush(stdout) && !ferror(stdout)) return status;
+    return status ? status : fail(TROUBLE, "standard output: %s", strerror(errno));
+}
+
 /* With --all an engine goes when its results are there: weights are packed one compressor at a time. */
 static int work(job *j) {
     int status = ready_params(j);
@@ -929,7 +940,7 @@ int main(int argc, char **argv) {
         if (r.o.help) fputs(usage, stdout);
         if (r.o.version) puts("compress " DSV4_COMPRESSOR_VERSION);
         if (r.o.list_isa) list_isas();
-        return 0;
+        return told(0);
     }
     if (!status) status = open_files(&r);
     if (!status) status = choose_compressors(&r);
@@ -943,5 +954,5 @@ int main(int argc, char **argv) {
         if (!status) report(&r);
     }
     close_run(&r);
-    return status;
+    return told(status);
 }

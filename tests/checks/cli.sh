@@ -557,6 +557,17 @@ for scale in wkv.scale wkv.weight_scale wkv.weight_scale_inv; do
     try "weights with scales beside them: $scale" refuses_made "'p.wkv.weight' is quantised.*'p.$scale'" '--prefix p' -- $params \
         "$csa:norm=p.$scale"
 done
+try 'weights with a bias' refuses_made "'p.wgate.bias' has no place" '--prefix p' -- $params "$csa:norm=p.wgate.bias"
+not_told() { # what was to be told does not arrive
+    "$compress" "$@" >/dev/full 2>"$tmp/stderr"
+    status=$?
+    cat "$tmp/stderr"
+    [ $status -eq 1 ] && grep -q 'standard output' "$tmp/stderr"
+}
+if [ -c /dev/full ]; then
+    try 'a report that does not arrive' not_told --weights $csa --input $csa --output "$tmp/entries"
+    try 'a version that does not arrive' not_told --version
+fi
 needs_no_ape_said() { # DeepSeek-V4.1, from a file that says nothing
     "$tmp/tensors" "$tmp/own/v41" $v41:wkv=wkv $v41:wgate=wgate $v41:norm=norm &&
         "$compress" --weights $v41 --input $v41 --output "$tmp/expected" &&

@@ -1,5 +1,5 @@
-/* openmp.c - the parallel-for callback on OpenMP, which brings its own pool. Without -fopenmp all runs on one
- * thread. */
+/* openmp.c - the parallel-for callback on OpenMP, which brings its own pool. Without -fopenmp all runs on one thread.
+ * Its threads spin while they wait: OMP_WAIT_POLICY=passive spares a machine that others are busy on. */
 #define _POSIX_C_SOURCE 200809L
 #define DSV4_COMPRESSOR_IMPLEMENTATION
 #include "dsv4_compressor.h"

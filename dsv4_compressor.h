@@ -897,12 +897,12 @@ extern "C" {
 #endif
 
 enum {
-    DSV4__PANEL = 32,   /* output columns of a packed weight panel, and channels of a group */
-    DSV4__KBLOCK = 256, /* terms of a dot product of bf16 that share an accumulator; part of the numeric contract */
-    DSV4__FBLOCK = 128, /* the same where an operand is fp32 */
-    DSV4__STEP = 32,    /* and in the order TILES, half of them each; part of it too; divides DSV4__KBLOCK */
-    DSV4__TILE = 16,    /* rows of an AMX tile, and its columns, numbers or pairs */
-    DSV4__SPAN = 2048,  /* terms that tiles add up before they store their sums; a multiple of DSV4__KBLOCK */
+    DSV4__PANEL = 32,        /* output columns of a packed weight panel, and channels of a group */
+    DSV4__KBLOCK = 256,      /* terms that share an accumulator, bf16 with bf16; part of the numeric contract */
+    DSV4__FBLOCK = 128,      /* the same where an operand is fp32 */
+    DSV4__STEP = 32,         /* and in the order TILES, half of them each; part of it too; divides DSV4__KBLOCK */
+    DSV4__TILE = 16,         /* rows of an AMX tile, and its columns, numbers or pairs */
+    DSV4__SPAN = 2048,       /* terms that tiles add up before they store their sums; a multiple of DSV4__KBLOCK */
     DSV4__ROWS_AT_ONCE = 16, /* of a long window from memory */
     DSV4__ROWS_AHEAD = 16,   /* how far ahead such rows are fetched */
     DSV4__LANES = 16,        /* partial sums of a mean of squares; part of the numeric contract */
@@ -2339,9 +2339,11 @@ DSV4__INLINE void DSV4__FN(fold_span)(const dsv4__pool_job *job, DSV4__CHANNELS 
         DSV4__FN(fold_store)(job, at, vectors, &f);
         return;
     }
-    DSV4__EACH (v) DSV4__FN(store_some)
-    (job->pooled + at.c + v * DSV4__VL,
-     dsv4__v_above(f.top[v], dsv4__v_set(-INFINITY), dsv4__v_div(f.num[v], f.den[v]), dsv4__v_set(NAN)), at.n);
+    DSV4__EACH (v) {
+        const DSV4__VF mean =
+            dsv4__v_above(f.top[v], dsv4__v_set(-INFINITY), dsv4__v_div(f.num[v], f.den[v]), dsv4__v_set(NAN));
+        DSV4__FN(store_some)(job->pooled + at.c + v * DSV4__VL, mean, at.n);
+    }
 }
 
 /* Writes the scores to job->scores [rows, vectors * VL]; their maximum to s->top. */
@@ -3251,22 +3253,19 @@ enum { DSV4__FN(has_dot) = 0, DSV4__FN(tile_rows) = DSV4__TILE_ROWS };
 #define dsv4__t_configure(config) \
     __asm__ volatile("ldtilecfg %0" : : "m"(*(const unsigned char(*)[64])(const void *)(config)))
 #define dsv4__t_release() __asm__ volatile("tilerelease" : : : "memory")
-#define dsv4__t_zero(t)   __asm__ volatile("tilezero %%tmm" #t : :)
-#define dsv4__t_load(t, p, stride)                                                         \
-    __asm__ volatile("{tileloadd (%0,%1,1), %%tmm" #t "|tileloadd %%tmm" #t ", [%0+%1*1]}" \
+#define dsv4__t_zero(t)   __asm__ volatile("tilezero {%%|}tmm" #t : :)
+#define dsv4__t_load(t, p, stride)                                                       \
+    __asm__ volatile("{tileloadd (%0,%1,1), %%tmm" #t "|tileloadd tmm" #t ", [%0+%1*1]}" \
+                     :                                                                   \
+                     : "r"((const void *)(p)), "r"((int64_t)(stride))                    \
+                     : "memory")
+#define dsv4__t_store(t, p, stride)                                                        \
+    __asm__ volatile("{tilestored %%tmm" #t ", (%0,%1,1)|tilestored [%0+%1*1], tmm" #t "}" \
                      :                                                                     \
-                     : "r"((const void *)(p)), "r"((int64_t)(stride))                      \
+                     : "r"((void *)(p)), "r"((int64_t)(stride))                            \
                      : "memory")
-#define dsv4__t_store(t, p, stride)                                                          \
-    __asm__ volatile("{tilestored %%tmm" #t ", (%0,%1,1)|tilestored [%0+%1*1], %%tmm" #t "}" \
-                     :                                                                       \
-                     : "r"((void *)(p)), "r"((int64_t)(stride))                              \
-                     : "memory")
-#define dsv4__t_multiply(c, a, b)                                                                                    \
-    __asm__ volatile("{tdpbf16ps %%tmm" #b ", %%tmm" #a ", %%tmm" #c "|tdpbf16ps %%tmm" #c ", %%tmm" #a ", %%tmm" #b \
-                     "}"                                                                                             \
-                     :                                                                                               \
-                     :)
+#define dsv4__t_multiply(c, a, b) \
+    __asm__ volatile("{tdpbf16ps %%tmm" #b ", %%tmm" #a ", %%tmm" #c "|tdpbf16ps tmm" #c ", tmm" #a ", tmm" #b "}" : :)
 #else /* a model of it, for tests on any CPU */
 #define DSV4__SET amx_model
 #include "tile_model.h"

@@ -51,6 +51,7 @@ same_bits_or_refused() { # same_bits_or_refused COMPILER FLAGS...
 takes() { ! "$@" -Werror -x c -c /dev/null -o /dev/null 2>&1 | grep -q .; }
 
 cat >"$tmp/flags" <<'END'
+-masm=intel
 -fsingle-precision-constant
 -Xclang -cl-single-precision-constant
 -funsafe-math-optimizations -fno-honor-nans

@@ -87,9 +87,15 @@ cat >"$tmp/flags" <<'END'
 -Xclang -cl-fast-relaxed-math
 -mllvm -enable-unsafe-fp-math
 END
-for compiler in $(compilers $CC gcc clang clang-16 clang-19); do
+each_flag() { # each_flag COMPILER FLAGS-FILE
     while read -r flags; do
-        ! takes "$compiler" $flags || spawn "$compiler $flags" same_bits_or_refused "$compiler" $flags
-    done <"$tmp/flags"
-done
+        ! takes "$1" $flags || spawn "$1 $flags" same_bits_or_refused "$1" $flags
+    done <"$2"
+}
+# Older compilers: the ones that matter, up to -fno-trapping-math.
+sed '/^-fno-trapping-math/q' "$tmp/flags" >"$tmp/some"
+newest=$(compilers gcc clang-19 clang-16 clang | head -2)
+for compiler in $newest; do each_flag "$compiler" "$tmp/flags"; done
+older=$(compilers $newest $CC clang clang-16 | tail -n +$(($(echo "$newest" | wc -l) + 1)))
+for compiler in $older; do each_flag "$compiler" "$tmp/some"; done
 finish

@@ -54,7 +54,7 @@ run: $(BUILD)/sample $(BUILD)/compress ## compress a bundled sample through file
 	@$(BUILD)/compress --weights $(BUILD)/sample.safetensors --input $(BUILD)/sample.safetensors \
 	    --output $(BUILD)/entries.safetensors --plot $(BUILD)/gates.svg --threads $(JOBS)
 
-check: $(LOGS) ## all tests, in under a minute on two cores; the last line is "N passed, N failed"
+check: $(LOGS) ## all tests, in about a minute on two cores; the last line is "N passed, N failed"
 	@sh tests/checks/summary.sh $^
 
 examples: $(EXAMPLES) ## every program in examples/, into build/

@@ -268,7 +268,7 @@ typedef enum dsv4_sums {
     DSV4_SUMS_TILES = 1  /* as AMX's TDPBF16PS: Intel's Xeons */
 } dsv4_sums;
 
-/* What a compressor is. A field of 0 takes the default that its comment names; the first three have none. hidden_dim
+/* What a compressor is. A field of 0 takes the default that its comment names; the first three have none. Dimensions
  * and ratio are under 2^31, flags 0 or 1, numbers at most 1e30. */
 typedef struct dsv4_config {
     int64_t hidden_dim;    /* H, width of a hidden state, >= 1 */
@@ -2163,7 +2163,8 @@ DSV4__INLINE void DSV4__FN(store_some)(float *p, DSV4__VF v, int64_t n) {
 
 /* ---- Windows: softmax and pooling --------------------------------------------------------------------------- */
 
-/* Pooling works on DSV4__POOL_VECTORS vectors of channels side by side, and on one where fewer are left. */
+/* Pooling works on DSV4__POOL_VECTORS vectors of channels side by side, and on one where fewer are left: `vectors` of
+ * them, a constant at every call, over each of which goes DSV4__EACH. */
 #define DSV4__POOL_VECTORS (DSV4__PANEL / DSV4__VL < 4 ? DSV4__PANEL / DSV4__VL : 4)
 #define DSV4__EACH(v)      DSV4__UNROLL for (int v = 0; v < vectors; v++)
 
@@ -2225,8 +2226,8 @@ DSV4__INLINE void DSV4__FN(fetch_some)(const dsv4__pool_job *job, DSV4__FETCH *n
     const dsv4__run *run = &job->window->runs[next->run];
     const uintptr_t offset = (uintptr_t)((next->row + job->rows_ahead) * run->stride + next->c) * sizeof(float);
     const uintptr_t bytes = (uintptr_t)(vectors * DSV4__VL) * sizeof(float);
-    dsv4__fetch_far_ahead((uintptr_t)run->kv + offset, bytes);
-    dsv4__fetch_far_ahead((uintptr_t)run->gate + offset, bytes);
+    if (run->kv != NULL) dsv4__fetch_far_ahead((uintptr_t)run->kv + offset, bytes);
+    if (run->gate != NULL) dsv4__fetch_far_ahead((uintptr_t)run->gate + offset, bytes);
     next->c += vectors * DSV4__VL;
     if (next->c < job->channels) return;
     next->c = 0;

@@ -572,7 +572,7 @@ TEST rows_of_the_callers_own_are_checked_too(void) {
     PASS();
 }
 
-/* All of it is RoPE's: nothing to code, no scales, which may then be missing. */
+/* All of it is RoPE's: nothing to code, no scales, which may then be missing, or be anything. */
 TEST fp8_rows_of_rope_alone_have_no_scales(void) {
     row_call r = row_call_new(DSV4_ROWS_FP8, 0);
     r.w.config.rope_dim = r.w.m.config.rope_dim = 128;
@@ -582,9 +582,11 @@ TEST fp8_rows_of_rope_alone_have_no_scales(void) {
     dsv4_batch b = packed_batch(&r, &a);
     memset(&b.scales, 0, sizeof b.scales);
     ASSERT_EQ(DSV4_OK, workbench_compress(&r.w, &b));
+    b.scales = (dsv4_matrix){a.rows, DSV4_PACKED, INT64_MAX};
+    ASSERT_EQ(DSV4_OK, workbench_compress(&r.w, &b));
     ASSERT_EQ(DSV4_OK, dsv4_unpack(&r.w.config, r.w.entries, const_matrix(a.rows, DSV4_PACKED, 0),
                                    const_matrix(NULL, DSV4_PACKED, 0), matrix_of(a.numbers, DSV4_BF16), NULL));
-    dsv4_quantised to = {r.w.entries, packed_matrix(r.a.rows, 2 * 128), {0}};
+    dsv4_quantised to = {r.w.entries, packed_matrix(r.a.rows, 2 * 128), {a.rows, DSV4_PACKED, INT64_MAX}};
     r.a.rows = workbench_memory(&r.w, 2 * 128 * 100);
     to.out.data = r.a.rows;
     ASSERT_EQ(DSV4_OK,
